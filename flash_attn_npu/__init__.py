@@ -1,0 +1,38 @@
+"""flash-attention's Python API on Ascend NPUs, and exactly the same on any other device.
+
+The names of `flash_attn` 2.8 live here, module for module; `install()` makes `import flash_attn`
+mean this package. `attention_forward_varlen` is Huawei's own function, with its own contract.
+"""
+
+from __future__ import annotations
+
+from . import bert_padding, flash_attn_interface
+from ._version import FLASH_ATTN_VERSION
+from .activation import install, installed, uninstall
+from .flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from .kernels.forward_varlen import attention_forward_varlen
+
+__version__ = FLASH_ATTN_VERSION
+
+__all__ = [
+    "__version__",
+    "attention_forward_varlen",
+    "bert_padding",
+    "flash_attn_func",
+    "flash_attn_interface",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "install",
+    "installed",
+    "uninstall",
+]

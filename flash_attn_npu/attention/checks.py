@@ -1,0 +1,91 @@
+"""Checks of single arguments: each returns the plain Python value or raises a named error.
+
+They run before anything is computed or cached, so that a wrong argument has no effect at all.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError, ArgumentTypeError, explain
+
+__all__ = ["flag", "host_int", "real", "require_tensors", "window"]
+
+
+def require_tensors(**tensors: Any) -> None:
+    """Raise ArgumentTypeError for the first argument that is not a torch.Tensor."""
+    for argument, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ArgumentTypeError(
+                explain(argument, _named(value), "a torch.Tensor", f"pass a tensor as {argument}")
+            )
+
+
+def flag(argument: str, value: Any) -> bool:
+    """`value` as a bool; 0 and 1 are taken, as upstream takes them."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral) and value in (0, 1):
+        return bool(value)
+    raise ArgumentTypeError(
+        explain(argument, _named(value), "True or False", f"pass {argument}=True or False")
+    )
+
+
+def real(argument: str, value: Any) -> float:
+    """`value` as a finite float; a host tensor with one element is taken too."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
+        value = value.item()
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        if number == number and abs(number) != float("inf"):
+            return number
+        raise ArgumentError(
+            explain(argument, number, "a finite number", f"pass a finite {argument}")
+        )
+    raise ArgumentTypeError(
+        explain(argument, _named(value), "a number", f"pass {argument} as a Python float")
+    )
+
+
+def window(argument: str, value: Any) -> tuple[int, int]:
+    """`value` as two integers (left, right); a negative one means unlimited."""
+    if (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(side, Integral) and not isinstance(side, bool) for side in value)
+    ):
+        return int(value[0]), int(value[1])
+    raise ArgumentTypeError(
+        explain(
+            argument,
+            repr(value) if isinstance(value, (tuple, list, int, str)) else _named(value),
+            "a pair of integers (left, right), -1 for no limit",
+            f"pass {argument}=(left, right), e.g. (-1, -1) for no window",
+        )
+    )
+
+
+def host_int(argument: str, value: Any) -> int | None:
+    """`value` as an int; None for a tensor on a device, whose value would cost a copy."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+        return int(value.item()) if value.device.type == "cpu" else None
+    raise ArgumentTypeError(
+        explain(
+            argument,
+            _named(value),
+            "an int, or an integer tensor with one element",
+            f"pass {argument} as the longest sequence length",
+        )
+    )
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})" if len(repr(value)) < 60 else type(value).__name__

@@ -1,0 +1,150 @@
+"""Huawei's `attention_forward_varlen`, to the letter of its contract.
+
+Same parameters, defaults and refusals as the function of MindIE-SD 3.1, one call of
+npu_fusion_attention in the TND layout with the same arguments, differentiable. Beyond it:
+cumulative lengths may be tensors as well as lists, the mask is made once per device instead of
+at every call, and tensors off an NPU are served exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..attention import call
+from ..attention.checks import require_tensors
+from ..attention.lengths import host_ends, host_lengths
+from ..errors import ArgumentError, UnsupportedError, explain
+from .fusion import causal_mask
+
+__all__ = ["attention_forward_varlen"]
+
+
+def attention_forward_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | Sequence[int],
+    cu_seqlens_k: Tensor | Sequence[int],
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool | None = None,
+    return_attn_probs: bool | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Attention over packed sequences as MindIE-SD offers it.
+
+    Args:
+        q: (total_q, nheads, headdim), float16, bfloat16 or float32.
+        k, v: (total_k, nheads_k, headdim).
+        cu_seqlens_q, cu_seqlens_k: batch + 1 cumulative lengths, a list or an int32 tensor.
+        dropout_p: within 1e-6 of 0.
+        softmax_scale: headdim ** -0.5 if None.
+        causal: aligned to the bottom right; the kernel refuses more queries than keys.
+
+    max_seqlen_q, max_seqlen_k, window_size, softcap, alibi_slopes, deterministic,
+    return_attn_probs and block_table must stay None. `flash_attn_varlen_func` honours them.
+
+    Returns:
+        (total_q, nheads, headdim).
+
+    Raises:
+        UnsupportedError: one of those arguments is not None.
+        ArgumentError: dropout_p is not 0, or q, k or v is not three-dimensional.
+
+    Contract: MindIE-SD 3.1.0, `mindiesd.attention_forward_varlen`.
+    """
+    reserved: dict[str, object] = {
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "deterministic": deterministic,
+        "return_attn_probs": return_attn_probs,
+        "block_table": block_table,
+    }
+    _check(reserved, dropout_p, q, k, v)
+    if q.device.type != "npu":
+        return _off_device(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+    from torch_npu import npu_fusion_attention
+
+    out: Tensor = npu_fusion_attention(
+        q,
+        k,
+        v,
+        q.shape[1],
+        pse=None,
+        padding_mask=None,
+        atten_mask=causal_mask(q.device) if causal else None,
+        scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
+        keep_prob=1 - dropout_p,
+        input_layout="TND",
+        actual_seq_qlen=host_ends("cu_seqlens_q", cu_seqlens_q),
+        actual_seq_kvlen=host_ends("cu_seqlens_k", cu_seqlens_k),
+        sparse_mode=3 if causal else 0,
+    )[0]
+    return out
+
+
+def _check(reserved: dict[str, object], dropout_p: float, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for argument, value in reserved.items():
+        if value is not None:
+            raise UnsupportedError(
+                explain(
+                    argument,
+                    value if isinstance(value, (int, float, tuple)) else type(value).__name__,
+                    "None in attention_forward_varlen",
+                    "leave it out, or call flash_attn_npu.flash_attn_varlen_func",
+                )
+            )
+    if not math.isclose(dropout_p, 0.0, abs_tol=1e-6):
+        raise ArgumentError(
+            explain("dropout_p", dropout_p, "0.0 (evaluation)", "pass dropout_p=0.0")
+        )
+    require_tensors(q=q, k=k, v=v)
+    for argument, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ArgumentError(
+                explain(
+                    argument,
+                    f"{tensor.dim()} dimensions",
+                    "3, (total, nheads, headdim)",
+                    f"pack the sequences of {argument} into one dimension",
+                )
+            )
+
+
+def _off_device(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | Sequence[int],
+    cu_seqlens_k: Tensor | Sequence[int],
+    softmax_scale: float | None,
+    causal: bool,
+) -> Tensor:
+    longest_q = host_lengths("cu_seqlens_q", cu_seqlens_q).longest
+    longest_k = host_lengths("cu_seqlens_k", cu_seqlens_k).longest
+    out = call.attend(
+        *("attention_forward_varlen", q, k, v),
+        *(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k),
+        dropout_p=0.0,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    )
+    assert isinstance(out, Tensor)
+    return out
