@@ -18,6 +18,8 @@ from .flash_attn_interface import (
     flash_attn_varlen_qkvpacked_func,
 )
 from .kernels.forward_varlen import attention_forward_varlen
+from .settings import fallback
+from .usage import report, reporting
 
 __version__ = FLASH_ATTN_VERSION
 
@@ -25,6 +27,7 @@ __all__ = [
     "__version__",
     "attention_forward_varlen",
     "bert_padding",
+    "fallback",
     "flash_attn_func",
     "flash_attn_interface",
     "flash_attn_kvpacked_func",
@@ -34,5 +37,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "install",
     "installed",
+    "report",
+    "reporting",
     "uninstall",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from . import report
+from . import usage
 from .activation import install
 from .errors import ActivationError
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(program)
     finally:
-        for line in report.summary().splitlines():
+        for line in usage.summary().splitlines():
             print(f"flash_attn_npu: {line}", file=sys.stderr)
 
 

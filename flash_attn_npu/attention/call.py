@@ -1,33 +1,28 @@
-"""The call behind every public attention function: check, look the plan up, run it.
+"""The call behind every public attention function.
 
-Plans are remembered by what is known of the arguments without reading a tensor, so that all
-layers of a model share one and a call costs little more than its kernel. That is why `attend`
-is written flat: at this length it adds about 3 us to a kernel launch of 17 us.
+Where the fused kernel is differentiable by itself it is called at once: this path is written
+for speed, and adds about 3 us to a launch of 17 us. Everything else, and everything that is
+being traced, goes through the operators of `ops`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, UnsupportedError, explain
-from . import checks
-from .dispatch import Plan, plan
-from .lengths import Lengths, host_lengths
-from .problem import Facts, Options, Problem, dense_problem, varlen_problem
-from .result import Result
+from . import checks, ops
+from .dispatch import lookup, permit
+from .lengths import host_lengths
 
-__all__ = ["Answer", "attend", "forget_plans", "refuse_block_table", "unpacked"]
+__all__ = ["Answer", "attend", "refuse_block_table", "unpacked"]
 
 Answer = Tensor | tuple[Tensor, Tensor, Tensor]
 
-PLANS = 256
-"""Plans that are remembered; at the next one all are dropped."""
-
-_plans: dict[tuple[Any, ...], Plan] = {}
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def attend(
@@ -47,117 +42,49 @@ def attend(
     alibi_slopes: Tensor | None,
     deterministic: bool,
     return_attn_probs: bool,
+    sink: Tensor | None = None,
 ) -> Answer:
     """Attention over dense tensors if cu_seqlens_q is None, else over packed ones."""
-    lengths_q = lengths_k = key = found = None
+    # fmt: off
+    if torch.compiler.is_dynamo_compiling() or _dispatch_modes():
+        return ops.attend(
+            function, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+            return_attn_probs, sink,
+        )
+    lengths_q = lengths_k = longest_q = longest_k = None
     if cu_seqlens_q is not None:
         lengths_q = host_lengths("cu_seqlens_q", cu_seqlens_q)
         if cu_seqlens_k is cu_seqlens_q:
             lengths_k = lengths_q
         else:
             lengths_k = host_lengths("cu_seqlens_k", cu_seqlens_k)
-        if type(max_seqlen_q) is not int:
-            max_seqlen_q = checks.host_int("max_seqlen_q", max_seqlen_q)
-        if type(max_seqlen_k) is not int:
-            max_seqlen_k = checks.host_int("max_seqlen_k", max_seqlen_k)
+        longest_q = checks.longest("max_seqlen_q", max_seqlen_q, lengths_q.longest)
+        longest_k = checks.longest("max_seqlen_k", max_seqlen_k, lengths_k.longest)
     try:
-        # fmt: off
-        key = (
-            function, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
-            q.device, k.device, v.device, lengths_q, lengths_k, max_seqlen_q, max_seqlen_k,
-            dropout_p, softmax_scale, causal, window_size, softcap,
-            None if alibi_slopes is None else Facts.of(alibi_slopes),
-            deterministic, return_attn_probs,
-            torch.is_grad_enabled()
-            and (q.requires_grad or k.requires_grad or v.requires_grad),
+        needs_grad = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad
+            or (sink is not None and sink.requires_grad)
         )
-        # fmt: on
-        found = _plans.get(key)
-    except (AttributeError, TypeError):
-        # not a tensor, or not hashable: the checks below accept it or name it
-        key = None
-    if found is None:
-        checks.require_tensors(q=q, k=k, v=v)
-        options = _options(
-            *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
-            *(deterministic, return_attn_probs),
-        )
-        assert not isinstance(max_seqlen_q, Tensor)
-        assert not isinstance(max_seqlen_k, Tensor)
-        lengths = (lengths_q, lengths_k, max_seqlen_q, max_seqlen_k)
-        found = plan(_problem(function, q, k, v, *lengths, options))
-        _remember(key, found)
-    found.tally.calls += 1
-    result = found.run(q, k, v, alibi_slopes)
-    if found.bare:
-        return result  # type: ignore[no-any-return]
-    return _answer(found.problem, result, q)
-
-
-def _answer(problem: Problem, result: Result, q: Tensor) -> Answer:
-    if not problem.return_attn_probs:
-        return result.out
-    assert result.softmax_lse is not None
-    return result.out, result.softmax_lse, q.new_empty(0)
-
-
-def _problem(
-    function: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths_q: Lengths | None,
-    lengths_k: Lengths | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    options: Options,
-) -> Problem:
-    tensors = (Facts.of(q), Facts.of(k), Facts.of(v))
-    if lengths_q is None or lengths_k is None:
-        return dense_problem(function, *tensors, options)
-    return varlen_problem(
-        function, *tensors, lengths_q, lengths_k, max_seqlen_q, max_seqlen_k, options
+    except AttributeError:
+        checks.require_tensors(q=q, k=k, v=v, sink=q if sink is None else sink)
+        raise
+    found = lookup(
+        function, q, k, v, lengths_q, lengths_k, longest_q, longest_k, dropout_p,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, return_attn_probs, needs_grad, sink,
     )
-
-
-def _remember(key: tuple[Any, ...] | None, found: Plan) -> None:
-    # a scale given as a tensor may change under the same key
-    if key is None or any(isinstance(part, Tensor) for part in key):
-        return
-    if len(_plans) >= PLANS:
-        _plans.clear()
-    _plans[key] = found
-
-
-def _options(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: Any,
-    softmax_scale: Any,
-    causal: Any,
-    window_size: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    deterministic: Any,
-    return_attn_probs: Any,
-) -> Options:
-    if alibi_slopes is not None:
-        checks.require_tensors(alibi_slopes=alibi_slopes)
-    return Options(
-        dropout_p=checks.real("dropout_p", dropout_p),
-        softmax_scale=None
-        if softmax_scale is None
-        else checks.real("softmax_scale", softmax_scale),
-        causal=checks.flag("causal", causal),
-        window_size=checks.window("window_size", window_size),
-        softcap=checks.real("softcap", softcap),
-        alibi_slopes=None if alibi_slopes is None else Facts.of(alibi_slopes),
-        deterministic=checks.flag("deterministic", deterministic),
-        return_attn_probs=checks.flag("return_attn_probs", return_attn_probs),
-        needs_grad=torch.is_grad_enabled()
-        and (q.requires_grad or k.requires_grad or v.requires_grad),
+    if found.direct is not None:
+        found.tally.calls += 1
+        return found.direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
+    # a call that will need a composed backward is refused before its forward runs
+    permit(found, quiet=True)
+    return ops.attend(
+        function, q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, dropout_p,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, sink,
     )
+    # fmt: on
 
 
 def unpacked(argument: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -185,8 +112,3 @@ def refuse_block_table(function: str) -> NoReturn:
             "gather the pages into packed k and v and call again without block_table",
         )
     )
-
-
-def forget_plans() -> None:
-    """Drop every remembered plan; the next calls decide again."""
-    _plans.clear()

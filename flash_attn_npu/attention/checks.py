@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ArgumentError, ArgumentTypeError, explain
 
-__all__ = ["flag", "host_int", "real", "require_tensors", "window"]
+__all__ = ["flag", "longest", "real", "require_tensors", "window"]
 
 
 def require_tensors(**tensors: Any) -> None:
@@ -69,18 +69,20 @@ def window(argument: str, value: Any) -> tuple[int, int]:
     )
 
 
-def host_int(argument: str, value: Any) -> int | None:
-    """`value` as an int; None for a tensor on a device, whose value would cost a copy."""
+def longest(argument: str, value: Any, known: int) -> int:
+    """A maximum length as an int; `known` for a tensor on a device, which a look would copy."""
+    if type(value) is int:
+        return value
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
-        return int(value.item()) if value.device.type == "cpu" else None
+        return int(value.item()) if value.device.type == "cpu" else known
     raise ArgumentTypeError(
         explain(
             argument,
             _named(value),
             "an int, or an integer tensor with one element",
-            f"pass {argument} as the longest sequence length",
+            f"pass {argument} as the longest sequence length, {known}",
         )
     )
 

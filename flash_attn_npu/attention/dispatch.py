@@ -1,7 +1,7 @@
 """From a problem to a plan: the first kernel that the table admits, and why the others were not.
 
-A plan is made once for each distinct problem and remembered by `call`; what happens per call
-stays in the kernel's own function.
+A plan is made once for each distinct problem and remembered by what is known of the arguments
+without reading a tensor, so that all layers of a model share one.
 """
 
 from __future__ import annotations
@@ -9,17 +9,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
-from .. import report
+from torch import Tensor
+
+from .. import usage
 from ..errors import UnsupportedError, explain
-from .problem import Problem
+from ..settings import fallback_policy
+from . import checks
+from .lengths import Lengths
+from .problem import Facts, Options, Problem, dense_problem, varlen_problem
 from .support import BLOCKWISE, FUSION, refusals
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "forget_plans", "lookup", "permit"]
 
 logger = logging.getLogger("flash_attn_npu")
 
+PLANS = 256
+"""Plans that are remembered; at the next one all are dropped."""
+
+_plans: dict[tuple[Any, ...], Plan] = {}
 _warned: set[tuple[str, tuple[str, ...]]] = set()
 
 
@@ -27,30 +37,125 @@ _warned: set[tuple[str, tuple[str, ...]]] = set()
 class Plan:
     """What serves a problem.
 
-    run: takes (q, k, v, alibi_slopes), gives the bare output if `bare`, else a Result.
+    kernel: the module with `forward` and `backward`.
+    direct: takes (q, k, v, alibi_slopes, sink) and returns what the public function returns,
+        differentiable by itself; None where autograd goes through our operators.
     reasons: why the kernels before this one were passed over.
     tally: counts the calls, for the report.
     """
 
     problem: Problem
-    kernel: str
-    run: Callable[..., Any]
-    bare: bool
+    kernel: ModuleType
+    direct: Callable[..., Any] | None
     reasons: tuple[str, ...]
-    tally: report.Tally
+    tally: usage.Tally
 
 
-def plan(problem: Problem) -> Plan:
-    """Choose a kernel for `problem`, or raise UnsupportedError with every kernel's reason."""
-    passed_over: list[str] = []
-    for kernel, prepare in _kernels():
-        reasons = refusals(kernel, problem)
+def lookup(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths_q: Lengths | None,
+    lengths_k: Lengths | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+    uses_lse: bool,
+    needs_grad: bool,
+    sink: Tensor | None = None,
+    mask_from: str | None = None,
+) -> Plan:
+    """The plan for a call, validated when it is made. See `Options` for what no caller passes."""
+    key = found = None
+    try:
+        # fmt: off
+        key = (
+            function, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device, lengths_q, lengths_k, max_seqlen_q, max_seqlen_k,
+            dropout_p, softmax_scale, causal, window_size, softcap,
+            None if alibi_slopes is None else Facts.of(alibi_slopes),
+            deterministic, return_attn_probs, uses_lse, needs_grad,
+            None if sink is None else Facts.of(sink), mask_from,
+        )
+        # fmt: on
+        found = _plans.get(key)
+    except (AttributeError, TypeError):
+        # not a tensor, or not hashable: the checks below accept it or name it
+        key = None
+    if found is None:
+        options = _options(
+            *(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
+            *(deterministic, return_attn_probs, uses_lse, needs_grad, sink, mask_from),
+        )
+        checks.require_tensors(q=q, k=k, v=v)
+        tensors = (Facts.of(q), Facts.of(k), Facts.of(v))
+        if lengths_q is None or lengths_k is None:
+            problem = dense_problem(function, *tensors, options)
+        else:
+            assert max_seqlen_q is not None
+            assert max_seqlen_k is not None
+            longest = (max_seqlen_q, max_seqlen_k)
+            problem = varlen_problem(function, *tensors, lengths_q, lengths_k, longest, options)
+        found = _plan(problem)
+        _remember(key, found)
+    return found
+
+
+def forget_plans() -> None:
+    """Drop every remembered plan; the next calls decide again."""
+    _plans.clear()
+
+
+def permit(found: Plan, *, quiet: bool = False) -> None:
+    """Apply the fallback policy: refuse a composed call, or say once why it is not fused.
+
+    Off an NPU nothing fused is to be expected, so that is said at INFO; a problem without work
+    loses nothing by not being fused.
+    """
+    problem, reasons = found.problem, found.reasons
+    if not reasons or not problem.has_work:
+        return
+    policy = fallback_policy()
+    if policy == "error":
+        raise UnsupportedError(
+            explain(
+                problem.function,
+                "; ".join(reasons),
+                "calls that a fused kernel serves, under the fallback policy `error`",
+                "change the argument, or allow exact composed operations with `warn`",
+            )
+        )
+    key = (problem.function, reasons)
+    if quiet or policy == "allow" or key in _warned:
+        return
+    _warned.add(key)
+    logger.log(
+        logging.WARNING if problem.device.type == "npu" else logging.INFO,
+        "`%s` is composed of torch operations, exact but not fused: %s",
+        problem.function,
+        "; ".join(reasons),
+    )
+
+
+def _plan(problem: Problem) -> Plan:
+    from ..kernels import blockwise, fusion
+
+    passed_over: tuple[str, ...] = ()
+    for name, kernel in ((FUSION, fusion), (BLOCKWISE, blockwise)):
+        reasons = refusals(name, problem)
         if not reasons:
-            _announce(problem, kernel, tuple(passed_over))
-            tally = report.tally(problem.function, kernel, tuple(passed_over))
-            run, bare = prepare(problem)
-            return Plan(problem, kernel, run, bare, tuple(passed_over), tally)
-        passed_over += [f"{kernel}: {reason}" for reason in reasons]
+            direct = fusion.direct(problem) if kernel is fusion else None
+            tally = usage.tally(problem.function, name, passed_over)
+            return Plan(problem, kernel, direct, passed_over, tally)
+        passed_over += (f"{name}: {', '.join(reasons)}",)
     raise UnsupportedError(
         explain(
             problem.function,
@@ -61,26 +166,44 @@ def plan(problem: Problem) -> Plan:
     )
 
 
-def _kernels() -> tuple[tuple[str, Callable[[Problem], tuple[Callable[..., Any], bool]]], ...]:
-    from ..kernels import blockwise, fusion
-
-    return (FUSION, fusion.prepare), (BLOCKWISE, blockwise.prepare)
-
-
-def _announce(problem: Problem, kernel: str, reasons: tuple[str, ...]) -> None:
-    """Say once for each function and set of reasons that a call is composed, not fused.
-
-    Off an NPU nothing else is to be expected, and a problem without work loses nothing.
-    """
-    key = (problem.function, reasons)
-    if not reasons or key in _warned:
+def _remember(key: tuple[Any, ...] | None, found: Plan) -> None:
+    # a scale given as a tensor may change under the same key
+    if key is None or any(isinstance(part, Tensor) for part in key):
         return
-    _warned.add(key)
-    expected = problem.device.type != "npu" or not problem.has_work
-    logger.log(
-        logging.INFO if expected else logging.WARNING,
-        "`%s` runs on %s, exact but composed of torch operations: %s",
-        problem.function,
-        kernel,
-        "; ".join(reasons),
+    if len(_plans) >= PLANS:
+        _plans.clear()
+    _plans[key] = found
+
+
+def _options(
+    dropout_p: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    deterministic: Any,
+    return_attn_probs: Any,
+    uses_lse: Any,
+    needs_grad: bool,
+    sink: Any,
+    mask_from: str | None,
+) -> Options:
+    for argument, value in (("alibi_slopes", alibi_slopes), ("sink", sink)):
+        if value is not None:
+            checks.require_tensors(**{argument: value})
+    scale = None if softmax_scale is None else checks.real("softmax_scale", softmax_scale)
+    return Options(
+        dropout_p=checks.real("dropout_p", dropout_p),
+        softmax_scale=scale,
+        causal=checks.flag("causal", causal),
+        window_size=checks.window("window_size", window_size),
+        softcap=checks.real("softcap", softcap),
+        alibi_slopes=None if alibi_slopes is None else Facts.of(alibi_slopes),
+        deterministic=checks.flag("deterministic", deterministic),
+        return_attn_probs=checks.flag("return_attn_probs", return_attn_probs),
+        uses_lse=bool(uses_lse),
+        needs_grad=needs_grad,
+        sink=None if sink is None else Facts.of(sink),
+        mask_from=mask_from,
     )

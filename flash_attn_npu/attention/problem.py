@@ -18,7 +18,7 @@ import torch
 from ..errors import ArgumentError, explain
 from .lengths import Lengths
 
-__all__ = ["Facts", "Options", "Problem", "dense_problem", "varlen_problem"]
+__all__ = ["Facts", "Options", "Problem", "default_scale", "dense_problem", "varlen_problem"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """float32 and float64 go beyond upstream, which takes the half precisions only."""
@@ -37,7 +37,12 @@ class Facts(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The arguments of a call that are no tensors, as plain Python values."""
+    """The arguments of a call that are not read, as plain Python values.
+
+    uses_lse: softmax_lse is returned, or given to a backward.
+    needs_grad: a backward is or will be asked for.
+    mask_from: the kernel that drew the dropout mask a backward has to repeat.
+    """
 
     dropout_p: float
     softmax_scale: float | None
@@ -47,7 +52,10 @@ class Options(NamedTuple):
     alibi_slopes: Facts | None
     deterministic: bool
     return_attn_probs: bool
+    uses_lse: bool
     needs_grad: bool
+    sink: Facts | None = None
+    mask_from: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +80,8 @@ class Problem:
     rows_k: int
     lengths_q: Lengths | None
     lengths_k: Lengths | None
+    max_seqlen_q: int
+    max_seqlen_k: int
     softmax_scale: float
     left: int | None
     right: int | None
@@ -79,8 +89,11 @@ class Problem:
     alibi: bool
     dropout_p: float
     deterministic: bool
-    return_attn_probs: bool
+    s_dmask: bool
+    uses_lse: bool
     needs_grad: bool
+    sink: bool
+    mask_from: str | None
 
     @property
     def varlen(self) -> bool:
@@ -121,6 +134,12 @@ class Problem:
     def seeing_rows(self) -> int:
         return sum(self.seqlens_q) - sum(self.blind_rows)
 
+    @cached_property
+    def common_offset(self) -> int | None:
+        """seqlen_k - seqlen_q if it is the same for all sequences, else None."""
+        offsets = {k - q for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True)}
+        return offsets.pop() if len(offsets) == 1 else None
+
     @property
     def tail_q(self) -> int:
         """Rows of q past the last sequence."""
@@ -154,7 +173,7 @@ def dense_problem(function: str, q: Facts, k: Facts, v: Facts, options: Options)
         seqlens=((seqlen_q,) * batch, (seqlen_k,) * batch),
         rows=(batch * seqlen_q, batch * seqlen_k),
         lengths=(None, None),
-        max_seqlen_k=seqlen_k,
+        max_seqlens=(seqlen_q, seqlen_k),
     )
 
 
@@ -165,17 +184,13 @@ def varlen_problem(
     v: Facts,
     lengths_q: Lengths,
     lengths_k: Lengths,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
+    max_seqlens: tuple[int, int],
     options: Options,
 ) -> Problem:
-    """Describe q (total_q, nheads, headdim) against k, v (total_k, nheads_k, headdim), packed.
-
-    A maximum that is None is not known on the host and taken from the lengths.
-    """
+    """Describe q (total_q, nheads, headdim) against k, v (total_k, nheads_k, headdim), packed."""
     _check_tensors(q, k, v, "(total, nheads, headdim)", rank=3)
-    _check_lengths("q", q, lengths_q, max_seqlen_q)
-    _check_lengths("k", k, lengths_k, max_seqlen_k)
+    _check_lengths("q", q, lengths_q, max_seqlens[0])
+    _check_lengths("k", k, lengths_k, max_seqlens[1])
     if len(lengths_q.seqlens) != len(lengths_k.seqlens):
         raise ArgumentError(
             explain(
@@ -193,7 +208,7 @@ def varlen_problem(
         seqlens=(lengths_q.seqlens, lengths_k.seqlens),
         rows=(q.shape[0], k.shape[0]),
         lengths=(lengths_q, lengths_k),
-        max_seqlen_k=lengths_k.longest if max_seqlen_k is None else max_seqlen_k,
+        max_seqlens=max_seqlens,
     )
 
 
@@ -206,11 +221,11 @@ def _problem(
     seqlens: tuple[tuple[int, ...], tuple[int, ...]],
     rows: tuple[int, int],
     lengths: tuple[Lengths | None, Lengths | None],
-    max_seqlen_k: int,
+    max_seqlens: tuple[int, int],
 ) -> Problem:
     headdim = q.shape[-1]
     _check_options(options, len(seqlens[0]), q)
-    left, right = _normalised_window(options.causal, options.window_size, max_seqlen_k)
+    left, right = _normalised_window(options.causal, options.window_size, max_seqlens[1])
     scale = options.softmax_scale
     return Problem(
         function=function,
@@ -225,7 +240,9 @@ def _problem(
         rows_k=rows[1],
         lengths_q=lengths[0],
         lengths_k=lengths[1],
-        softmax_scale=headdim**-0.5 if scale is None and headdim else scale or 0.0,
+        max_seqlen_q=max_seqlens[0],
+        max_seqlen_k=max_seqlens[1],
+        softmax_scale=default_scale(headdim) if scale is None else scale,
         left=left,
         right=right,
         softcap=max(options.softcap, 0.0),
@@ -233,9 +250,17 @@ def _problem(
         # 1e-30 is what clients pass to ask for softmax_lse: it drops nothing
         dropout_p=options.dropout_p if 1.0 - options.dropout_p < 1.0 else 0.0,
         deterministic=options.deterministic,
-        return_attn_probs=options.return_attn_probs,
+        s_dmask=options.return_attn_probs and 1.0 - options.dropout_p < 1.0,
+        uses_lse=options.uses_lse,
         needs_grad=options.needs_grad,
+        sink=options.sink is not None,
+        mask_from=options.mask_from,
     )
+
+
+def default_scale(headdim: int) -> float:
+    """headdim ** -0.5, the softmax_scale that None stands for."""
+    return headdim**-0.5 if headdim else 1.0
 
 
 def _normalised_window(
@@ -304,7 +329,7 @@ def _check_same(argument: str, what: str, came: object, expected: object) -> Non
         )
 
 
-def _check_lengths(side: str, facts: Facts, lengths: Lengths, max_seqlen: int | None) -> None:
+def _check_lengths(side: str, facts: Facts, lengths: Lengths, max_seqlen: int) -> None:
     if lengths.total > facts.shape[0]:
         raise ArgumentError(
             explain(
@@ -314,7 +339,7 @@ def _check_lengths(side: str, facts: Facts, lengths: Lengths, max_seqlen: int | 
                 f"let cu_seqlens_{side} end at the number of rows that hold tokens",
             )
         )
-    if max_seqlen is not None and max_seqlen < lengths.longest:
+    if max_seqlen < lengths.longest:
         raise ArgumentError(
             explain(
                 f"max_seqlen_{side}",
@@ -335,10 +360,21 @@ def _check_options(options: Options, batch: int, q: Facts) -> None:
                 "pass 0.0 for no dropout",
             )
         )
+    nheads = q.shape[-2]
+    if options.sink is not None:
+        if tuple(options.sink.shape) != (nheads,):
+            raise ArgumentError(
+                explain(
+                    "sink",
+                    f"shape {tuple(options.sink.shape)}",
+                    f"({nheads},), one logit for each query head",
+                    "pass one sink logit for each query head",
+                )
+            )
+        _check_same("sink", "device", options.sink.device, q.device)
     slopes = options.alibi_slopes
     if slopes is None:
         return
-    nheads = q.shape[-2]
     if tuple(slopes.shape) not in ((nheads,), (batch, nheads)) or slopes.dtype != torch.float32:
         raise ArgumentError(
             explain(

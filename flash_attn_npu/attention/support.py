@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.soc import soc_name
+from ..settings import alibi_offset
 from .problem import Problem
 
 __all__ = ["BLOCKWISE", "FUSION", "TABLE", "Cell", "Row", "refusals"]
@@ -66,6 +68,11 @@ TABLE: tuple[Row, ...] = (
         lambda p: p.device.type != "npu",
         fusion=Cell("it runs on Ascend NPUs only"),
     ),
+    Row(
+        "Ascend 310P and 200I",
+        lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
+        fusion=Cell("the chip does not have it"),
+    ),
     Row("float16", lambda p: p.dtype == torch.float16),
     Row("bfloat16", lambda p: p.dtype == torch.bfloat16),
     Row("float32", lambda p: p.dtype == torch.float32),
@@ -109,27 +116,66 @@ TABLE: tuple[Row, ...] = (
         lambda p: p.varlen and p.left == p.right == 0 and p.needs_grad,
         fusion=Cell("its packed backward demands left + right > 0"),
     ),
-    Row("softmax_lse (return_attn_probs)", lambda p: p.return_attn_probs),
+    Row("softmax_lse (return_attn_probs)", lambda p: p.uses_lse),
     Row("dropout_p", lambda p: p.dropout_p > 0),
     Row(
-        "dropout_p with return_attn_probs",
-        lambda p: p.dropout_p > 0 and p.return_attn_probs,
-        fusion=Cell("it does not return the probabilities that S_dmask holds"),
+        "S_dmask (dropout_p with return_attn_probs)",
+        lambda p: p.s_dmask,
+        fusion=Cell("it does not return probabilities"),
     ),
     Row(
-        "softcap",
-        lambda p: p.softcap > 0,
-        fusion=Cell("no Ascend kernel has softcap"),
+        "backward of a dropout mask drawn by blockwise",
+        lambda p: p.mask_from == BLOCKWISE,
+        fusion=Cell("it can repeat its own dropout masks only"),
     ),
     Row(
-        "alibi_slopes",
-        lambda p: p.alibi,
-        fusion=Cell("its accurate form of ALiBi is not wired yet"),
+        "backward of a dropout mask drawn by npu_fusion_attention",
+        lambda p: p.mask_from == FUSION,
+        blockwise=Cell("it can repeat its own dropout masks only"),
+    ),
+    Row("deterministic", lambda p: p.deterministic),
+    Row("softcap", lambda p: p.softcap > 0, fusion=Cell("no Ascend kernel has softcap")),
+    Row("alibi_slopes, equal lengths", lambda p: p.alibi and p.common_offset == 0),
+    Row(
+        "alibi_slopes, lengths that differ by a common offset",
+        lambda p: p.alibi and bool(p.common_offset) and not (alibi_offset() and p.varlen),
+        fusion=Cell("its ALiBi is documented for seqlen_q = seqlen_k only"),
     ),
     Row(
-        "deterministic, with gradient",
-        lambda p: p.deterministic and p.needs_grad,
-        fusion=Cell("its backward is deterministic only under a global setting"),
+        "alibi_slopes, lengths that differ otherwise",
+        lambda p: p.alibi and p.common_offset is None,
+        fusion=Cell("its ALiBi knows no offset for each sequence"),
+    ),
+    Row(
+        "alibi_slopes, sequences of length 0",
+        lambda p: p.alibi and 0 in (*p.seqlens_q, *p.seqlens_k),
+        fusion=Cell("its ALiBi takes no sequence of length 0"),
+    ),
+    Row(
+        "alibi_slopes, varlen, softmax_lse",
+        lambda p: p.alibi and p.varlen and p.uses_lse,
+        fusion=Cell("its ALiBi returns packed statistics in one block per sequence"),
+    ),
+    Row("sink (transformers' s_aux)", lambda p: p.sink),
+    Row(
+        "sink, float32",
+        lambda p: p.sink and p.dtype == torch.float32,
+        fusion=Cell("it takes a sink with float16 and bfloat16 only"),
+    ),
+    Row(
+        "sink, softmax_lse or deterministic",
+        lambda p: p.sink and (p.uses_lse or p.deterministic),
+        fusion=Cell("whether its statistics count the sink is not documented"),
+    ),
+    Row(
+        "sink, alibi_slopes",
+        lambda p: p.sink and p.alibi,
+        fusion=Cell("its ALiBi and its sink are not documented together"),
+    ),
+    Row(
+        "sink, Ascend 950",
+        lambda p: p.sink and soc_name(p.device).startswith("Ascend950"),
+        fusion=Cell("torch_npu drops the sink there"),
     ),
 )
 

@@ -1,65 +1,29 @@
 """Exact attention on any device, composed of torch operations, memory linear in sequence length.
 
-This file lays a problem out as groups of equally long sequences and makes the result
-differentiable; the arithmetic is in `tiles`.
+This file lays a problem out as groups of equally long sequences; the arithmetic is in `tiles`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..attention.problem import Problem
-from ..attention.result import Result
-from .tiles import Band, Scoring, Streams, accumulator, attend, attend_backward
+from ..attention.result import Forward, Saved, accumulator, rounded_up
+from .tiles import Band, Scoring, Streams, attend, attend_backward, probabilities
 
-__all__ = ["NAME", "backward", "forward", "prepare"]
-
-NAME = "blockwise"
+__all__ = ["backward", "forward"]
 
 STREAMS_AT_ONCE = 64
 """Sequences times heads that share a tile: few enough for tiles to stay large."""
 
-
-def prepare(problem: Problem) -> tuple[Callable[..., Result], bool]:
-    """A function (q, k, v, alibi_slopes, sink) -> Result, and that its output is not bare.
-
-    It is differentiable in everything but the slopes.
-    """
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, sink: Tensor | None = None
-    ) -> Result:
-        out, lse, rng_state = _Blockwise.apply(q, k, v, slopes, sink, problem)  # type: ignore[no-untyped-call]
-        return Result(out, lse, rng_state)
-
-    return run, False
-
-
-class _Blockwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        slopes, sink, problem = rest
-        out, lse, rng_state = forward(problem, q, k, v, slopes, sink)
-        ctx.save_for_backward(q, k, v, slopes, sink, out, lse, rng_state)
-        ctx.problem = problem
-        ctx.mark_non_differentiable(lse, rng_state)
-        return out, lse, rng_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, slopes, sink, out, lse, rng_state = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        dsink = backward(ctx.problem, dout, (q, k, v, out, lse), grads, slopes, sink, rng_state)
-        return (*grads, None, dsink, None)
+MASK_OF_BLOCKWISE = -1
+"""The offset in rng_state of a dropout mask drawn here; a fused kernel's is never negative."""
 
 
 def forward(
@@ -69,8 +33,8 @@ def forward(
     v: Tensor,
     slopes: Tensor | None = None,
     sink: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, softmax_lse, rng_state) in flash-attn's layouts; rows of no sequence: 0 and +inf."""
+) -> Forward:
+    """Attention without autograd; rows of no sequence give 0 and +inf."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shape = (problem.rows_q,) if problem.varlen else (problem.batch, q.shape[1])
     lse = torch.empty(
@@ -80,42 +44,37 @@ def forward(
         out[-problem.tail_q :] = 0
         lse[:, -problem.tail_q :] = math.inf
     rng_state = _draw_seed(problem)
+    s_dmask = _empty_s_dmask(problem, q)
     with torch.autocast(q.device.type, enabled=False):
         for group in _groups(problem):
-            scoring = _scoring(problem, group, slopes, sink, rng_state)
-            attend(group.streams(q, k, v, out, lse), group.band, scoring)
-    return out, lse, rng_state
+            scoring = _scoring(problem, group, slopes, rng_state, sink)
+            streams = group.streams(q, k, v, out, lse)
+            attend(streams, group.band, scoring)
+            if s_dmask.numel():
+                probabilities(streams, group.band, scoring, group.square(s_dmask))
+    return Forward(out, lse, s_dmask, rng_state)
 
 
 def backward(
     problem: Problem,
     dout: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    grads: tuple[Tensor, ...],
+    saved: Saved,
+    grads: tuple[Tensor, Tensor, Tensor],
     slopes: Tensor | None,
-    sink: Tensor | None,
-    rng_state: Tensor,
-) -> Tensor | None:
-    """Write dq, dk, dv into `grads`, where they lie, from saved = (q, k, v, out, softmax_lse).
-
-    Returns the gradient of the sink, None without one.
-    """
+    rng_state: Tensor | None,
+) -> None:
+    """Write dq, dk, dv into `grads`, where they lie."""
     dq, dk, dv = grads
     if problem.varlen:
         dq[sum(problem.seqlens_q) :] = 0
         dk[sum(problem.seqlens_k) :] = 0
         dv[sum(problem.seqlens_k) :] = 0
-    dsink = None if sink is None else torch.zeros_like(sink, dtype=accumulator(dq.dtype))
     with torch.autocast(dq.device.type, enabled=False):
         for group in _groups(problem):
-            scoring = _scoring(problem, group, slopes, sink, rng_state)
+            scoring = _scoring(problem, group, slopes, rng_state)
             views = (group.queries(dq), group.keys(dk), group.keys(dv))
-            part = attend_backward(
-                group.streams(*saved), group.band, scoring, group.queries(dout), views
-            )
-            if dsink is not None and part is not None:
-                dsink += part.flatten()
-    return None if sink is None or dsink is None else dsink.to(sink.dtype)
+            streams = group.streams(*saved)
+            attend_backward(streams, group.band, scoring, group.queries(dout), views)
 
 
 @dataclass(frozen=True)
@@ -136,6 +95,12 @@ class _Group:
     def keys(self, x: Tensor) -> Tensor:
         """(batch, nheads_k, 1, seqlen, headdim) view of a tensor laid out as k."""
         return self._view(x, self.rows_k)
+
+    def square(self, s_dmask: Tensor) -> Tensor:
+        """(batch, nheads_k, group, seqlen_q, seqlen_k) view of (batch, nheads, ...)."""
+        part = s_dmask[self.sequences, :, : self.band.seqlen_q, : self.band.seqlen_k]
+        square: Tensor = part.unflatten(1, (self.nheads_k, -1))
+        return square
 
     def streams(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Streams:
         rows = lse[None, :, self.rows_q] if self.packed else lse[self.rows_q]
@@ -178,7 +143,11 @@ def _groups(problem: Problem) -> Iterator[_Group]:
 
 
 def _scoring(
-    problem: Problem, group: _Group, slopes: Tensor | None, sink: Tensor | None, rng_state: Tensor
+    problem: Problem,
+    group: _Group,
+    slopes: Tensor | None,
+    rng_state: Tensor | None,
+    sink: Tensor | None = None,
 ) -> Scoring:
     heads = (problem.nheads_k, problem.nheads // problem.nheads_k)
     if slopes is not None:
@@ -189,15 +158,24 @@ def _scoring(
         problem.softmax_scale,
         problem.softcap,
         slopes,
-        None if sink is None else sink.detach().reshape(*heads, 1),
+        None if sink is None else sink.reshape(*heads, 1),
         problem.dropout_p,
-        int(rng_state[0]) if problem.dropout_p else 0,
+        int(rng_state[0]) if problem.dropout_p and rng_state is not None else 0,
     )
 
 
 def _draw_seed(problem: Problem) -> Tensor:
-    """int64 (seed, offset): drawn from torch's default generator, so manual_seed repeats it."""
-    state = torch.zeros(2, dtype=torch.int64)
-    if problem.dropout_p:
-        state[0] = torch.randint(1 << 62, (), dtype=torch.int64)
-    return state
+    """int64 (seed, -1), drawn from torch's default generator so that manual_seed repeats it."""
+    if not problem.dropout_p:
+        return torch.zeros(2, dtype=torch.int64)
+    return torch.stack([torch.randint(1 << 62, ()), torch.tensor(MASK_OF_BLOCKWISE)])
+
+
+def _empty_s_dmask(problem: Problem, q: Tensor) -> Tensor:
+    if not problem.s_dmask:
+        return q.new_empty(0)
+    sides = (
+        rounded_up(problem.max_seqlen_q),
+        rounded_up(problem.max_seqlen_k),
+    )
+    return q.new_zeros(problem.batch, problem.nheads, *sides)

@@ -1,34 +1,34 @@
 """Ascend's fused training kernel, `torch_npu.npu_fusion_attention`, under flash-attn's rules.
 
-The kernel's contract is in torch_npu's operator documentation. It refuses packed sequences with
-queries that see no key, rows past the last sequence, and keys of length 0 under a mask; here
-those rows are left out before the call and answered with zeros and +inf after it. Gradients go
-through torch_npu's own autograd formula.
+Contract: torch_npu's operator documentation. `direct` is differentiable through torch_npu's own
+autograd; `forward` and `backward` are the same without it, the backward from softmax_lse alone:
+the kernel recomputes probabilities as exp(score - softmax_max) / softmax_sum, so softmax_max =
+softmax_lse and softmax_sum = 1 give the gradient, also of a merge over several blocks of keys.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, lru_cache
+from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..attention.problem import Problem
-from ..attention.result import Result
+from ..attention.result import Forward, Saved
+from .rows import Rows
 
-__all__ = ["NAME", "UNLIMITED", "causal_mask", "prepare"]
-
-NAME = "npu_fusion_attention"
+__all__ = ["backward", "causal_mask", "direct", "forward"]
 
 UNLIMITED = 2147483647
-"""The kernel's default for pre_tockens and next_tockens."""
-
 MASK_SIZE = 2048
-"""Side of the compressed mask that sparse modes 2, 3 and 4 demand."""
+"""Side of the compressed mask that the sparse modes demand."""
+
+STATISTICS = 8
+"""The kernel repeats softmax_max and softmax_sum this often along a last dimension."""
 
 
 @cache
@@ -38,148 +38,209 @@ def causal_mask(device: torch.device) -> Tensor:
     return torch.triu(ones, diagonal=1)
 
 
-class Call(NamedTuple):
-    """The arguments of npu_fusion_attention behind q, k and v, in its order."""
+def direct(problem: Problem) -> Callable[..., Any] | None:
+    """A differentiable function (q, k, v, alibi_slopes, sink) -> what the public function returns.
 
-    head_num: int
-    input_layout: str
-    pse: Tensor | None
-    padding_mask: None
-    atten_mask: Tensor | None
-    scale: float
-    keep_prob: float
-    pre_tockens: int
-    next_tockens: int
-    inner_precise: int
-    prefix: None
-    actual_seq_qlen: list[int] | None
-    actual_seq_kvlen: list[int] | None
-    sparse_mode: int
-
-
-def prepare(problem: Problem) -> tuple[Callable[..., Any], bool]:
-    """A function (q, k, v, ...) differentiable in q, k and v, and whether it returns a bare output.
-
-    Otherwise it returns a Result.
+    None where torch_npu's autograd does not serve: a deterministic backward is asked for.
     """
+    if problem.deterministic and problem.needs_grad:
+        return None
+    rows, kernel = _prepared(problem)
+    if rows.untouched and not (problem.uses_lse or problem.alibi or problem.sink):
+        return _plain(problem, rows)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None) -> Any:
+        out, top, total, *_ = kernel(rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink)
+        out = rows.restore(out)
+        if not problem.uses_lse:
+            return out
+        return out, rows.restore_lse(_lse(problem, top, total)), q.new_empty(0)
+
+    return run
+
+
+def _plain(problem: Problem, rows: Rows) -> Callable[..., Tensor]:
+    """The kernel with nothing around it; positional arguments, which torch parses faster."""
     from torch_npu import npu_fusion_attention
 
-    rows = Rows(problem)
-    call = _call(problem, rows)
-    if rows.untouched and not problem.return_attn_probs:
+    mode, mask, before, after = _sparsity(problem)
+    # fmt: off
+    call = (
+        problem.nheads, _layout(problem), None, None, mask, problem.softmax_scale,
+        1.0 - problem.dropout_p, before, after, 0, None, rows.ends_q, rows.ends_k, mode,
+    )
+    # fmt: on
 
-        def run(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
-            return npu_fusion_attention(q, k, v, *call)[0]  # type: ignore[no-any-return]
+    def run(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
+        return npu_fusion_attention(q, k, v, *call)[0]  # type: ignore[no-any-return]
 
-        return run, True
-
-    # the default layout of packed statistics is a sequence of (nheads, seqlen) blocks
-    layout = {"softmax_layout": "TND"} if problem.varlen and problem.return_attn_probs else {}
-
-    def run_rows(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Result:
-        seen_q, seen_k, seen_v = rows.take(q, k, v)
-        out, top, total, *_rest = npu_fusion_attention(seen_q, seen_k, seen_v, *call, **layout)
-        lse = None
-        if problem.return_attn_probs:
-            stats = top[..., 0] + torch.log(total[..., 0])
-            lse = rows.restore_lse(stats.transpose(0, 1).contiguous() if problem.varlen else stats)
-        return Result(rows.restore(out), lse, None)
-
-    return run_rows, False
+    return run
 
 
-def _call(problem: Problem, rows: Rows) -> Call:
-    mode, mask = 0, None
-    if problem.causal:
-        mode = 3
-    elif problem.windowed:
-        mode = 4
-    if mode:
-        mask = causal_mask(problem.device)
-    return Call(
-        head_num=problem.nheads,
-        input_layout="TND" if problem.varlen else "BSND",
-        pse=None,
-        padding_mask=None,
-        atten_mask=mask,
-        scale=problem.softmax_scale,
-        keep_prob=1.0 - problem.dropout_p,
-        pre_tockens=UNLIMITED if problem.left is None else problem.left,
-        next_tockens=UNLIMITED if problem.right is None else problem.right,
-        inner_precise=0,
-        prefix=None,
-        actual_seq_qlen=rows.ends_q,
-        actual_seq_kvlen=rows.ends_k,
-        sparse_mode=mode,
+def forward(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> Forward:
+    """Attention without autograd."""
+    rows, kernel = _prepared(problem)
+    out, top, total, _, seed, offset, _ = kernel(
+        rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink
+    )
+    return Forward(
+        rows.restore(out),
+        rows.restore_lse(_lse(problem, top, total)),
+        q.new_empty(0),
+        torch.tensor([seed, offset] if problem.dropout_p else [0, 0], dtype=torch.int64),
     )
 
 
-class Rows:
-    """Which rows of q, k and v the kernel is given, and how its answer is put back.
-
-    A dense problem loses the first rows of every sequence; a packed one loses the blind rows of
-    each sequence, the sequences that are empty then, and whatever lies past the last sequence.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        self.varlen = problem.varlen
-        self.rows_q = problem.rows_q
-        self.blind = problem.blind_rows[0] if not problem.varlen else 0
-        self.total_q, self.total_k = problem.seeing_rows, sum(problem.seqlens_k)
-        self.index: Tensor | None = None
-        self.ends_q: list[int] | None = None
-        self.ends_k: list[int] | None = None
-        if not problem.varlen:
-            self.untouched = self.blind == 0
-            return
-        self.ends_q, self.ends_k = _ends(problem)
-        if any(problem.blind_rows):
-            self.index = _seeing_index(problem)
-        self.untouched = self.total_q == problem.rows_q and self.total_k == problem.rows_k
-
-    def take(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.varlen:
-            return q[:, self.blind :], k, v
-        kept = q[: self.total_q] if self.index is None else q.index_select(0, self.index)
-        return kept, k[: self.total_k], v[: self.total_k]
-
-    def restore(self, out: Tensor) -> Tensor:
-        if not self.varlen:
-            return pad(out, (0, 0, 0, 0, self.blind, 0)) if self.blind else out
-        if self.index is not None:
-            return out.new_zeros(self.rows_q, *out.shape[1:]).index_copy(0, self.index, out)
-        tail = self.rows_q - self.total_q
-        return pad(out, (0, 0, 0, 0, 0, tail)) if tail else out
-
-    def restore_lse(self, lse: Tensor) -> Tensor:
-        if not self.varlen:
-            return pad(lse, (self.blind, 0), value=math.inf) if self.blind else lse
-        if self.index is not None:
-            whole = lse.new_full((lse.shape[0], self.rows_q), math.inf)
-            return whole.index_copy(1, self.index, lse)
-        tail = self.rows_q - self.total_q
-        return pad(lse, (0, tail), value=math.inf) if tail else lse
+def backward(
+    problem: Problem,
+    dout: Tensor,
+    saved: Saved,
+    grads: tuple[Tensor, Tensor, Tensor],
+    slopes: Tensor | None,
+    rng_state: Tensor | None,
+) -> None:
+    """Write dq, dk, dv into `grads`, where they lie."""
+    rows, _ = _prepared(problem)
+    lse = rows.take_lse(saved.softmax_lse)
+    if problem.varlen:
+        lse = lse.t()
+    top = lse[..., None].expand(*lse.shape, STATISTICS).contiguous()
+    arguments = _grad_arguments(problem, rows, rng_state)
+    arguments |= {
+        "softmax_max": top,
+        "softmax_sum": torch.ones_like(top),
+        "attention_in": rows.take_q(saved.out).contiguous(),
+    }
+    inputs = (rows.take_q(saved.q), rows.take_k(saved.k), rows.take_k(saved.v))
+    with _deterministic() if problem.deterministic else nullcontext():
+        dq, dk, dv = _grad_kernel(problem, slopes)(
+            *inputs, rows.take_q(dout), problem.nheads, _layout(problem), **arguments
+        )[:3]
+    rows.write_q(grads[0], dq)
+    rows.write_k(grads[1], dk)
+    rows.write_k(grads[2], dv)
 
 
-def _ends(problem: Problem) -> tuple[list[int], list[int]]:
-    """Cumulative lengths of the rows that are left, without sequences empty on both sides."""
-    ends_q, ends_k, end_q, end_k = [], [], 0, 0
-    for seqlen_q, blind, seqlen_k in zip(
-        problem.seqlens_q, problem.blind_rows, problem.seqlens_k, strict=True
-    ):
-        end_q += seqlen_q - blind
-        end_k += seqlen_k
-        if seqlen_q > blind or seqlen_k:
-            ends_q.append(end_q)
-            ends_k.append(end_k)
-    return ends_q, ends_k
+@lru_cache(maxsize=256)
+def _prepared(problem: Problem) -> tuple[Rows, Callable[..., Any]]:
+    rows = Rows(problem)
+    return rows, _forward_kernel(problem, rows)
 
 
-def _seeing_index(problem: Problem) -> Tensor:
-    """Positions in q of the queries that see a key, made on the host and copied once."""
-    starts = problem.lengths_q.cumulative if problem.lengths_q else ()
-    kept = [
-        torch.arange(start + blind, start + seqlen)
-        for start, seqlen, blind in zip(starts, problem.seqlens_q, problem.blind_rows, strict=False)
-    ]
-    return torch.cat(kept).to(problem.device)
+def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:
+    """A function (q, k, v, slopes, sink) of rows that see keys -> the kernel's seven results."""
+    import torch_npu
+
+    shared: dict[str, Any] = {
+        "scale": problem.softmax_scale,
+        "keep_prob": 1.0 - problem.dropout_p,
+        "actual_seq_qlen": rows.ends_q,
+        "actual_seq_kvlen": rows.ends_k,
+    }
+    mode, mask, before, after = _sparsity(problem)
+    shared |= {"sparse_mode": mode, "atten_mask": mask}
+    heads, layout = problem.nheads, _layout(problem)
+    if problem.alibi:
+        biased = shared | {"pre_tokens": before, "next_tokens": after} | _bias(problem)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sink: None) -> Any:
+            return torch_npu.npu_fusion_attention_v2(
+                q, k, v, heads, layout, pse=slopes.contiguous(), **biased
+            )
+
+        return run
+    shared |= {"pre_tockens": before, "next_tockens": after}
+    if problem.varlen and problem.uses_lse:
+        # otherwise packed statistics come as one (nheads, seqlen) block per sequence
+        shared["softmax_layout"] = "TND"
+
+    def run_v1(q: Tensor, k: Tensor, v: Tensor, slopes: None, sink: Tensor | None) -> Any:
+        sunk = {} if sink is None else {"sink": sink.float()}
+        return torch_npu.npu_fusion_attention(q, k, v, heads, layout, **shared, **sunk)
+
+    return run_v1
+
+
+def _grad_kernel(problem: Problem, slopes: Tensor | None) -> Callable[..., Any]:
+    import torch_npu
+
+    if slopes is None:
+        return torch_npu.npu_fusion_attention_grad  # type: ignore[no-any-return]
+
+    def run(*tensors: Any, **arguments: Any) -> Any:
+        arguments["pre_tokens"] = arguments.pop("pre_tockens")
+        arguments["next_tokens"] = arguments.pop("next_tockens")
+        return torch_npu.npu_fusion_attention_grad_v2(
+            *tensors, pse=slopes.contiguous(), **arguments, **_bias(problem)
+        )
+
+    return run
+
+
+def _grad_arguments(problem: Problem, rows: Rows, rng_state: Tensor | None) -> dict[str, Any]:
+    mode, mask, before, after = _sparsity(problem)
+    arguments: dict[str, Any] = {
+        "scale_value": problem.softmax_scale,
+        "keep_prob": 1.0 - problem.dropout_p,
+        "pre_tockens": before,
+        "next_tockens": after,
+        "sparse_mode": mode,
+        "atten_mask": mask,
+        "actual_seq_qlen": rows.ends_q,
+        "actual_seq_kvlen": rows.ends_k,
+    }
+    if problem.varlen:
+        arguments["softmax_layout"] = "TND"
+    if problem.dropout_p and rng_state is not None:
+        seed, offset = rng_state.tolist()
+        arguments |= {"seed": seed, "offset": offset, "numels": problem.nheads * rows.pairs}
+    return arguments
+
+
+def _layout(problem: Problem) -> str:
+    return "TND" if problem.varlen else "BSND"
+
+
+def _sparsity(problem: Problem) -> tuple[int, Tensor | None, int, int]:
+    """(sparse_mode, atten_mask, tokens before, tokens after); no mode works without its mask."""
+    before = UNLIMITED if problem.left is None else problem.left
+    after = UNLIMITED if problem.right is None else problem.right
+    if not (problem.causal or problem.windowed):
+        return 0, None, UNLIMITED, UNLIMITED
+    return 3 if problem.causal else 4, causal_mask(problem.device), before, after
+
+
+def _bias(problem: Problem) -> dict[str, Any]:
+    """Type 2 adds -slope * |j + kv_start - i - q_start|, i and j from the top left."""
+    bias: dict[str, Any] = {"pse_type": 2}
+    if problem.common_offset:
+        bias |= {"q_start_idx": [problem.common_offset], "kv_start_idx": [0]}
+    return bias
+
+
+def _lse(problem: Problem, top: Tensor, total: Tensor) -> Tensor:
+    lse = top[..., 0] + torch.log(total[..., 0])
+    return lse.t().contiguous() if problem.varlen else lse
+
+
+_deterministic_lock = RLock()
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """CANN takes its determinism from torch's global setting at the call; leave that as it was."""
+    with _deterministic_lock:
+        before = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)

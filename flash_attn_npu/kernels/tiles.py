@@ -15,7 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Band", "Scoring", "Streams", "attend", "attend_backward"]
+from ..attention.result import accumulator
+
+__all__ = [
+    "Band",
+    "Scoring",
+    "Streams",
+    "attend",
+    "attend_backward",
+    "probabilities",
+]
 
 TILE_ELEMENTS = 1 << 22
 LARGEST_TILE = 512
@@ -100,11 +109,6 @@ class Streams:
     out: Tensor
     lse: Tensor
     place: int
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _tile_size(q: Tensor) -> int:
@@ -193,19 +197,37 @@ def _blind(band: Band, rows: tuple[int, int], like: Tensor) -> Tensor:
     return (last_key < 0).expand(like.shape)
 
 
+def probabilities(streams: Streams, band: Band, scoring: Scoring, square: Tensor) -> None:
+    """Fill (batch, nheads_k, group, seqlen_q, seqlen_k) from `streams.lse`, negative where dropped.
+
+    The tiles are those of `attend`, so the dropout mask is too.
+    """
+    size = _tile_size(streams.q)
+    kept = accumulator(streams.q.dtype)
+    for rows in _spans(0, band.seqlen_q, size):
+        queries = streams.q[..., slice(*rows), :].to(kept) * scoring.scale
+        lse = streams.lse[..., slice(*rows), None].to(kept)
+        for cols in _spans(*band.keys(*rows), size):
+            keys = streams.k[..., slice(*cols), :].to(kept)
+            scores, _ = _scores(queries, keys, band, scoring, rows, cols)
+            weights = torch.exp(scores - lse)
+            kept_ones = scoring.keep(weights.shape, (streams.place, rows[0], cols[0]), weights)
+            signed = torch.where(kept_ones > 0, weights, -weights)
+            square[..., slice(*rows), slice(*cols)] = signed.to(square.dtype)
+
+
 def attend_backward(
     streams: Streams, band: Band, scoring: Scoring, dout: Tensor, grads: tuple[Tensor, ...]
-) -> Tensor | None:
-    """Fill the views `grads` = (dq, dk, dv); returns dsink (nheads_k, group) if there is a sink.
+) -> None:
+    """Fill the views `grads` = (dq, dk, dv).
 
     Only (q, k, v, out, lse) of the forward are needed, also when out and lse come from a merge
-    over several blocks of keys.
+    over several blocks of keys or count a sink.
     """
     dq, dk, dv = grads
     kept = accumulator(streams.q.dtype)
     size = _tile_size(streams.q)
     dk_sum, dv_sum = (torch.zeros(x.shape, dtype=kept, device=x.device) for x in (dk, dv))
-    dsink = None
     for rows in _spans(0, band.seqlen_q, size):
         douts = dout[..., slice(*rows), :].to(kept)
         delta = (douts * streams.out[..., slice(*rows), :].to(kept)).sum(-1)
@@ -217,12 +239,8 @@ def attend_backward(
             dk_sum[..., slice(*cols), :] += dk_part
             dv_sum[..., slice(*cols), :] += dv_part
         dq[..., slice(*rows), :] = dq_sum.to(dq.dtype)
-        if scoring.sink is not None:
-            part = (torch.exp(scoring.sink.to(kept) - lse) * delta).sum((0, -1))
-            dsink = -part if dsink is None else dsink - part
     dk.copy_(dk_sum)
     dv.copy_(dv_sum)
-    return dsink
 
 
 def _backward_rows(

@@ -1,0 +1,120 @@
+"""Attention as operators of torch's dispatcher, in a namespace of our own, with fakes and autograd.
+
+`flash_attn_npu::_flash_attn_forward` and its three siblings take the arguments of the functions
+of the same name in flash-attention 2.8, in that order, and a few more behind them. Compiled
+graphs, exported programs, selective checkpointing and every call whose kernel has no autograd
+of its own come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import serve, traits
+from .problem import default_scale
+
+__all__ = ["NAMESPACE", "attend"]
+
+NAMESPACE = "flash_attn_npu"
+
+_OPTIONS = (
+    "float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes"
+)
+_VARLEN_OPTIONS = (
+    "float dropout_p, float softmax_scale, bool causal, SymInt window_size_left=-1, "
+    "SymInt window_size_right=-1, float softcap=0.0, Tensor? alibi_slopes=None"
+)
+_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+_OURS = "Tensor? sink=None, bool deterministic=False, str function='{}'"
+_SAVED = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse"
+_GRADS = "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv"
+
+_forward = torch.library.custom_op(
+    f"{NAMESPACE}::_flash_attn_forward",
+    serve.forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_softmax, "
+    f"{_OURS.format('_flash_attn_forward')}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_varlen_forward = torch.library.custom_op(
+    f"{NAMESPACE}::_flash_attn_varlen_forward",
+    serve.varlen_forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_LENGTHS}, {_VARLEN_OPTIONS}, "
+    "bool return_softmax=False, Tensor? block_table=None, Tensor? leftpad_k=None, "
+    "Tensor? seqused_k=None, bool zero_tensors=False, SymInt num_splits=0, "
+    f"{_OURS.format('_flash_attn_varlen_forward')}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_backward = torch.library.custom_op(
+    f"{NAMESPACE}::_flash_attn_backward",
+    serve.backward,
+    mutates_args=("dq", "dk", "dv"),
+    schema=f"({_SAVED}, {_GRADS}, {_OPTIONS}, bool deterministic, Tensor? rng_state=None, "
+    "str function='_flash_attn_backward') -> Tensor",
+)
+_varlen_backward = torch.library.custom_op(
+    f"{NAMESPACE}::_flash_attn_varlen_backward",
+    serve.varlen_backward,
+    mutates_args=("dq", "dk", "dv"),
+    schema=f"({_SAVED}, {_GRADS}, {_LENGTHS}, {_OPTIONS}, bool deterministic, "
+    "Tensor? rng_state=None, bool zero_tensors=False, "
+    "str function='_flash_attn_varlen_backward') -> Tensor",
+)
+
+
+def attend(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | Sequence[int] | None,
+    cu_seqlens_k: Tensor | Sequence[int] | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+    sink: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """What a public function returns, through the operators; can be traced."""
+    scale = default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
+    options = (dropout_p, scale, causal, *window_size, softcap, alibi_slopes)
+    s_dmask = return_attn_probs and dropout_p > 0
+    ops = torch.ops.flash_attn_npu
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        out, lse, probs, _ = ops._flash_attn_forward(
+            q, k, v, *options, s_dmask, sink, deterministic, function
+        )
+    else:
+        lengths = (_tensor(cu_seqlens_q), _tensor(cu_seqlens_k), max_seqlen_q, max_seqlen_k)
+        paged = (None, None, None, False, 0)
+        out, lse, probs, _ = ops._flash_attn_varlen_forward(
+            q, k, v, *lengths, *options, s_dmask, *paged, sink, deterministic, function
+        )
+    return (out, lse, probs) if return_attn_probs else out
+
+
+def _tensor(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(cu_seqlens, Tensor):
+        return cu_seqlens
+    return torch.tensor(cu_seqlens, dtype=torch.int32)
+
+
+for _op, _fake, _formula in (
+    (_forward, traits.forward, traits.differentiate),
+    (_varlen_forward, traits.varlen_forward, traits.differentiate_varlen),
+    (_backward, traits.backward, None),
+    (_varlen_backward, traits.varlen_backward, None),
+):
+    _op.register_fake(_fake)
+    if _formula is not None:
+        _op.register_autograd(_formula, setup_context=traits.save)

@@ -1,0 +1,177 @@
+"""What the operators of `ops` do when they run: look the plan up and call its kernel.
+
+Signatures are those of flash-attention 2.8's low-level functions, with `sink`, `deterministic`
+(in the forward) and `function`, the public name to report, behind them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import ArgumentError, UnsupportedError, explain
+from . import checks
+from .dispatch import Plan, lookup, permit
+from .lengths import Lengths, host_lengths
+from .result import ROUNDING, Forward, Saved, accumulator, rounded_up
+from .support import BLOCKWISE, FUSION
+
+__all__ = ["backward", "forward", "varlen_backward", "varlen_forward"]
+
+# fmt: off
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool,
+    window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
+    return_softmax: bool, sink: Tensor | None = None, deterministic: bool = False,
+    function: str = "_flash_attn_forward",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, softmax_lse, S_dmask, rng_state) of dense attention."""
+    found = lookup(
+        function, q, k, v, None, None, None, None, dropout_p, softmax_scale, causal,
+        (window_size_left, window_size_right), softcap, alibi_slopes, False, return_softmax,
+        # who draws a dropout mask must be able to repeat it in the backward
+        True, dropout_p > 0, sink,
+    )
+    return _run(found, q, k, v, alibi_slopes, sink)
+
+
+def varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
+    window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, return_softmax: bool = False,
+    block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None, zero_tensors: bool = False, num_splits: int = 0,
+    sink: Tensor | None = None, deterministic: bool = False,
+    function: str = "_flash_attn_varlen_forward",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, softmax_lse, S_dmask, rng_state) of packed attention."""
+    paged = {"block_table": block_table, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
+    for argument, value in paged.items():
+        if value is not None:
+            raise UnsupportedError(
+                explain(argument, "a tensor", "None: paged keys are not served yet",
+                        "gather the keys of each sequence into packed k and v")
+            )
+    lengths_q, lengths_k = _lengths(cu_seqlens_q, cu_seqlens_k)
+    found = lookup(
+        function, q, k, v, lengths_q, lengths_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, (window_size_left, window_size_right), softcap, alibi_slopes,
+        False, return_softmax, True, dropout_p > 0, sink,
+    )
+    return _run(found, q, k, v, alibi_slopes, sink)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dropout_p: float,
+    softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int,
+    softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
+    rng_state: Tensor | None = None, function: str = "_flash_attn_backward",
+) -> Tensor:
+    """Write dq, dk, dv; returns rowsum(dout * out), (batch, nheads, seqlen_q rounded up to 128)."""
+    found = lookup(
+        function, q, k, v, None, None, None, None, dropout_p, softmax_scale, causal,
+        (window_size_left, window_size_right), softcap, alibi_slopes, deterministic, False,
+        True, True, None, _mask_from(dropout_p, rng_state),
+    )
+    _run_backward(found, dout, Saved(q, k, v, out, softmax_lse), (dq, dk, dv), alibi_slopes,
+                  rng_state)
+    delta = _row_sums(dout, out).transpose(1, 2)
+    rounded = delta.new_zeros(*delta.shape[:2], rounded_up(delta.shape[2]))
+    rounded[..., : delta.shape[2]] = delta
+    return rounded
+
+
+def varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float,
+    softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int,
+    softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
+    rng_state: Tensor | None = None, zero_tensors: bool = False,
+    function: str = "_flash_attn_varlen_backward",
+) -> Tensor:
+    """Write dq, dk, dv; returns rowsum(dout * out), (nheads, total_q + 128 * batch).
+
+    Sequence i starts there at the multiple of 128 below cu_seqlens_q[i] + 128 * i.
+    """
+    lengths_q, lengths_k = _lengths(cu_seqlens_q, cu_seqlens_k)
+    found = lookup(
+        function, q, k, v, lengths_q, lengths_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, (window_size_left, window_size_right), softcap, alibi_slopes,
+        deterministic, False, True, True, None, _mask_from(dropout_p, rng_state),
+    )
+    _run_backward(found, dout, Saved(q, k, v, out, softmax_lse), (dq, dk, dv), alibi_slopes,
+                  rng_state)
+    delta = _row_sums(dout, out).t()
+    spread = delta.new_zeros(delta.shape[0], delta.shape[1] + ROUNDING * len(lengths_q.seqlens))
+    for i, (start, seqlen) in enumerate(zip(lengths_q.cumulative, lengths_q.seqlens, strict=False)):
+        first = (start + ROUNDING * i) // ROUNDING * ROUNDING
+        spread[:, first : first + seqlen] = delta[:, start : start + seqlen]
+    return spread
+
+
+# fmt: on
+
+
+def _lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Lengths, Lengths]:
+    return host_lengths("cu_seqlens_q", cu_seqlens_q), host_lengths("cu_seqlens_k", cu_seqlens_k)
+
+
+def _run(
+    found: Plan, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None
+) -> Forward:
+    permit(found)
+    found.tally.calls += 1
+    answer: Forward = found.kernel.forward(found.problem, q, k, v, slopes, sink)
+    return answer
+
+
+def _run_backward(
+    found: Plan,
+    dout: Tensor,
+    saved: Saved,
+    grads: tuple[Tensor | None, ...],
+    slopes: Tensor | None,
+    rng_state: Tensor | None,
+) -> None:
+    dq, dk, dv = grads
+    checks.require_tensors(dq=dq, dk=dk, dv=dv)
+    for argument, tensor, like in (
+        *(("dout", dout, saved.q), ("out", saved.out, saved.q)),
+        *(("dq", dq, saved.q), ("dk", dk, saved.k), ("dv", dv, saved.v)),
+    ):
+        if tensor is not None and tensor.shape != like.shape:
+            raise ArgumentError(
+                explain(
+                    argument,
+                    f"shape {tuple(tensor.shape)}",
+                    f"shape {tuple(like.shape)}",
+                    f"pass {argument} laid out as the tensor it belongs to",
+                )
+            )
+    permit(found)
+    found.tally.calls += 1
+    found.kernel.backward(found.problem, dout, saved, grads, slopes, rng_state)
+
+
+def _mask_from(dropout_p: float, rng_state: Tensor | None) -> str | None:
+    """Which kernel drew the mask that `rng_state` stands for."""
+    if not 1.0 - dropout_p < 1.0:
+        return None
+    if rng_state is None:
+        raise ArgumentError(
+            explain(
+                "rng_state",
+                None,
+                "the rng_state that the forward returned, because dropout_p is not 0",
+                "keep the fourth result of the forward and pass it here",
+            )
+        )
+    return BLOCKWISE if int(rng_state[1]) < 0 else FUSION
+
+
+def _row_sums(dout: Tensor, out: Tensor) -> Tensor:
+    return (dout.to(accumulator(out.dtype)) * out).sum(-1)

@@ -1,0 +1,127 @@
+"""The five entry points of upstream's C++ extension, which some clients call directly.
+
+`flash_attn_interface.flash_attn_gpu` is this module. Argument order and results are those of
+flash-attention 2.8's extension; generators must be None, as there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .attention import ops
+from .errors import ArgumentError, UnsupportedError, explain
+
+__all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
+
+_ops = getattr(torch.ops, ops.NAMESPACE)
+
+# fmt: off
+
+
+def fwd(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, alibi_slopes: Tensor | None,
+    p_dropout: float, softmax_scale: float, is_causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, return_softmax: bool, gen: Any = None,
+) -> list[Tensor]:
+    """[out, softmax_lse, S_dmask, rng_state]; a given `out` is written where it lies."""
+    _no_generator(gen)
+    return _into(out, _ops._flash_attn_forward(
+        q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, return_softmax,
+    ))
+
+
+def varlen_fwd(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, seqused_k: Tensor | None, leftpad_k: Tensor | None,
+    block_table: Tensor | None, alibi_slopes: Tensor | None, max_seqlen_q: int,
+    max_seqlen_k: int, p_dropout: float, softmax_scale: float, zero_tensors: bool,
+    is_causal: bool, window_size_left: int, window_size_right: int, softcap: float,
+    return_softmax: bool, gen: Any = None,
+) -> list[Tensor]:
+    """[out, softmax_lse, S_dmask, rng_state] of packed sequences."""
+    _no_generator(gen)
+    return _into(out, _ops._flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout,
+        softmax_scale, is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        return_softmax, block_table, leftpad_k, seqused_k, zero_tensors,
+    ))
+
+
+def bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, alibi_slopes: Tensor | None,
+    p_dropout: float, softmax_scale: float, is_causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, deterministic: bool, gen: Any = None,
+    rng_state: Tensor | None = None,
+) -> list[Tensor]:
+    """[dq, dk, dv, row sums]; given gradients are written where they lie."""
+    _no_generator(gen)
+    grads = _grads((dq, dk, dv), (q, k, v))
+    row_sums = _ops._flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, *grads, p_dropout, softmax_scale, is_causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state,
+    )
+    return [*grads, row_sums]
+
+
+def varlen_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, alibi_slopes: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    p_dropout: float, softmax_scale: float, zero_tensors: bool, is_causal: bool,
+    window_size_left: int, window_size_right: int, softcap: float, deterministic: bool,
+    gen: Any = None, rng_state: Tensor | None = None,
+) -> list[Tensor]:
+    """[dq, dk, dv, row sums] of packed sequences."""
+    _no_generator(gen)
+    grads = _grads((dq, dk, dv), (q, k, v))
+    row_sums = _ops._flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, *grads, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state, zero_tensors,
+    )
+    return [*grads, row_sums]
+
+
+# fmt: on
+
+
+def fwd_kvcache(*args: Any, **kwargs: Any) -> NoReturn:
+    """Not served yet."""
+    raise UnsupportedError(
+        explain(
+            "fwd_kvcache",
+            "a call",
+            "fwd, bwd, varlen_fwd and varlen_bwd",
+            "gather the cache into packed k and v and call varlen_fwd",
+        )
+    )
+
+
+def _into(out: Tensor | None, answer: tuple[Tensor, ...]) -> list[Tensor]:
+    if out is None:
+        return list(answer)
+    return [out.copy_(answer[0]), *answer[1:]]
+
+
+def _grads(given: tuple[Tensor | None, ...], like: tuple[Tensor, ...]) -> list[Tensor]:
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad is None else grad
+        for grad, x in zip(given, like, strict=True)
+    ]
+
+
+def _no_generator(gen: Any) -> None:
+    if gen is not None:
+        raise ArgumentError(
+            explain(
+                "gen",
+                type(gen).__name__,
+                "None: dropout draws from torch's default generator",
+                "seed it with torch.manual_seed",
+            )
+        )

@@ -1,0 +1,131 @@
+"""Which rows of a problem the fused kernel is given, and how its answer is put back.
+
+The kernel refuses packed queries that see no key, keys of length 0 under a mask, and rows past
+the last sequence. They are left out before the call and answered with zeros and +inf after it.
+A dense problem loses the first rows of every sequence; a packed one loses the blind rows of
+each sequence, the sequences that are empty then, and the tail.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..attention.problem import Problem
+
+__all__ = ["Rows"]
+
+
+class Rows:
+    """The selection for one problem.
+
+    Attributes:
+        untouched: nothing is left out.
+        ends_q, ends_k: cumulative lengths of what is left, None for dense problems.
+        pairs: query-key pairs of what is left, over all sequences, for one head.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.varlen = problem.varlen
+        self.blind = 0 if problem.varlen else max(problem.blind_rows, default=0)
+        self.rows_q, self.rows_k = problem.rows_q, problem.rows_k
+        self.total_q, self.total_k = problem.seeing_rows, sum(problem.seqlens_k)
+        self.pairs = sum(
+            (seqlen_q - blind) * seqlen_k
+            for seqlen_q, blind, seqlen_k in zip(
+                problem.seqlens_q, problem.blind_rows, problem.seqlens_k, strict=True
+            )
+        )
+        self.index: Tensor | None = None
+        self.ends_q: list[int] | None = None
+        self.ends_k: list[int] | None = None
+        if not problem.varlen:
+            self.untouched = self.blind == 0
+            return
+        self.ends_q, self.ends_k = _ends(problem)
+        if any(problem.blind_rows):
+            self.index = _seeing_index(problem)
+        self.untouched = self.total_q == problem.rows_q and self.total_k == problem.rows_k
+
+    def take_q(self, x: Tensor) -> Tensor:
+        """The rows of a tensor laid out as q."""
+        if not self.varlen:
+            return x[:, self.blind :]
+        return x[: self.total_q] if self.index is None else x.index_select(0, self.index)
+
+    def take_k(self, x: Tensor) -> Tensor:
+        """The rows of a tensor laid out as k."""
+        return x[: self.total_k] if self.varlen else x
+
+    def take_lse(self, lse: Tensor) -> Tensor:
+        """The rows of (batch, nheads, seqlen_q) or (nheads, total_q)."""
+        if not self.varlen:
+            return lse[..., self.blind :]
+        return lse[:, : self.total_q] if self.index is None else lse.index_select(1, self.index)
+
+    def restore(self, out: Tensor) -> Tensor:
+        """All rows of q again, zeros where nothing was computed; differentiable."""
+        if not self.varlen:
+            return pad(out, (0, 0, 0, 0, self.blind, 0)) if self.blind else out
+        if self.index is not None:
+            return out.new_zeros(self.rows_q, *out.shape[1:]).index_copy(0, self.index, out)
+        tail = self.rows_q - self.total_q
+        return pad(out, (0, 0, 0, 0, 0, tail)) if tail else out
+
+    def restore_lse(self, lse: Tensor) -> Tensor:
+        """All rows of softmax_lse again, +inf where nothing was computed."""
+        if not self.varlen:
+            return pad(lse, (self.blind, 0), value=math.inf) if self.blind else lse
+        if self.index is not None:
+            whole = lse.new_full((lse.shape[0], self.rows_q), math.inf)
+            return whole.index_copy(1, self.index, lse)
+        tail = self.rows_q - self.total_q
+        return pad(lse, (0, tail), value=math.inf) if tail else lse
+
+    def write_q(self, target: Tensor, part: Tensor) -> None:
+        """Write rows into a tensor laid out as q, where it lies, and zeros beside them."""
+        if self.index is not None:
+            target.zero_().index_copy_(0, self.index, part)
+        elif self.varlen:
+            target[: self.total_q] = part
+            target[self.total_q :] = 0
+        else:
+            target[:, : self.blind] = 0
+            target[:, self.blind :] = part
+
+    def write_k(self, target: Tensor, part: Tensor) -> None:
+        """Write rows into a tensor laid out as k, where it lies, and zeros beside them."""
+        if self.varlen:
+            target[: self.total_k] = part
+            target[self.total_k :] = 0
+        else:
+            target.copy_(part)
+
+
+def _ends(problem: Problem) -> tuple[list[int], list[int]]:
+    """Cumulative lengths of the rows that are left, without sequences empty on both sides."""
+    ends_q, ends_k, end_q, end_k = [], [], 0, 0
+    for seqlen_q, blind, seqlen_k in zip(
+        problem.seqlens_q, problem.blind_rows, problem.seqlens_k, strict=True
+    ):
+        end_q += seqlen_q - blind
+        end_k += seqlen_k
+        if seqlen_q > blind or seqlen_k:
+            ends_q.append(end_q)
+            ends_k.append(end_k)
+    return ends_q, ends_k
+
+
+def _seeing_index(problem: Problem) -> Tensor:
+    """Positions in q of the queries that see a key, made on the host and copied once."""
+    assert problem.lengths_q is not None
+    kept = [
+        torch.arange(start + blind, start + seqlen)
+        for start, seqlen, blind in zip(
+            problem.lengths_q.cumulative, problem.seqlens_q, problem.blind_rows, strict=False
+        )
+    ]
+    return torch.cat(kept).to(problem.device)
