@@ -22,7 +22,9 @@ __all__ = ["Answer", "attend", "refuse_block_table", "unpacked"]
 
 Answer = Tensor | tuple[Tensor, Tensor, Tensor]
 
+_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_grad_enabled = torch.is_grad_enabled
 
 
 def attend(
@@ -46,7 +48,7 @@ def attend(
 ) -> Answer:
     """Attention over dense tensors if cu_seqlens_q is None, else over packed ones."""
     # fmt: off
-    if torch.compiler.is_dynamo_compiling() or _dispatch_modes():
+    if _compiling() or _dispatch_modes():
         return ops.attend(
             function, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
             softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -59,10 +61,16 @@ def attend(
             lengths_k = lengths_q
         else:
             lengths_k = host_lengths("cu_seqlens_k", cu_seqlens_k)
-        longest_q = checks.longest("max_seqlen_q", max_seqlen_q, lengths_q.longest)
-        longest_k = checks.longest("max_seqlen_k", max_seqlen_k, lengths_k.longest)
+        longest_q = (
+            max_seqlen_q if type(max_seqlen_q) is int
+            else checks.longest("max_seqlen_q", max_seqlen_q, lengths_q.longest)
+        )
+        longest_k = (
+            max_seqlen_k if type(max_seqlen_k) is int
+            else checks.longest("max_seqlen_k", max_seqlen_k, lengths_k.longest)
+        )
     try:
-        needs_grad = torch.is_grad_enabled() and (
+        needs_grad = _grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad
             or (sink is not None and sink.requires_grad)
         )
