@@ -1,0 +1,217 @@
+"""Arithmetic for the stub CANN: aten operators of NPU tensors computed by the CPU's kernels.
+
+Python kernels replace torch_npu's own for the PrivateUse1 dispatch key, so autograd, autocast,
+dispatch modes and torch.compile see what they see on a card. Views, allocations and metadata stay
+torch_npu's own, and an operator without a PrivateUse1 kernel takes torch_npu's CPU fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import copies, derivatives, journal
+from .memory import host_view, to_device
+from .randomness import default_host_generator, draw_seed, host_generator
+
+Kernel = Callable[..., Any]
+
+# torch_npu's own implementation is the arithmetic, or dispatches to operators that have it
+_KEPT = {
+    "_fused_sdp_choice",
+    "_lazy_clone",
+    "_pin_memory",
+    "contiguous",
+    "is_pinned",
+    "is_set_to",
+    "record_stream",
+    "resize_",
+    "resize_as_",
+    "scaled_dot_product_attention",
+    "set_",
+}
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# Operators that take host tensors beside device tensors on a card too
+_MIXED = {"_index_put_impl_", "_pack_padded_sequence", "index", "index_put", "index_put_"}
+_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+
+
+def kernels() -> dict[str, Kernel]:
+    """Every aten operator that torch_npu implements and this module replaces."""
+    table = {}
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
+        op = overload(name) if name.startswith("aten::") else None
+        kernel = _kernel_for(op) if op else None
+        if kernel:
+            table[name] = kernel
+    return table
+
+
+def overload(name: str) -> torch._ops.OpOverload | None:
+    """The operator called "namespace::packet.overload", None where no schema is known."""
+    namespace, _, rest = name.partition("::")
+    packet, _, variant = rest.partition(".")
+    found = getattr(getattr(torch.ops, namespace), packet, None)
+    return getattr(found, variant or "default", None)
+
+
+def original(op: torch._ops.OpOverload) -> Kernel:
+    """torch_npu's own kernel, as it was before anything replaced it."""
+    kernel = torch.library.get_kernel(op, "PrivateUse1")
+    return lambda *args, **kwargs: kernel.call_boxed(_KEYS, *args, **kwargs)
+
+
+def _kernel_for(op: torch._ops.OpOverload) -> Kernel | None:
+    name = op._schema.name.removeprefix("aten::")
+    if name in copies.KERNELS:
+        return copies.KERNELS[name]
+    if name == "matmul_backward":
+        return derivatives.matmul_backward
+    if name in _ALLOCATIONS:
+        return _poisoned(original(op))
+    if name in _KEPT or _is_view(op) or name.startswith("empty"):
+        return None
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    if has(op.name(), "CompositeImplicitAutograd"):
+        return op.decompose
+    if has(op.name(), "CPU") or has(op.name(), "CompositeExplicitAutograd"):
+        return OnHost(op)
+    return None
+
+
+def _is_view(op: torch._ops.OpOverload) -> bool:
+    aliases = (value.alias_info for value in op._schema.returns)
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _poisoned(allocate: Kernel) -> Kernel:
+    """An allocation whose floating memory is NaN until somebody writes it."""
+
+    def kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = allocate(*args, **kwargs)
+        if out.is_floating_point() and out.device.type == "npu" and out.numel():
+            with torch._C.DisableTorchFunction():
+                host_view(out).fill_(torch.nan)
+        return out
+
+    return kernel
+
+
+class OnHost:
+    """One operator, computed by the CPU's kernel on the device's memory."""
+
+    def __init__(self, op: torch._ops.OpOverload) -> None:
+        schema = op._schema
+        self.op = op
+        self.out_names = {argument.name for argument in schema.arguments if argument.is_out}
+        self.returned = [_returned_argument(schema, value) for value in schema.returns]
+        self.positions = {argument.name: i for i, argument in enumerate(schema.arguments)}
+        self.takes_generator = "generator" in self.positions
+        self.is_random = torch.Tag.nondeterministic_seeded in op.tags
+        self.mixes = schema.name.removeprefix("aten::") in _MIXED
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            call = _Call(self)
+            host_args = [call.to_host(value) for value in args]
+            host_kwargs = {
+                name: call.to_host(value, is_out=name in self.out_names)
+                for name, value in kwargs.items()
+            }
+            call.check_devices()
+            result = self._compute(args, host_args, kwargs, host_kwargs)
+            call.finish_resized()
+            return self._to_device(result, args, kwargs, call.device)
+
+    def _compute(self, args: Any, host_args: list, kwargs: Any, host_kwargs: dict) -> Any:
+        if self.takes_generator:
+            generator = self._argument("generator", args, kwargs)
+            host_kwargs["generator"] = host_generator(draw_seed(generator))
+            return self.op(*host_args[: self.positions["generator"]], **host_kwargs)
+        if self.is_random:
+            with default_host_generator(draw_seed(None)):
+                return self.op(*host_args, **host_kwargs)
+        return self.op(*host_args, **host_kwargs)
+
+    def _argument(self, name: str, args: Any, kwargs: Any) -> Any:
+        position = self.positions[name]
+        return args[position] if position < len(args) else kwargs.get(name)
+
+    def _to_device(self, result: Any, args: Any, kwargs: Any, device: Any) -> Any:
+        if len(self.returned) <= 1:
+            name = self.returned[0] if self.returned else None
+            if name:
+                return self._argument(name, args, kwargs)
+            return _result(result, device)
+        return tuple(
+            self._argument(name, args, kwargs) if name else _result(value, device)
+            for name, value in zip(self.returned, result, strict=True)
+        )
+
+
+def _returned_argument(schema: Any, value: Any) -> str | None:
+    """The name of the argument that an in-place or out operator returns."""
+    if value.alias_info is None:
+        return None
+    for argument in schema.arguments:
+        alias = argument.alias_info
+        if alias is not None and alias.before_set == value.alias_info.before_set:
+            return argument.name
+    return None
+
+
+def _result(value: Any, device: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return to_device(value, device)
+    if isinstance(value, (list, tuple)):
+        return [_result(item, device) for item in value]
+    if isinstance(value, (bool, int, float)):
+        journal.copied_to_host(torch.tensor(value))
+    return value
+
+
+class _Call:
+    """The tensors of one call: host views for the device's, and what they say about devices."""
+
+    def __init__(self, kernel: OnHost) -> None:
+        self.kernel = kernel
+        self.device: torch.device | None = None
+        self.host_shape: torch.Size | None = None
+        self.resized: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def to_host(self, value: Any, is_out: bool = False) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, is_out)
+        if isinstance(value, (list, tuple)):
+            return [self.to_host(item) for item in value]
+        if isinstance(value, torch.device) and value.type == "npu":
+            self.device = value
+            return torch.device("cpu")
+        return value
+
+    def _tensor(self, value: torch.Tensor, is_out: bool) -> torch.Tensor:
+        if value.device.type != "npu":
+            if value.dim() > 0:
+                self.host_shape = value.shape
+            return value
+        self.device = value.device
+        if is_out and value.numel() == 0:
+            # The CPU's kernel resizes it, which a view over foreign memory cannot follow
+            host = torch.empty(0, dtype=value.dtype, device="cpu")
+            self.resized.append((value, host))
+            return host
+        return host_view(value)
+
+    def check_devices(self) -> None:
+        if self.host_shape is not None and self.device is not None and not self.kernel.mixes:
+            raise RuntimeError(
+                f"{self.kernel.op}: expected all tensors to be on the same device, but found one "
+                f"of shape {tuple(self.host_shape)} on the CPU beside {self.device}"
+            )
+
+    def finish_resized(self) -> None:
+        for device_tensor, host in self.resized:
+            device_tensor.resize_(host.shape)
+            host_view(device_tensor).copy_(host)

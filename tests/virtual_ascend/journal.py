@@ -1,0 +1,70 @@
+"""What a stretch of code asked of the simulated card: launches of npu operators and copies.
+
+Only the counting lives here; whoever simulates an operator or a copy reports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """One call of an operator of the npu namespace, arguments by schema name."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class Copy(NamedTuple):
+    """One transfer between host and device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+
+
+@dataclass
+class Record:
+    launches: list[Launch] = field(default_factory=list)
+    device_to_host: list[Copy] = field(default_factory=list)
+    host_to_device: list[Copy] = field(default_factory=list)
+
+
+# Shared by all threads: the backward of a device runs in autograd's own thread
+_open: list[Record] = []
+
+
+@contextmanager
+def record() -> Iterator[Record]:
+    """Collect what happens inside the block, in every thread."""
+    collected = Record()
+    _open.append(collected)
+    try:
+        yield collected
+    finally:
+        # By identity: two open records with equal contents compare equal
+        _open[:] = [other for other in _open if other is not collected]
+
+
+def launched(name: str, arguments: dict[str, Any]) -> None:
+    for collected in _open:
+        collected.launches.append(Launch(name, arguments))
+
+
+def copied_to_host(tensor: torch.Tensor) -> None:
+    for collected in _open:
+        collected.device_to_host.append(_copy(tensor))
+
+
+def copied_to_device(tensor: torch.Tensor) -> None:
+    for collected in _open:
+        collected.host_to_device.append(_copy(tensor))
+
+
+def _copy(tensor: torch.Tensor) -> Copy:
+    return Copy(tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.element_size())

@@ -1,0 +1,70 @@
+"""The npu namespace: journalling of every call, and where its arithmetic comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import derivatives, fusion_attention, journal
+from .arithmetic import original, overload
+
+Kernel = Callable[..., Any]
+
+# Metadata only, nothing to launch: the simulated memory knows one format
+_KEPT = {
+    "_npu_format_cast",
+    "get_npu_format",
+    "get_storage_size",
+    "npu_format_cast",
+    "set_op_timeout_ms",
+}
+
+
+def kernels() -> dict[str, Kernel]:
+    """Every operator of the npu namespace that torch_npu implements."""
+    table = {}
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
+        op = overload(name) if name.startswith("npu::") else None
+        if op is not None and op._schema.name.removeprefix("npu::") not in _KEPT:
+            table[name] = _journalled(op, _arithmetic(op))
+    return table
+
+
+def _arithmetic(op: torch._ops.OpOverload) -> Kernel:
+    """A kernel whose first argument is the call's arguments by name."""
+    name = op._schema.name.removeprefix("npu::")
+    version = {"2": 2, "3": 3}.get(name[-1], 1)
+    if name.startswith("npu_fusion_attention") and op._overloadname == "default":
+        backward = "_grad" in name
+        build = fusion_attention.backward_kernel if backward else fusion_attention.forward_kernel
+        return build(version, original(op))
+    if name == "_npu_dropout_gen_mask":
+        return fusion_attention.dropout_mask_kernel(original(op))
+    return _ignoring_names(derivatives.KERNELS.get(name) or _refusal(name))
+
+
+def _ignoring_names(kernel: Kernel) -> Kernel:
+    return lambda given, *args, **kwargs: kernel(*args, **kwargs)
+
+
+def _refusal(name: str) -> Kernel:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"npu::{name} has no simulated arithmetic")
+
+    return kernel
+
+
+def _journalled(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
+    name = op._schema.name.removeprefix("npu::")
+    arguments = op._schema.arguments
+    names = [argument.name for argument in arguments]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        journal.launched(name, given)
+        return kernel(given, *args, **kwargs)
+
+    return launch
