@@ -1,0 +1,224 @@
+"""Policy of `install()`: when this package may answer to `import flash_attn`, and when not."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import sys
+import threading
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import cast
+
+from .._version import FLASH_ATTN_VERSION
+from ..errors import ActivationError, explain
+from ..integrations import transformers
+from . import occupant
+from .finder import AliasFinder, PostImportFinder
+from .metadata import VirtualDistribution, VirtualDistributionFinder
+
+__all__ = ["MIRRORED", "Activation", "install", "installed", "uninstall"]
+
+MIRRORED = ("", "flash_attn_interface", "bert_padding")
+"""Our modules that mirror upstream ones; anything else of ours is absent under `flash_attn`."""
+
+ALIAS = "flash_attn"
+PACKAGE = "flash_attn_npu"
+PROVIDER = "flash-attn-npu-shim"
+RIVAL = "flash-attn-npu"
+
+_log = logging.getLogger(PACKAGE)
+_lock = threading.RLock()
+_claims: set[Activation] = set()
+_set_aside: dict[str, ModuleType | None] = {}
+
+_alias = AliasFinder(ALIAS, PACKAGE, MIRRORED)
+_distribution = VirtualDistributionFinder(
+    VirtualDistribution(
+        "flash-attn", FLASH_ATTN_VERSION, ALIAS, PROVIDER, Path(__file__).parents[2]
+    )
+)
+_hooks = PostImportFinder(transformers.HOOKS)
+
+
+class Activation:
+    """One claim on the name `flash_attn`, returned by `install()`.
+
+    The name stays ours until every claim is given up, or `uninstall()` ends them all. As a
+    context manager it gives itself up at the end of the block.
+    """
+
+    def uninstall(self) -> None:
+        """Give this claim up; a second call does nothing."""
+        with _lock:
+            if self in _claims:
+                _claims.remove(self)
+                if not _claims:
+                    _switch_off()
+
+    def __enter__(self) -> Activation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.uninstall()
+
+
+def install(*, force: bool = False) -> Activation:
+    """Make `import flash_attn` give this package in this process.
+
+    Applications and launchers call it, before anything imports flash_attn; libraries import
+    flash_attn_npu directly. Calling it again is harmless. Placeholders that other packages
+    left under the name are removed for good.
+
+    Args:
+        force: replace a flash_attn that is already imported, and ignore
+            `sys.modules["flash_attn"] = None`. What was replaced comes back on uninstall.
+
+    Returns:
+        A claim with `.uninstall()`, usable as a context manager.
+
+    Raises:
+        ActivationError: a real flash_attn is already imported, or the name is blocked.
+    """
+    with _lock:
+        _clear_the_way(force)
+        if not _claims:
+            _switch_on()
+        claim = Activation()
+        _claims.add(claim)
+        return claim
+
+
+def uninstall() -> None:
+    """Give the name up, whoever claimed it; does nothing when not installed.
+
+    Modules that imported names from flash_attn meanwhile keep them.
+    """
+    with _lock:
+        if _claims:
+            _claims.clear()
+            _switch_off()
+
+
+def installed() -> bool:
+    """Whether `import flash_attn` gives this package."""
+    return bool(_claims)
+
+
+def _switch_on() -> None:
+    _warn_of_rival()
+    _tell_what_is_shadowed()
+    try:
+        _distribution.insert()
+        _alias.insert()
+        transformers.forget_cached_answers()
+        _hooks.insert()
+    except BaseException:
+        _switch_off()
+        raise
+    _log.info("flash_attn is now flash_attn_npu, mirroring flash-attn %s", FLASH_ATTN_VERSION)
+
+
+def _switch_off() -> None:
+    _hooks.remove()
+    transformers.undo()
+    _alias.remove()
+    _distribution.remove()
+    transformers.forget_cached_answers()
+    for name, module in _set_aside.items():
+        # typeshed has no None here, though Python does
+        sys.modules.setdefault(name, cast(ModuleType, module))
+    _set_aside.clear()
+
+
+def _clear_the_way(force: bool) -> None:
+    found = {
+        name: module
+        for name, module in occupant.loaded_as(ALIAS).items()
+        if not _alias.owns(name, module)
+    }
+    if ALIAS not in found:
+        # children without their parent, or placed under ours: nobody but a placeholder does that
+        found = {
+            name: module
+            for name, module in found.items()
+            if module is not None and occupant.is_placeholder(module)
+        }
+    elif (head := found[ALIAS]) is None:
+        _refuse_blocked(force)
+        _set_aside.update(found)
+    elif not occupant.is_placeholder(head):
+        _refuse_loaded(head, force)
+        _set_aside.update(found)
+    if found:
+        _log.info("removed from sys.modules: %s", ", ".join(sorted(found)))
+    occupant.evict(found)
+
+
+def _refuse_blocked(force: bool) -> None:
+    if not force:
+        raise ActivationError(
+            explain(
+                "sys.modules['flash_attn']",
+                "None, by which somebody in this process blocked the import of flash_attn",
+                "no entry",
+                "delete the entry if flash_attn may be used here, or call install(force=True)",
+            )
+        )
+    _log.warning("sys.modules['flash_attn'] was None: install(force=True) lifts that block")
+
+
+def _refuse_loaded(module: ModuleType, force: bool) -> None:
+    holders = ", ".join(occupant.references_to(ALIAS)) or "no module"
+    if not force:
+        raise ActivationError(
+            explain(
+                "sys.modules['flash_attn']",
+                f"a flash_attn that is already imported, from {occupant.whereabouts(module)}; "
+                f"modules that hold names from it: {holders}",
+                "a process that has not imported flash_attn yet",
+                "call flash_attn_npu.install() earlier, or start the program with "
+                "`python -m flash_attn_npu`; install(force=True) replaces it all the same, and "
+                "those modules keep what they hold",
+            )
+        )
+    _log.warning(
+        "install(force=True) replaces the flash_attn of %s; still holding names from it: %s",
+        occupant.whereabouts(module),
+        holders,
+    )
+
+
+def _warn_of_rival() -> None:
+    try:
+        version = metadata.version(RIVAL)
+    except metadata.PackageNotFoundError:
+        return
+    _log.warning(
+        "the distribution %s %s is installed beside %s: both bring an import package "
+        "flash_attn_npu, and whichever came last has overwritten files of the other; to keep "
+        "this one: pip uninstall %s, then pip install --force-reinstall --no-deps %s",
+        RIVAL,
+        version,
+        PROVIDER,
+        RIVAL,
+        PROVIDER,
+    )
+
+
+def _tell_what_is_shadowed() -> None:
+    spec = importlib.util.find_spec(ALIAS)
+    if spec is not None:
+        _say_shadowed(str(spec.origin))
+
+
+@functools.cache
+def _say_shadowed(origin: str) -> None:
+    _log.info("the flash_attn on disk at %s is shadowed while installed, not changed", origin)

@@ -1,0 +1,1 @@
+"""How other libraries' own attention paths are led to ours while installed."""

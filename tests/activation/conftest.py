@@ -1,0 +1,74 @@
+"""Import order needs a fresh interpreter per case, so most tests here run small scripts."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def _package_root() -> Path:
+    spec = importlib.util.find_spec("flash_attn_npu")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parents[1]
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Run:
+    """Runs Python with arguments, in an empty folder and with torch not loading torch_npu."""
+
+    def run(
+        *args: str, path: tuple[Path, ...] = (), stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, [*path, _package_root()])),
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+            "HF_HUB_OFFLINE": "1",
+        }
+        return subprocess.run(
+            [sys.executable, *args],
+            cwd=tmp_path,
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def script(python: Run, tmp_path: Path) -> Callable[..., str]:
+    """Runs a script that must succeed with every warning an error; returns what it printed."""
+
+    def run(source: str, *, path: tuple[Path, ...] = (), warnings: str = "error") -> str:
+        file = tmp_path / "script.py"
+        file.write_text(textwrap.dedent(source))
+        done = python("-W", warnings, str(file), path=path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def import_system() -> Iterator[None]:
+    """Puts `sys.meta_path` and `sys.modules` back as they were."""
+    finders, modules = list(sys.meta_path), dict(sys.modules)
+    yield
+    sys.meta_path[:] = finders
+    for name in set(sys.modules) - set(modules):
+        del sys.modules[name]
+    sys.modules.update(modules)

@@ -1,0 +1,148 @@
+"""`python -m flash_attn_npu` runs programs as Python itself would."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+PROBE = """
+import sys, flash_attn
+print(flash_attn.__name__, __name__, sys.argv, repr(sys.path[0]))
+print(sys.modules["__main__"].__dict__ is globals())
+"""
+PLAIN = PROBE.replace(", flash_attn", "").replace("flash_attn.__name__", "'flash_attn_npu'")
+ARGS = ("-v", "-m", "x", "--report", "-h")
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    for folder in ("apps", "pack"):
+        (tmp_path / folder).mkdir()
+    for name, text in (("with", PROBE), ("plain", PLAIN)):
+        (tmp_path / "apps" / f"{name}.py").write_text(text)
+    (tmp_path / "pack" / "__init__.py").touch()
+    (tmp_path / "pack" / "__main__.py").write_text(PROBE)
+    (tmp_path / "module.py").write_text(PROBE)
+    (tmp_path / "failing.py").write_text("import sys\nsys.exit(7)\n")
+    (tmp_path / "raising.py").write_text("raise KeyError('from the program')\n")
+    (tmp_path / "needy.py").write_text("import no_such_module_at_all\n")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("programs")
+def test_script_sees_what_it_sees_under_python(python: Run) -> None:
+    ours = python("-W", "error", "-m", "flash_attn_npu", "apps/with.py", *ARGS)
+    plain = python("apps/plain.py", *ARGS)
+    assert (ours.returncode, ours.stderr) == (0, "")
+    assert ours.stdout.replace("with.py", "plain.py") == plain.stdout
+
+
+@pytest.mark.usefixtures("programs")
+def test_command_sees_what_it_sees_under_python(python: Run) -> None:
+    ours = python("-m", "flash_attn_npu", "-c", PROBE, *ARGS)
+    plain = python("-c", PLAIN, *ARGS)
+    assert (ours.returncode, ours.stderr) == (0, "")
+    assert ours.stdout == plain.stdout
+    assert python("-m", "flash_attn_npu", f"-c{PROBE}", *ARGS).stdout == plain.stdout
+
+
+@pytest.mark.parametrize(("name", "file"), [("module", "module.py"), ("pack", "pack/__main__.py")])
+def test_module_sees_what_it_sees_under_python(
+    python: Run, programs: Path, name: str, file: str
+) -> None:
+    done = python("-m", "flash_attn_npu", "-m", name, *ARGS)
+    assert (done.returncode, done.stderr) == (0, "")
+    argv = [str(programs / file), *ARGS]
+    assert done.stdout == f"flash_attn_npu __main__ {argv} {str(programs)!r}\nTrue\n"
+    (programs / file).write_text(PLAIN)
+    assert python("-m", name, *ARGS).stdout == done.stdout
+
+
+@pytest.mark.usefixtures("programs")
+def test_exit_status_and_exceptions_of_the_program_come_through(python: Run) -> None:
+    assert python("-m", "flash_attn_npu", "failing.py").returncode == 7
+    raised = python("-m", "flash_attn_npu", "raising.py")
+    assert raised.returncode == 1
+    assert "KeyError: 'from the program'" in raised.stderr
+    needy = python("-m", "flash_attn_npu", "-m", "needy")
+    assert needy.returncode == 1
+    assert "Traceback" in needy.stderr
+    assert "no_such_module_at_all" in needy.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "nothing to run"),
+        (("-v",), "nothing to run"),
+        (("-m",), "-m needs an argument"),
+        (("-c",), "-c needs an argument"),
+        (("-m", "no_such_module"), "no module named no_such_module"),
+        (("-m", "no_such.module"), "No module named 'no_such'"),
+        (("no_such_script.py",), "can't open 'no_such_script.py'"),
+        (("--fast", "script.py"), "unrecognized arguments: --fast"),
+    ],
+)
+def test_what_cannot_run_is_said_in_one_line(
+    python: Run, args: tuple[str, ...], message: str
+) -> None:
+    done = python("-m", "flash_attn_npu", *args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_refused_install_is_an_error_line(python: Run, tmp_path: Path) -> None:
+    # usercustomize-like: something has blocked the name before our command line runs
+    (tmp_path / "block.py").write_text(
+        "import runpy, sys\n"
+        "sys.modules['flash_attn'] = None\n"
+        "sys.argv = ['flash_attn_npu', '-c', 'print(1)']\n"
+        "runpy.run_module('flash_attn_npu', run_name='__main__', alter_sys=True)\n"
+    )
+    done = python("block.py")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: sys.modules['flash_attn']: got None")
+    assert "Traceback" not in done.stderr
+
+
+def test_help(python: Run) -> None:
+    done = python("-m", "flash_attn_npu", "-h")
+    assert done.returncode == 0
+    assert "usage: python -m flash_attn_npu" in done.stdout
+
+
+@pytest.mark.usefixtures("programs")
+def test_verbose_logs_to_stderr_only(python: Run) -> None:
+    done = python("-m", "flash_attn_npu", "-v", "apps/with.py")
+    assert done.returncode == 0
+    assert "flash_attn_npu: flash_attn is now flash_attn_npu" in done.stderr
+    assert "mirroring" not in done.stdout
+
+
+def test_what_served_is_said_at_exit(python: Run) -> None:
+    code = (
+        "import torch, flash_attn\n"
+        "q = torch.randn(1, 4, 2, 8)\n"
+        "flash_attn.flash_attn_func(q, q, q)\n"
+        "raise SystemExit(3)\n"
+    )
+    done = python("-m", "flash_attn_npu", "-c", code)
+    assert done.returncode == 3
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("flash_attn_npu: flash_attn_func: ")
+    assert " x1" in last
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="safe_path came with Python 3.11")
+def test_safe_path_is_respected(python: Run) -> None:
+    code = "import sys; print(repr(sys.path[0]))"
+    ours = python("-P", "-m", "flash_attn_npu", "-c", code)
+    assert ours.stdout == python("-P", "-c", code).stdout

@@ -1,0 +1,293 @@
+"""Unmodified transformers models on a machine without NPU, served by us while installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("transformers")
+
+Script = Callable[..., str]
+
+LAPTOP = """
+import sys
+sys.modules["torch_npu"] = None     # not installed, as far as anybody can tell
+import flash_attn_npu
+"""
+MODELS = """
+import logging, torch
+from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalLM
+
+SMALL = dict(hidden_size=64, intermediate_size=64, vocab_size=50, num_hidden_layers=3)
+
+def bert(attention="flash_attention_2"):
+    torch.manual_seed(0)
+    config = BertConfig(**SMALL, num_attention_heads=4, attn_implementation=attention)
+    return BertModel._from_config(config, dtype=torch.float32).eval()
+
+def mistral(attention="flash_attention_2"):
+    torch.manual_seed(0)
+    config = MistralConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+    return MistralForCausalLM._from_config(
+        config, dtype=torch.float32, attn_implementation=attention).eval()
+
+def batch():
+    torch.manual_seed(1)
+    ids, mask = torch.randint(1, 50, (3, 40)), torch.ones(3, 40, dtype=torch.int64)
+    mask[0, :10], mask[1, :25] = 0, 0
+    return dict(input_ids=ids, attention_mask=mask)
+
+def run(model, **inputs):
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        return model(**inputs)[0][kept]
+
+def close(a, b):
+    return (a - b).abs().max() < 1e-5 * b.abs().max()
+"""
+
+
+@pytest.mark.parametrize("order", ["install first", "transformers first", "models first"])
+def test_models_equal_eager_attention(script: Script, order: str) -> None:
+    before = {
+        "install first": "flash_attn_npu.install()",
+        "transformers first": "import transformers; flash_attn_npu.install()",
+        "models first": "import transformers.models.mistral.modeling_mistral\n"
+        "from transformers.utils import is_flash_attn_2_available as asked_before\n"
+        "assert not asked_before()\n"
+        "flash_attn_npu.install()",
+    }[order]
+    script(
+        LAPTOP
+        + before
+        + MODELS
+        + """
+records = []
+handler = logging.Handler(level=logging.WARNING)
+handler.emit = lambda record: records.append(record.getMessage())
+logging.getLogger("transformers").addHandler(handler)
+for make in (bert, mistral):
+    eager, flash = make("eager"), make()
+    expected = run(eager, **batch())
+    assert close(run(flash, **batch()), expected), make
+    eager.set_attn_implementation("flash_attention_2")
+    assert close(run(eager, **batch()), expected), make
+    assert flash.config._attn_implementation == "flash_attention_2"
+from flash_attn_npu import usage
+assert "flash_attn_varlen_func" in usage.summary()
+assert not records, records
+""",
+        warnings="ignore",
+    )
+
+
+def test_generation_equals_eager_attention(script: Script) -> None:
+    script(
+        LAPTOP
+        + "flash_attn_npu.install()"
+        + MODELS
+        + """
+options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+expected = mistral("eager").generate(**batch(), **options)
+for cache in (None, "static"):
+    got = mistral().generate(**batch(), **options, cache_implementation=cache)
+    assert torch.equal(got, expected), cache
+""",
+        warnings="ignore",
+    )
+
+
+def test_training_equals_eager_attention(script: Script) -> None:
+    script(
+        LAPTOP
+        + "flash_attn_npu.install()"
+        + MODELS
+        + """
+def gradients(attention):
+    model, inputs = mistral(attention), batch()
+    # the first real token is predicted from padding, where the two kinds may differ
+    real = inputs["attention_mask"].bool()
+    real[:, 1:] &= real[:, :-1].clone()
+    labels = inputs["input_ids"].masked_fill(~real, -100)
+    model(**inputs, labels=labels).loss.backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+for mine, other in zip(gradients("flash_attention_2"), gradients("eager"), strict=True):
+    assert (mine - other).abs().max() <= 1e-5 * other.abs().max() + 1e-7
+""",
+        warnings="ignore",
+    )
+
+
+def test_a_mask_is_read_once_for_all_layers(script: Script) -> None:
+    script(
+        LAPTOP
+        + "flash_attn_npu.install()"
+        + MODELS
+        + """
+from flash_attn_npu.integrations import transformers as hooks, unpadding
+readings, seen = [], set()
+class Counted(unpadding._MaskReading):
+    def __init__(self, mask):
+        readings.append(mask)
+        super().__init__(mask)
+unpadding._MaskReading = Counted
+varlen = flash_attn_npu.flash_attn_interface.flash_attn_varlen_func
+def spy(q, k, v, cu_seqlens_q, *args, **kwargs):
+    seen.add(cu_seqlens_q)
+    return varlen(q, k, v, cu_seqlens_q, *args, **kwargs)
+# looked up at call time, as clients who replace it expect
+flash_attn_npu.flash_attn_interface.flash_attn_varlen_func = spy
+run(mistral(), **batch())
+assert len(readings) == len(seen) == 1
+""",
+        warnings="ignore",
+    )
+
+
+def test_clients_see_flash_attention_available(script: Script) -> None:
+    script(
+        LAPTOP
+        + """
+flash_attn_npu.install()
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
+from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_attn_4_available
+assert is_flash_attn_2_available() and is_flash_attn_2_available(kernels_fallback_ok=True)
+assert is_flash_attn_greater_or_equal("2.3.3")
+assert not is_flash_attn_3_available() and not is_flash_attn_4_available()
+from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
+assert not flash_attn_supports_top_left_mask()
+from transformers.dynamic_module_utils import check_imports
+import pathlib
+code = pathlib.Path("remote.py")
+code.write_text("from flash_attn import flash_attn_func\\n")
+check_imports(code)
+""",
+        warnings="ignore",
+    )
+
+
+@pytest.mark.parametrize("order", ["install first", "transformers first"])
+def test_uninstall_puts_transformers_back(script: Script, order: str) -> None:
+    first = "flash_attn_npu.install()" if order == "install first" else "pass"
+    script(
+        LAPTOP
+        + "import copy, importlib\n"
+        + first
+        + MODELS
+        + """
+import transformers
+names = ("utils", "utils.import_utils", "modeling_flash_attention_utils", "modeling_utils",
+         "integrations.npu_flash_attention", "integrations.flash_attention")
+modules = [importlib.import_module(f"transformers.{name}") for name in names]
+loggers = [logging.getLogger(module.__name__) for module in modules]
+flash = modules[2]
+
+def state():
+    attributes = [dict(vars(module)) for module in modules]
+    return attributes, copy.copy(flash.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2]), [
+        list(logger.filters) for logger in loggers]
+
+before = state()
+if flash_attn_npu.installed():
+    run(bert(), **batch())
+    flash_attn_npu.uninstall()
+else:
+    with flash_attn_npu.install():
+        assert state() != before
+        run(bert(), **batch())
+    assert state() == before
+
+for module in modules:
+    for name, value in vars(module).items():
+        assert not str(getattr(value, "__module__", "")).startswith("flash_attn_npu"), name
+assert not any(logger.filters for logger in loggers)
+assert flash.is_flash_attn_2_available is modules[1].is_flash_attn_2_available
+assert not flash.is_flash_attn_2_available()
+assert "flash_attn" not in modules[1]._package_distribution_mapping()
+try:
+    bert()
+except ImportError as error:
+    assert "seem to be installed" in str(error)
+else:
+    raise AssertionError("flash attention is still there")
+with flash_attn_npu.install():
+    assert close(run(bert(), **batch()), run(bert("eager"), **batch()))
+""",
+        warnings="ignore",
+    )
+
+
+def test_the_functions_of_transformers_own_npu_path(script: Script) -> None:
+    script(
+        LAPTOP
+        + """
+import inspect
+flash_attn_npu.install()
+import torch
+from transformers.integrations import npu_flash_attention as theirs
+from transformers.modeling_flash_attention_utils import _lazy_define_process_function
+dense, varlen = theirs.npu_flash_attn_func, theirs.npu_flash_attn_varlen_func
+supported = _lazy_define_process_function(varlen).keywords["supports_mapping"]
+named = {"dropout_p", "window_size", "deterministic", "softcap", "s_aux", "max_seqlen_q",
+         "max_seqlen_k"}
+assert {name for name in named if supported[name]} == named
+for function in (dense, varlen):
+    assert {"softmax_scale", "causal", "alibi_slopes"} <= set(
+        inspect.signature(function).parameters)
+
+q = torch.randn(2, 5, 2, 8)
+cu = torch.tensor([0, 5, 10], dtype=torch.int32)
+flat = q.flatten(0, 1)
+one = dense(q, q, q, causal=True, window_size=(2, 2))
+two = varlen(flat, flat, flat, cu, cu, causal=True, window_size=(2, 2))
+assert torch.allclose(one.flatten(0, 1), two, atol=1e-6)
+for call in (lambda s: dense(q, q, q, s_aux=s),
+             lambda s: varlen(flat, flat, flat, cu, cu, 5, 5, s_aux=s)):
+    try:
+        call(torch.zeros(2))
+    except flash_attn_npu.errors.UnsupportedError as error:
+        assert "s_aux" in str(error) and "eager" in str(error)
+    else:
+        raise AssertionError("the sink was dropped")
+""",
+        warnings="ignore",
+    )
+
+
+def test_a_client_replacement_made_after_ours_survives(script: Script) -> None:
+    script(
+        LAPTOP
+        + """
+import transformers.modeling_flash_attention_utils as flash
+with flash_attn_npu.install():
+    flash._upad_input = replacement = lambda *args: None
+assert flash._upad_input is replacement
+""",
+        warnings="ignore",
+    )
+
+
+def test_a_transformers_that_lacks_a_hooked_name_is_reported_and_left_alone(
+    script: Script,
+) -> None:
+    out = script(
+        LAPTOP
+        + """
+logging = __import__("logging")
+logging.basicConfig(stream=sys.stdout)
+import transformers.modeling_flash_attention_utils as flash
+del flash._upad_input
+before = dict(vars(flash))
+with flash_attn_npu.install():
+    assert flash._lazy_imports is before["_lazy_imports"]
+""",
+        warnings="ignore",
+    )
+    assert "WARNING:flash_attn_npu" in out
+    assert "_upad_input" in out
+
+
+def test_install_does_not_import_transformers(script: Script) -> None:
+    script(LAPTOP + "flash_attn_npu.install()\nassert 'transformers' not in sys.modules\n")
