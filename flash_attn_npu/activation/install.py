@@ -15,7 +15,7 @@ from typing import cast
 from .._version import FLASH_ATTN_VERSION
 from ..errors import ActivationError, explain
 from ..integrations import transformers
-from . import occupant
+from . import occupant, operators
 from .finder import AliasFinder, PostImportFinder
 from .metadata import VirtualDistribution, VirtualDistributionFinder
 
@@ -120,6 +120,7 @@ def _switch_on() -> None:
         _alias.insert()
         transformers.forget_cached_answers()
         _hooks.insert()
+        operators.insert()
     except BaseException:
         _switch_off()
         raise
@@ -127,6 +128,7 @@ def _switch_on() -> None:
 
 
 def _switch_off() -> None:
+    operators.remove()
     _hooks.remove()
     transformers.undo()
     _alias.remove()

@@ -20,9 +20,9 @@ from typing import Any, cast
 import torch
 
 from .. import flash_attn_interface
+from ..attention import call
 from ..attention.lengths import host_lengths
-from ..errors import UnsupportedError, explain
-from .unpadding import forget_masks, memoised_upad_input
+from .unpadding import forget_masks, memoised_upad_input, once_per_tensor
 
 __all__ = ["HOOKS", "forget_cached_answers", "undo"]
 
@@ -34,6 +34,11 @@ _PROBE = "is_flash_attn_2_available"
 _FLASH = "transformers.modeling_flash_attention_utils"
 _MATRIX = "FLASH_ATTENTION_COMPATIBILITY_MATRIX"
 _NPU = "transformers.integrations.npu_flash_attention"
+_READ_IN_EVERY_LAYER = ("prepare_fa_kwargs_from_position_ids", "_is_packed_sequence")
+_MODELS = "transformers.modeling_utils"
+_ADJUST = "_check_and_adjust_attn_implementation"
+_COMPATIBLE = "_compatible_flash_implementations"
+_SINK_KERNEL = "kernels-community/vllm-flash-attn3"
 _LOADED = (
     "_loaded_implementation",
     "_flash_fn",
@@ -59,20 +64,19 @@ def npu_flash_attn_func(
     deterministic: bool = False,
     s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`flash_attn_func` as transformers calls it; `s_aux` is an attention sink per head."""
-    _refuse_sink(s_aux)
-    out = flash_attn_interface.flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-    )
+    """`flash_attn_func` as transformers calls it; `s_aux` is an attention sink, (nheads,)."""
+    # fmt: off
+    if s_aux is None:
+        out = flash_attn_interface.flash_attn_func(
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic,
+        )
+    else:
+        out = call.attend(
+            "npu_flash_attn_func", q, k, v, None, None, None, None, dropout_p, softmax_scale,
+            causal, window_size, softcap, alibi_slopes, deterministic, False, s_aux,
+        )
+    # fmt: on
     return cast(torch.Tensor, out)
 
 
@@ -98,27 +102,23 @@ def npu_flash_attn_varlen_func(
     What the signature does not name, transformers drops without a word. `max_seqlen_*` may be
     left out, as with transformers' own function.
     """
-    _refuse_sink(s_aux)
     if max_seqlen_q is None:
         max_seqlen_q = host_lengths("cu_seqlens_q", cu_seqlens_q).longest
     if max_seqlen_k is None:
         max_seqlen_k = host_lengths("cu_seqlens_k", cu_seqlens_k).longest
-    out = flash_attn_interface.flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-    )
+    # fmt: off
+    if s_aux is None:
+        out = flash_attn_interface.flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        )
+    else:
+        out = call.attend(
+            "npu_flash_attn_varlen_func", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic, False, s_aux,
+        )
+    # fmt: on
     return cast(torch.Tensor, out)
 
 
@@ -159,10 +159,13 @@ def _on_flash(module: ModuleType) -> None:
     _forget_loaded(module)
     _undo.callback(_forget_loaded, module)
     _set_attribute(module, "_upad_input", memoised_upad_input(module._upad_input))
+    for name in _READ_IN_EVERY_LAYER:
+        if hasattr(module, name):
+            _set_attribute(module, name, once_per_tensor(getattr(module, name)))
     _set_attribute(module, "_lazy_imports", _lazy_imports_with_ours(module))
     checks = getattr(module, _MATRIX)[2]
     _set_item(checks, "supported_devices", (*checks["supported_devices"], (lambda: True, "cpu")))
-    for name in (_FLASH, "transformers.modeling_utils"):
+    for name in (_FLASH, _MODELS):
         logger, untrue = logging.getLogger(name), _UntrueHere()
         logger.addFilter(untrue)
         _undo.callback(logger.removeFilter, untrue)
@@ -174,10 +177,36 @@ def _on_npu(module: ModuleType) -> None:
             _set_attribute(module, ours.__name__, ours)
 
 
+def _on_models(module: ModuleType) -> None:
+    """Let models with attention sinks keep flash_attention_2, which serves them now.
+
+    transformers sends them to a hub kernel, which neither Ascend nor a CPU can load.
+    """
+    base = getattr(module, "PreTrainedModel", None)
+    original = getattr(base, _ADJUST, None)
+    if base is None or original is None:
+        return
+
+    @functools.wraps(original)
+    def adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        listed = getattr(self, _COMPATIBLE, None) or ()
+        if attn_implementation != "flash_attention_2" or _SINK_KERNEL not in listed:
+            return original(self, attn_implementation, *args, **kwargs)
+        vars(self)[_COMPATIBLE] = [*listed, attn_implementation]
+        try:
+            return original(self, attn_implementation, *args, **kwargs)
+        finally:
+            del vars(self)[_COMPATIBLE]
+
+    setattr(base, _ADJUST, adjust)
+    _undo.callback(setattr, base, _ADJUST, original)
+
+
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
     _PROBES: _on_probes,
     _FLASH: _on_flash,
     _NPU: _on_npu,
+    _MODELS: _on_models,
 }
 """Module of transformers -> what to do with it once it is imported."""
 
@@ -213,18 +242,6 @@ class _UntrueHere(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
         return not any(text in message for text in self.MESSAGES)
-
-
-def _refuse_sink(s_aux: torch.Tensor | None) -> None:
-    if s_aux is not None:
-        raise UnsupportedError(
-            explain(
-                "s_aux",
-                f"an attention sink of shape {tuple(s_aux.shape)}",
-                "None: attention sinks are not served yet",
-                'load the model with attn_implementation="eager"',
-            )
-        )
 
 
 def _forget_loaded(module: ModuleType) -> None:

@@ -1,11 +1,13 @@
 """Unpadding for transformers, with one device-to-host copy per attention mask.
 
-transformers derives the same indices and lengths from the same mask in every layer, each time
-with copies to the host. Here a mask is read once, and all layers get the same tensor objects.
+transformers derives the same indices and lengths from the same mask, or from the same position
+ids of packed sequences, in every layer, each time with copies to the host. Here each of these
+tensors is read once, and all layers get the same tensor objects.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from ..attention.lengths import PerTensorMemo, remember_lengths
 
-__all__ = ["forget_masks", "memoised_upad_input"]
+__all__ = ["forget_masks", "memoised_upad_input", "once_per_tensor"]
 
 MASKS_REMEMBERED = 16
 
@@ -63,11 +65,13 @@ class _MaskReading:
 
 
 _memo: PerTensorMemo[_MaskReading] = PerTensorMemo(MASKS_REMEMBERED)
+_answers: PerTensorMemo[dict[Any, Any]] = PerTensorMemo(MASKS_REMEMBERED)
 
 
 def forget_masks() -> None:
     """Drop everything remembered about masks."""
     _memo.clear()
+    _answers.clear()
 
 
 def memoised_upad_input(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,6 +117,25 @@ def memoised_upad_input(original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return _upad_input
+
+
+def once_per_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original(position_ids, *rest)`, asked once for each tensor; a yes or no comes as a bool."""
+
+    @functools.wraps(original)
+    def ask(position_ids: torch.Tensor | None, *rest: Any) -> Any:
+        if position_ids is None or torch.compiler.is_compiling() or position_ids.is_inference():
+            return original(position_ids, *rest)
+        answers = _answers.get(position_ids, lambda _: {})
+        question = (original, rest)
+        if question not in answers:
+            # inference tensors have no version counter, so nothing could be remembered about them
+            with torch.inference_mode(False):
+                answer = original(position_ids, *rest)
+                answers[question] = bool(answer) if isinstance(answer, torch.Tensor) else answer
+        return answers[question]
+
+    return ask
 
 
 def _index_first_axis(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

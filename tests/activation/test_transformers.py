@@ -243,14 +243,14 @@ flat = q.flatten(0, 1)
 one = dense(q, q, q, causal=True, window_size=(2, 2))
 two = varlen(flat, flat, flat, cu, cu, causal=True, window_size=(2, 2))
 assert torch.allclose(one.flatten(0, 1), two, atol=1e-6)
-for call in (lambda s: dense(q, q, q, s_aux=s),
-             lambda s: varlen(flat, flat, flat, cu, cu, 5, 5, s_aux=s)):
-    try:
-        call(torch.zeros(2))
-    except flash_attn_npu.errors.UnsupportedError as error:
-        assert "s_aux" in str(error) and "eager" in str(error)
-    else:
-        raise AssertionError("the sink was dropped")
+
+# a sink takes the share exp(sink) / (exp(lse) + exp(sink)) of every row, and gives nothing
+sink = torch.tensor([0.5, -1.0])
+plain, lse, _ = flash_attn_npu.flash_attn_func(q, q, q, return_attn_probs=True)
+expected = plain * torch.sigmoid(lse.transpose(1, 2) - sink)[..., None]
+assert torch.allclose(dense(q, q, q, s_aux=sink), expected, atol=1e-6)
+packed = varlen(flat, flat, flat, cu, cu, 5, 5, s_aux=sink)
+assert torch.allclose(packed, expected.flatten(0, 1), atol=1e-6)
 """,
         warnings="ignore",
     )
