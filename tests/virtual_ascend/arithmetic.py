@@ -69,6 +69,8 @@ def _kernel_for(op: torch._ops.OpOverload) -> Kernel | None:
         return copies.KERNELS[name]
     if name == "matmul_backward":
         return derivatives.matmul_backward
+    if op.name() == "aten::histc":
+        return _histogram(OnHost(op))
     if name in _ALLOCATIONS:
         return _poisoned(original(op))
     if name in _KEPT or _is_view(op) or name.startswith("empty"):
@@ -79,6 +81,15 @@ def _kernel_for(op: torch._ops.OpOverload) -> Kernel | None:
     if has(op.name(), "CPU") or has(op.name(), "CompositeExplicitAutograd"):
         return OnHost(op)
     return None
+
+
+def _histogram(on_host: Kernel) -> Kernel:
+    """A card counts integers too; the CPU's kernel has no such case."""
+
+    def kernel(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return on_host(values.double(), *args, **kwargs).to(values.dtype)
+
+    return kernel
 
 
 def _is_view(op: torch._ops.OpOverload) -> bool:
