@@ -90,7 +90,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         f"varlen, more than {MAX_TOKENS} tokens",
-        lambda p: p.varlen and max(p.rows_q, p.rows_k) > MAX_TOKENS,
+        lambda p: p.varlen and max(sum(p.seqlens_q), sum(p.seqlens_k)) > MAX_TOKENS,
         fusion=Cell(f"it takes at most {MAX_TOKENS} packed tokens"),
     ),
     Row("varlen, sequences of length 0", lambda p: p.varlen and 0 in (*p.seqlens_q, *p.seqlens_k)),

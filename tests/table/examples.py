@@ -1,0 +1,135 @@
+"""For each row of the table, one call that has the property and few others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from flash_attn_npu import flash_attn_func, flash_attn_interface, flash_attn_varlen_func
+from flash_attn_npu.attention import call
+from flash_attn_npu.attention.support import MAX_HEADDIM, MAX_HEADS, MAX_SEQUENCES, MAX_TOKENS
+
+SMALL_SEQUENCES, SMALL_TOKENS = 3, 50
+"""Stand in for MAX_SEQUENCES and MAX_TOKENS, so that crossing them is quick."""
+
+Example = Callable[[torch.device], Any]
+
+
+def tensor(device: torch.device, *shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def dense(
+    *, seqlens: tuple[int, int] = (6, 6), heads: tuple[int, int] = (2, 2), headdim: int = 8,
+    dtype: torch.dtype = torch.float16, grad: bool = False, slopes: bool = False, **options: Any,
+) -> Example:  # fmt: skip
+    def run(device: torch.device) -> Any:
+        q = tensor(device, 2, seqlens[0], heads[0], headdim, dtype=dtype).requires_grad_(grad)
+        k = tensor(device, 2, seqlens[1], heads[1], headdim, dtype=dtype)
+        if slopes:
+            options["alibi_slopes"] = torch.rand(heads[0]).to(device)
+        return flash_attn_func(q, k, k, **options)
+
+    return run
+
+
+def packed(
+    lengths_q: list[int], lengths_k: list[int] | None = None, *, tail: int = 0,
+    heads: tuple[int, int] = (2, 2), headdim: int = 8, dtype: torch.dtype = torch.float16,
+    grad: bool = False, slopes: bool = False, **options: Any,
+) -> Example:  # fmt: skip
+    lengths_k = lengths_q if lengths_k is None else lengths_k
+    cu_q, cu_k = ([0, *accumulate(lengths)] for lengths in (lengths_q, lengths_k))
+
+    def run(device: torch.device) -> Any:
+        q = tensor(device, cu_q[-1] + tail, heads[0], headdim, dtype=dtype).requires_grad_(grad)
+        k = tensor(device, cu_k[-1] + tail, heads[1], headdim, dtype=dtype)
+        if slopes:
+            options["alibi_slopes"] = torch.rand(heads[0]).to(device)
+        return flash_attn_varlen_func(
+            q, k, k, cu_q, cu_k, max(lengths_q), max(lengths_k), **options
+        )
+
+    return run
+
+
+def sunk(dtype: torch.dtype = torch.float16, **changed: Any) -> Example:
+    options = {
+        "dropout_p": 0.0,
+        "softmax_scale": None,
+        "causal": True,
+        "window_size": (-1, -1),
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "deterministic": False,
+        "return_attn_probs": False,
+    }
+
+    def run(device: torch.device) -> Any:
+        q = tensor(device, 2, 6, 2, 8, dtype=dtype)
+        sink = torch.tensor([0.5, -1.0]).to(device)
+        slopes = {"alibi_slopes": torch.rand(2).to(device)} if "slopes" in changed else {}
+        given = options | {name: changed[name] for name in changed if name != "slopes"} | slopes
+        return call.attend("sunk", q, q, q, None, None, None, None, **given, sink=sink)
+
+    return run
+
+
+def backward(rng_offset: int, softcap: float) -> Example:
+    def run(device: torch.device) -> Any:
+        q = tensor(device, 2, 6, 2, 8)
+        rng_state = torch.tensor([7, rng_offset])
+        lse = torch.zeros(2, 2, 6).to(device)
+        grads = [torch.empty_like(q) for _ in range(3)]
+        return flash_attn_interface._flash_attn_backward(
+            *(q, q, q, q, q, lse, *grads, 0.5, 0.3, False, -1, -1, softcap, None, False, rng_state)
+        )
+
+    return run
+
+
+EXAMPLES: dict[str, Example] = {
+    "no query sees a key": dense(seqlens=(6, 0)),
+    "tensors outside an Ascend NPU": lambda _: dense()(torch.device("cpu")),
+    "Ascend 310P and 200I": dense(),
+    "float16": dense(),
+    "bfloat16": dense(dtype=torch.bfloat16),
+    "float32": dense(dtype=torch.float32),
+    "float64": dense(dtype=torch.float64),
+    "dense layout": dense(),
+    "varlen layout": packed([4, 6]),
+    f"varlen, more than {MAX_SEQUENCES} sequences": packed([1] * (SMALL_SEQUENCES + 1)),
+    f"varlen, more than {MAX_TOKENS} tokens": packed([SMALL_TOKENS + 1]),
+    "varlen, sequences of length 0": packed([4, 0, 6], [4, 3, 6]),
+    "varlen, rows past the last sequence": packed([4, 6], tail=3),
+    "queries that see no key": packed([4, 6], [4, 3], causal=True),
+    "MHA": dense(),
+    "GQA and MQA": dense(heads=(4, 2)),
+    f"more than {MAX_HEADS} heads": dense(heads=(MAX_HEADS + 1, 1), headdim=1),
+    "headdim above upstream's 256": dense(headdim=320),
+    f"headdim above {MAX_HEADDIM}": dense(headdim=MAX_HEADDIM + 1),
+    "causal": dense(causal=True),
+    "window_size": dense(window_size=(2, 1)),
+    "varlen, window_size (0, 0), with gradient": packed([4, 6], window_size=(0, 0), grad=True),
+    "softmax_lse (return_attn_probs)": packed([4, 6], return_attn_probs=True),
+    "dropout_p": dense(dropout_p=0.5),
+    "S_dmask (dropout_p with return_attn_probs)": dense(dropout_p=0.5, return_attn_probs=True),
+    "backward of a dropout mask drawn by blockwise": backward(rng_offset=-1, softcap=0.0),
+    "backward of a dropout mask drawn by npu_fusion_attention": backward(0, softcap=1.0),
+    "deterministic": dense(deterministic=True, grad=True),
+    "softcap": dense(softcap=5.0),
+    "alibi_slopes, equal lengths": dense(slopes=True),
+    "alibi_slopes, lengths that differ by a common offset": dense(seqlens=(4, 6), slopes=True),
+    "alibi_slopes, lengths that differ otherwise": packed([4, 6], [6, 6], slopes=True),
+    "alibi_slopes, sequences of length 0": packed([4, 0], slopes=True),
+    "alibi_slopes, varlen, softmax_lse": packed([4, 6], slopes=True, return_attn_probs=True),
+    "sink (transformers' s_aux)": sunk(),
+    "sink, float32": sunk(dtype=torch.float32),
+    "sink, softmax_lse or deterministic": sunk(return_attn_probs=True),
+    "sink, alibi_slopes": sunk(slopes=True),
+    "sink, Ascend 950": sunk(),
+}

@@ -1,0 +1,94 @@
+"""Every cell of the support table is reached by a call, and compat_matrix.md is printed from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import virtual_ascend
+
+from examples import EXAMPLES, SMALL_SEQUENCES, SMALL_TOKENS
+from flash_attn_npu import compat, usage
+from flash_attn_npu.attention import dispatch, support
+from flash_attn_npu.attention.support import TABLE, Row
+from flash_attn_npu.errors import UnsupportedError
+
+ROWS = {row.name: row for row in TABLE}
+CHIPS = {"Ascend 310P and 200I": "Ascend310P3", "sink, Ascend 950": "Ascend950PR"}
+
+
+@pytest.fixture(autouse=True)
+def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plans and warnings of other tests must not answer here; some rows need another chip."""
+    dispatch.forget_plans()
+    monkeypatch.setattr(dispatch, "_warned", set())
+    row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
+    if isinstance(row, Row) and row.name in CHIPS:
+        monkeypatch.setattr(support, "soc_name", lambda device: CHIPS[row.name])
+    monkeypatch.setattr(support, "MAX_SEQUENCES", SMALL_SEQUENCES)
+    monkeypatch.setattr(support, "MAX_TOKENS", SMALL_TOKENS)
+    yield
+    dispatch.forget_plans()
+
+
+def launches(recorded: object) -> list[str]:
+    names = [launch.name for launch in recorded.launches]  # type: ignore[attr-defined]
+    return [name for name in names if name.startswith("npu_fusion_attention")]
+
+
+def test_every_row_has_an_example() -> None:
+    assert list(EXAMPLES) == list(ROWS)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_the_example_has_the_property(
+    row: Row, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        dispatch,
+        "refusals",
+        lambda kernel, problem: seen.append(problem) or support.refusals(kernel, problem),
+    )
+    try:
+        EXAMPLES[row.name](npu)
+    except UnsupportedError:
+        assert compat.outcome(row) in ("impossible", "fused or impossible")
+    assert any(row.present(problem) for problem in seen)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_the_cell_says_what_happens(
+    row: Row, npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "flash_attn_npu")
+    outcome = compat.outcome(row)
+    with virtual_ascend.record() as recorded, usage.reporting() as report:
+        if outcome == "fused or impossible":
+            with pytest.raises(UnsupportedError, match=row.blockwise.refusal):
+                EXAMPLES[row.name](npu)
+        else:
+            out = EXAMPLES[row.name](npu)
+            out = out[0] if isinstance(out, tuple) else out
+    if outcome == "fused":
+        assert launches(recorded)
+        assert [entry.reasons for entry in report.tallies] == [()]
+        assert not caplog.records
+        return
+    if row.name == "varlen, window_size (0, 0), with gradient":
+        # the forward is native; only the backward is composed, and says so when it runs
+        with virtual_ascend.record() as recorded:
+            out.sum().backward()
+    assert not launches(recorded)
+    if outcome == "composed" and row.name != "no query sees a key":
+        assert row.fusion.refusal is not None
+        assert any(row.fusion.refusal in record.getMessage() for record in caplog.records)
+        assert out.isfinite().all()
+
+
+def test_compat_matrix_is_printed_from_the_table() -> None:
+    committed = (Path(__file__).parents[2] / "compat_matrix.md").read_text()
+    assert committed == compat.matrix(), "run: python -m flash_attn_npu.compat > compat_matrix.md"
