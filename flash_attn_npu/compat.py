@@ -34,7 +34,7 @@ _NOT_SERVED = """\
 | --- | --- |
 | `block_table`, `leftpad_k`, `seqused_k` | `UnsupportedError`, before anything runs |
 | `flash_attn_with_kvcache` | absent; `flash_attn_gpu.fwd_kvcache` raises `UnsupportedError` |
-| `.layers`, `.ops`, `.losses`, `.modules`, `.utils`, `.models` | absent: `find_spec` finds nothing |
+| `.layers`, `.ops`, `.losses`, `.modules`, `.utils`, `.models` | absent: find_spec gives None |
 
 ## Differences from flash-attention
 
