@@ -1,0 +1,34 @@
+"""`torch.ops.flash_attn` names our operators while installed, and nothing is registered there."""
+
+from __future__ import annotations
+
+import torch
+
+from flash_attn_npu import install
+from flash_attn_npu.activation import operators
+
+
+def test_the_name_is_ours_only_while_installed() -> None:
+    with install():
+        found = torch.ops.flash_attn._flash_attn_varlen_forward
+        assert found is torch.ops.flash_attn_npu._flash_attn_varlen_forward
+    assert torch.ops.flash_attn is not torch.ops.flash_attn_npu
+    assert not hasattr(torch.ops.flash_attn, "_flash_attn_varlen_forward")
+
+
+def test_nothing_is_registered_in_upstreams_namespace() -> None:
+    with install():
+        torch.ops.flash_attn._flash_attn_forward  # noqa: B018
+        names = torch._C._dispatch_get_all_op_names()
+    assert not [name for name in names if name.startswith("flash_attn::")]
+
+
+def test_operators_that_somebody_registered_there_stay() -> None:
+    library = torch.library.Library("flash_attn", "FRAGMENT")
+    try:
+        library.define("theirs(Tensor x) -> Tensor")
+        operators.insert()
+        assert hasattr(torch.ops.flash_attn, "theirs")
+    finally:
+        operators.remove()
+        library._destroy()
