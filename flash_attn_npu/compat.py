@@ -45,6 +45,7 @@ _NOT_SERVED = """\
 | `dropout_p` | other random bits than on a GPU; `torch.manual_seed` repeats them |
 | `softcap` with `dropout_p` | computed; upstream refuses it |
 | `rng_state` | on the host; a negative offset marks a mask drawn by the composed kernel |
+| `softmax_lse`, causal with ALiBi | of the documented bias; upstream's may differ by slope * row |
 | `cu_seqlens_*` | may also be a tensor on the host or a list, at no cost |
 | `max_seqlen_*` below the longest sequence | refused; upstream skips the rest silently |
 | rows past the last sequence | zeros and +inf; upstream leaves them unwritten |

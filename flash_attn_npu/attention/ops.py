@@ -106,7 +106,7 @@ def attend(
 def _tensor(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
     if isinstance(cu_seqlens, Tensor):
         return cu_seqlens
-    return torch.tensor(cu_seqlens, dtype=torch.int32)
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu")
 
 
 for _op, _fake, _formula in (

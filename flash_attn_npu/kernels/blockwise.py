@@ -166,9 +166,11 @@ def _scoring(
 
 def _draw_seed(problem: Problem) -> Tensor:
     """int64 (seed, -1), drawn from torch's default generator so that manual_seed repeats it."""
-    if not problem.dropout_p:
-        return torch.zeros(2, dtype=torch.int64)
-    return torch.stack([torch.randint(1 << 62, ()), torch.tensor(MASK_OF_BLOCKWISE)])
+    seed = 0
+    if problem.dropout_p:
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+    offset = MASK_OF_BLOCKWISE if problem.dropout_p else 0
+    return torch.tensor([seed, offset], dtype=torch.int64, device="cpu")
 
 
 def _empty_s_dmask(problem: Problem, q: Tensor) -> Tensor:

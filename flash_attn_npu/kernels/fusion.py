@@ -34,8 +34,10 @@ STATISTICS = 8
 @cache
 def causal_mask(device: torch.device) -> Tensor:
     """The compressed mask, True above the diagonal; one per device, 4 MiB."""
-    ones = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device)
-    return torch.triu(ones, diagonal=1)
+    # it outlives this call, and a backward cannot save a tensor made in inference mode
+    with torch.inference_mode(False):
+        ones = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device)
+        return torch.triu(ones, diagonal=1)
 
 
 def direct(problem: Problem) -> Callable[..., Any] | None:
@@ -94,7 +96,9 @@ def forward(
         rows.restore(out),
         rows.restore_lse(_lse(problem, top, total)),
         q.new_empty(0),
-        torch.tensor([seed, offset] if problem.dropout_p else [0, 0], dtype=torch.int64),
+        torch.tensor(
+            [seed, offset] if problem.dropout_p else [0, 0], dtype=torch.int64, device="cpu"
+        ),
     )
 
 

@@ -122,10 +122,13 @@ def _ends(problem: Problem) -> tuple[list[int], list[int]]:
 def _seeing_index(problem: Problem) -> Tensor:
     """Positions in q of the queries that see a key, made on the host and copied once."""
     assert problem.lengths_q is not None
-    kept = [
-        torch.arange(start + blind, start + seqlen)
-        for start, seqlen, blind in zip(
-            problem.lengths_q.cumulative, problem.seqlens_q, problem.blind_rows, strict=False
-        )
-    ]
-    return torch.cat(kept).to(problem.device)
+    starts = problem.lengths_q.cumulative
+    # it outlives this call, and a backward cannot save a tensor made in inference mode
+    with torch.inference_mode(False):
+        kept = [
+            torch.arange(start + blind, start + seqlen, device="cpu")
+            for start, seqlen, blind in zip(
+                starts, problem.seqlens_q, problem.blind_rows, strict=False
+            )
+        ]
+        return torch.cat(kept).to(problem.device)
