@@ -139,17 +139,24 @@ def _run_backward(
 ) -> None:
     dq, dk, dv = grads
     checks.require_tensors(dq=dq, dk=dk, dv=dv)
-    for argument, tensor, like in (
-        *(("dout", dout, saved.q), ("out", saved.out, saved.q)),
-        *(("dq", dq, saved.q), ("dk", dk, saved.k), ("dv", dv, saved.v)),
-    ):
-        if tensor is not None and tensor.shape != like.shape:
+    q, k, v, out, lse = saved
+    rows = (found.problem.rows_q,) if found.problem.varlen else (q.shape[0], q.shape[1])
+    expected = {
+        "dout": (dout, q.shape),
+        "out": (out, q.shape),
+        "dq": (dq, q.shape),
+        "dk": (dk, k.shape),
+        "dv": (dv, v.shape),
+        "softmax_lse": (lse, (*rows[:-1], q.shape[-2], rows[-1])),
+    }
+    for argument, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
             raise ArgumentError(
                 explain(
                     argument,
                     f"shape {tuple(tensor.shape)}",
-                    f"shape {tuple(like.shape)}",
-                    f"pass {argument} laid out as the tensor it belongs to",
+                    f"shape {tuple(shape)}",
+                    f"pass {argument} laid out as the forward returned it or as its tensor is",
                 )
             )
     permit(found)

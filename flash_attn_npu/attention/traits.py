@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..settings import fallback, fallback_policy
 from .result import ROUNDING, accumulator, rounded_up
 
 __all__ = [
@@ -100,6 +101,8 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.save_for_backward(*tensors, out, lse, rng_state)
     ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+    # the backward may run in another thread, or behind the block that set the policy
+    ctx.policy = fallback_policy()
     ctx.mark_non_differentiable(lse, s_dmask, rng_state)
 
 
@@ -108,10 +111,11 @@ def differentiate(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     inputs, out, lse, rng_state = _restored(ctx)
     q, k, v, *options, slopes, _return, sink, deterministic, function = inputs
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    torch.ops.flash_attn_npu._flash_attn_backward(
-        *(dout, q, k, v, out, lse, *grads, *options, slopes, deterministic, rng_state),
-        f"{function} (backward)",
-    )
+    with fallback(ctx.policy):
+        torch.ops.flash_attn_npu._flash_attn_backward(
+            *(dout, q, k, v, out, lse, *grads, *options, slopes, deterministic, rng_state),
+            f"{function} (backward)",
+        )
     dsink = None if sink is None else _sink_grad(sink, dout, out, lse.transpose(1, 2))
     return _positioned(inputs, grads, sink, dsink)
 
@@ -122,10 +126,11 @@ def differentiate_varlen(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     (q, k, v, *lengths), options, slopes = inputs[:7], inputs[7:13], inputs[13]
     *_paged, sink, deterministic, function = inputs
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    torch.ops.flash_attn_npu._flash_attn_varlen_backward(
-        *(dout, q, k, v, out, lse, *grads, *lengths, *options, slopes, deterministic),
-        *(rng_state, False, f"{function} (backward)"),
-    )
+    with fallback(ctx.policy):
+        torch.ops.flash_attn_npu._flash_attn_varlen_backward(
+            *(dout, q, k, v, out, lse, *grads, *lengths, *options, slopes, deterministic),
+            *(rng_state, False, f"{function} (backward)"),
+        )
     dsink = None if sink is None else _sink_grad(sink, dout, out, lse.t())
     return _positioned(inputs, grads, sink, dsink)
 

@@ -1,0 +1,1 @@
+"""Mirror of `flash_attn.layers`: rotary position embedding."""

@@ -1,0 +1,1 @@
+"""Mirror of `flash_attn.ops`: the single operations that layers are made of."""

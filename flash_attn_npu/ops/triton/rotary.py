@@ -1,0 +1,274 @@
+"""Mirror of `flash_attn.ops.triton.rotary`: the rotation behind every rotary embedding here.
+
+Composed of torch operations, so it runs, differentiates and compiles on any device. Upstream's
+kernel object `rotary_kernel` is absent. A pair (a, b) at position p becomes
+(a cos - b sin, a sin + b cos) with cos and sin of row p of the tables.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from ...attention import checks
+from ...attention.lengths import Lengths, host_lengths
+from ...errors import ArgumentError, ArgumentTypeError, explain
+
+__all__ = ["apply_rotary"]
+
+Rows = slice | Tensor
+"""Which rows of the tables: a range shared by the batch, or one index for every token."""
+
+
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """Rotate the first rotary_dim dimensions of every head, and copy the others.
+
+    Computed in float32 and rounded once (in float64 for a float64 x).
+
+    Args:
+        x: (batch, seqlen, nheads, headdim), or (total, nheads, headdim) with cu_seqlens; any
+            floating dtype, any strides.
+        cos, sin: (seqlen_ro, rotary_dim / 2), any floating dtype, rotary_dim <= headdim.
+        seqlen_offsets: position of the first token: an int, or (batch,) int32 or int64.
+        cu_seqlens: (batch + 1,) int32 or int64, where each packed sequence starts and ends.
+        max_seqlen: the longest packed sequence at least; not needed.
+        interleaved: the pairs are dimensions (0, 1), (2, 3), ... instead of the two halves.
+        inplace: write x where it lies, and nothing beside it.
+        conjugate: rotate back.
+
+    Returns:
+        x if inplace, else a new contiguous tensor of its shape and dtype.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit, or a position is not in the tables.
+            Offsets on a device are not looked at, nor are lengths under torch.compile: there
+            the lookup itself fails, as the device's index_select does.
+        ArgumentTypeError: an argument is an object of the wrong type.
+
+    Contract: flash-attention 2.8, `apply_rotary`. Wider: dtypes of cos and sin, max_seqlen.
+    """
+    checks.require_tensors(x=x, cos=cos, sin=sin)
+    _check_rank(x, 4 if cu_seqlens is None else 3)
+    return rotate(
+        x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate
+    )
+
+
+# Other packages replace `apply_rotary` in every module that holds it by a function that raises,
+# so the layers call this one
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """`apply_rotary` for any number of head axes, as in (batch, seqlen, 2, nheads, headdim)."""
+    _check_tables(x, cos, sin)
+    if cu_seqlens is None:
+        rows = _dense_rows(x, cos.shape[0], seqlen_offsets)
+    else:
+        rows = _packed_rows(x, cos.shape[0], seqlen_offsets, cu_seqlens, max_seqlen)
+    heads = x.dim() - (3 if cu_seqlens is None else 2)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = (_lookup(table, rows, heads).to(wide) for table in (cos, sin))
+    rotary_dim = 2 * cos.shape[-1]
+    rotated = _turn(x[..., :rotary_dim].to(wide), cos, -sin if conjugate else sin, interleaved)
+    rotated = rotated.to(x.dtype)
+    if inplace:
+        x[..., :rotary_dim].copy_(rotated)
+        return x
+    if rotary_dim < x.shape[-1]:
+        rotated = torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
+    return rotated.contiguous()
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+    else:
+        first, second = x.chunk(2, dim=-1)
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+
+
+def _lookup(table: Tensor, rows: Rows, heads: int) -> Tensor:
+    if isinstance(rows, slice):
+        found = table[rows]
+    else:
+        # index_select refuses a negative row; table[rows] would count it from the end
+        found = table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return found[(..., *(None,) * heads, slice(None))]
+
+
+def _dense_rows(x: Tensor, seqlen_ro: int, seqlen_offsets: int | Tensor) -> Rows:
+    batch, seqlen = x.shape[:2]
+    if not isinstance(seqlen_offsets, Tensor):
+        start = _checked_offset(seqlen_offsets)
+        _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+        return slice(start, start + seqlen)
+    _check_offsets(seqlen_offsets, batch)
+    _check_reach("x", 0, seqlen, seqlen_ro)
+    if _readable(seqlen_offsets):
+        for start in seqlen_offsets.tolist():
+            _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+    starts = seqlen_offsets.to(x.device, torch.int64)
+    return starts[:, None] + torch.arange(seqlen, device=x.device)
+
+
+def _packed_rows(
+    x: Tensor,
+    seqlen_ro: int,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | Tensor | None,
+) -> Rows:
+    checks.require_tensors(cu_seqlens=cu_seqlens)
+    if cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    offsets: int | Tensor
+    if isinstance(seqlen_offsets, Tensor):
+        _check_offsets(seqlen_offsets, cu_seqlens.shape[0] - 1)
+        offsets = seqlen_offsets.to(x.device, torch.int64)
+    else:
+        offsets = _checked_offset(seqlen_offsets)
+    if not torch.compiler.is_compiling():
+        lengths = host_lengths("cu_seqlens", cu_seqlens)
+        _check_packed(x, lengths, max_seqlen)
+        starts = [0 if isinstance(offsets, Tensor) else offsets] * len(lengths.seqlens)
+        if isinstance(seqlen_offsets, Tensor) and _readable(seqlen_offsets):
+            starts = seqlen_offsets.tolist()
+        for start, seqlen in zip(starts, lengths.seqlens, strict=True):
+            _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+    total = x.shape[0]
+    cumulative = cu_seqlens.to(x.device, torch.int64)
+    shifts = torch.repeat_interleave(
+        offsets - cumulative[:-1], cumulative.diff(), output_size=total
+    )
+    return shifts + torch.arange(total, device=x.device)
+
+
+def _readable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_rank(x: Tensor, rank: int) -> None:
+    if x.dim() != rank:
+        raise ArgumentError(
+            explain(
+                "x",
+                f"shape {tuple(x.shape)}",
+                "(batch, seqlen, nheads, headdim), or (total, nheads, headdim) with cu_seqlens",
+                "reshape x, or pass cu_seqlens if it is packed",
+            )
+        )
+
+
+def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        if not tensor.is_floating_point():
+            raise ArgumentError(
+                explain(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")
+            )
+        if tensor.device != x.device:
+            raise ArgumentError(
+                explain(name, tensor.device, f"{x.device}, as x", f"pass {name}.to(x.device)")
+            )
+    if cos.dim() != 2 or 2 * cos.shape[1] > x.shape[-1]:
+        raise ArgumentError(
+            explain(
+                "cos",
+                f"shape {tuple(cos.shape)}",
+                f"(seqlen_ro, rotary_dim / 2) with rotary_dim <= headdim = {x.shape[-1]}",
+                "pass one column for each pair of dimensions",
+            )
+        )
+    if sin.shape != cos.shape:
+        raise ArgumentError(
+            explain(
+                "sin",
+                f"shape {tuple(sin.shape)}",
+                f"{tuple(cos.shape)}, the shape of cos",
+                "pass both of the same length and width",
+            )
+        )
+
+
+def _checked_offset(seqlen_offsets: object) -> int:
+    # an int is asked for by itself because torch.compile has no Integral for its symbols
+    if isinstance(seqlen_offsets, int):
+        return seqlen_offsets
+    if isinstance(seqlen_offsets, Integral):
+        return int(seqlen_offsets)
+    raise ArgumentTypeError(
+        explain(
+            "seqlen_offsets",
+            type(seqlen_offsets).__name__,
+            "an int or a (batch,) integer tensor",
+            "pass the position of the first token",
+        )
+    )
+
+
+def _check_offsets(seqlen_offsets: Tensor, batch: int) -> None:
+    if seqlen_offsets.dtype not in (torch.int32, torch.int64) or seqlen_offsets.shape != (batch,):
+        raise ArgumentError(
+            explain(
+                "seqlen_offsets",
+                f"a {seqlen_offsets.dtype} tensor of shape {tuple(seqlen_offsets.shape)}",
+                f"an int, or a torch.int32 or torch.int64 tensor of shape ({batch},)",
+                "pass one position for each sequence",
+            )
+        )
+
+
+def _check_reach(argument: str, first: int, end: int, seqlen_ro: int) -> None:
+    if end > first and (first < 0 or end > seqlen_ro):
+        raise ArgumentError(
+            explain(
+                argument,
+                f"positions {first} to {end - 1}",
+                f"positions 0 to {seqlen_ro - 1}, the rows of cos and sin",
+                f"pass cos and sin with at least {end} rows",
+            )
+        )
+
+
+def _check_packed(x: Tensor, lengths: Lengths, max_seqlen: int | Tensor | None) -> None:
+    if lengths.total != x.shape[0]:
+        raise ArgumentError(
+            explain(
+                "cu_seqlens",
+                f"a total of {lengths.total}",
+                f"{x.shape[0]}, the number of tokens in x",
+                "pass the cumulative lengths of all sequences in x",
+            )
+        )
+    if max_seqlen is None:
+        return
+    longest = checks.longest("max_seqlen", max_seqlen, lengths.longest)
+    if longest < lengths.longest:
+        raise ArgumentError(
+            explain(
+                "max_seqlen",
+                longest,
+                f"at least {lengths.longest}, the longest sequence in cu_seqlens",
+                f"pass max_seqlen={lengths.longest}",
+            )
+        )
