@@ -1,27 +1,152 @@
 """Mirror of `flash_attn.bert_padding`: between padded batches and packed sequences.
 
-The conventions are those of 2.8: `unpad_input` returns five values. Everything is composed of
-differentiable torch operations.
+The conventions are those of 2.8: `unpad_input` returns five values. Unpadding copies the lengths
+to the host once, padding copies nothing; everything is differentiable.
 """
 
 from __future__ import annotations
+
+import importlib
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["index_first_axis", "index_put_first_axis", "pad_input", "unpad_input"]
+from .attention.checks import require_tensors
+from .attention.lengths import remember_lengths
+from .errors import ArgumentError, explain
+
+__all__ = [
+    "IndexFirstAxis",
+    "IndexFirstAxisResidual",
+    "IndexPutFirstAxis",
+    "index_first_axis",
+    "index_first_axis_residual",
+    "index_put_first_axis",
+    "pad_input",
+    "unpad_input",
+    "unpad_input_for_concatenated_sequences",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`rearrange` and `repeat` of einops, where it is installed: clients import them from here."""
+    if name in ("rearrange", "repeat"):
+        try:
+            return getattr(importlib.import_module("einops"), name)
+        except ModuleNotFoundError:
+            pass
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class IndexFirstAxis(torch.autograd.Function):
+    """Autograd of `index_first_axis`."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, indices: Tensor) -> Tensor:
+        """Gather rows."""
+        _check_indices(indices)
+        ctx.save_for_backward(indices)
+        ctx.rows = input.shape[0]
+        return input.index_select(0, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """Add rows up where they came from."""
+        (indices,) = ctx.saved_tensors
+        zeros = grad_output.new_zeros(ctx.rows, *grad_output.shape[1:])
+        return zeros.index_add(0, indices, grad_output), None
+
+
+class IndexPutFirstAxis(torch.autograd.Function):
+    """Autograd of `index_put_first_axis`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+        """Put rows among zeros."""
+        _check_indices(indices)
+        if values.shape[:1] != indices.shape:
+            raise ArgumentError(
+                explain(
+                    "values",
+                    f"shape {tuple(values.shape)}",
+                    f"({indices.shape[0]}, ...), a row for every index",
+                    "pass the indices that the rows were packed with",
+                )
+            )
+        ctx.save_for_backward(indices)
+        whole = values.new_zeros(first_axis_dim, *values.shape[1:])
+        return whole.index_copy(0, indices.long(), values)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        """Gather the rows that were put."""
+        (indices,) = ctx.saved_tensors
+        return grad_output.index_select(0, indices), None, None
+
+
+class IndexFirstAxisResidual(torch.autograd.Function):
+    """Autograd of `index_first_axis_residual`."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather rows, and hand the input on."""
+        _check_indices(indices)
+        ctx.save_for_backward(indices)
+        return input.index_select(0, indices), input.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, grad_residual: Tensor) -> tuple[Tensor, None]:
+        """Add the rows' gradients to that of the residual."""
+        (indices,) = ctx.saved_tensors
+        return grad_residual.index_add(0, indices, grad_output), None
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
-    """Rows `indices` of input (rows, ...): (len(indices), ...)."""
-    return input[indices]
+    """Rows `indices`, (n,) int32 or int64, of input (rows, ...): (n, ...).
+
+    Raises:
+        ArgumentError: indices have another rank or dtype.
+
+    Contract: flash-attention 2.8, `index_first_axis`.
+    """
+    require_tensors(input=input, indices=indices)
+    out: Tensor = IndexFirstAxis.apply(input, indices)  # type: ignore[no-untyped-call]
+    return out
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """(first_axis_dim, ...) with values at the rows `indices` and zeros elsewhere."""
-    whole = values.new_zeros(first_axis_dim, *values.shape[1:])
-    return whole.index_copy(0, indices.long(), values)
+    """(first_axis_dim, ...) with values (n, ...) at the rows `indices`, zeros elsewhere.
+
+    The indices, (n,) int32 or int64, must differ from one another.
+
+    Raises:
+        ArgumentError: indices have another rank or dtype, or another length than values.
+
+    Contract: flash-attention 2.8, `index_put_first_axis`.
+    """
+    require_tensors(values=values, indices=indices)
+    out: Tensor = IndexPutFirstAxis.apply(  # type: ignore[no-untyped-call]
+        values, indices, first_axis_dim
+    )
+    return out
+
+
+def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """`index_first_axis`, and input itself for a residual connection, in one autograd node.
+
+    Raises:
+        ArgumentError: indices have another rank or dtype.
+
+    Contract: flash-attention 2.8, `index_first_axis_residual`.
+    """
+    require_tensors(input=input, indices=indices)
+    out: tuple[Tensor, Tensor] = IndexFirstAxisResidual.apply(  # type: ignore[no-untyped-call]
+        input, indices
+    )
+    return out
 
 
 def unpad_input(
@@ -31,25 +156,154 @@ def unpad_input(
 
     Args:
         hidden_states: (batch, seqlen, ...).
-        attention_mask: (batch, seqlen), bool or int, 1 for a token.
-        unused_mask: (batch, seqlen), 1 for a row that is kept but holds no token.
+        attention_mask: (batch, seqlen), nonzero for a token.
+        unused_mask: (batch, seqlen), nonzero for a row that is kept but holds no token.
 
     Returns:
-        packed (total, ...), where total counts both masks; indices (total,) of the packed rows
-        in the flattened batch; cu_seqlens (batch + 1,) int32; max_seqlen, int; seqused (batch,)
-        int32, which counts attention_mask alone.
+        packed (total, ...), where total counts both masks; indices (total,) int64 of the packed
+        rows in the flattened batch; cu_seqlens (batch + 1,) int32; max_seqlen, int; seqused
+        (batch,) int32, which counts attention_mask alone.
+
+    Raises:
+        ArgumentError: shapes or devices do not fit.
+
+    Contract: flash-attention 2.8, `unpad_input`.
     """
-    every = attention_mask if unused_mask is None else attention_mask + unused_mask
-    seqlens = every.sum(dim=-1, dtype=torch.int32)
-    seqused = attention_mask.sum(dim=-1, dtype=torch.int32)
-    indices = torch.nonzero(every.flatten(), as_tuple=False).flatten()
-    max_seqlen = int(seqlens.max()) if seqlens.numel() else 0
-    cu_seqlens = pad(torch.cumsum(seqlens, dim=0, dtype=torch.int32), (1, 0))
+    require_tensors(hidden_states=hidden_states)
+    _check_mask("attention_mask", attention_mask, hidden_states)
+    kept = attention_mask != 0
+    seqused = kept.sum(dim=-1, dtype=torch.int32)
+    seqlens = seqused
+    if unused_mask is not None:
+        _check_mask("unused_mask", unused_mask, hidden_states)
+        kept = kept | (unused_mask != 0)
+        seqlens = kept.sum(dim=-1, dtype=torch.int32)
+    lengths = seqlens.tolist()
+    indices = _kept_rows(kept, sum(lengths))
     packed = index_first_axis(hidden_states.flatten(0, 1), indices)
-    return packed, indices, cu_seqlens, max_seqlen, seqused
+    return packed, indices, _cumulative(seqlens, lengths), max(lengths, default=0), seqused
+
+
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Tensor, attention_mask_in_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Pack a padded batch whose rows each hold several sequences, one behind the other.
+
+    Args:
+        hidden_states: (batch, seqlen, ...).
+        attention_mask_in_length: (batch, seqlen), int: the lengths of the sequences of each row,
+            zeros elsewhere. A row [2, 3, 0, 0, 0, 0] holds a sequence of 2 tokens, one of 3, and
+            one token of padding.
+
+    Returns:
+        packed (total, ...); indices (total,) int64 of the packed rows in the flattened batch;
+        cu_seqlens (sequences + 1,) int32; max_seqlen, int.
+
+    Raises:
+        ArgumentError: shapes or devices do not fit, or lengths are not integers, are negative, or
+            exceed seqlen together.
+
+    Contract: flash-attention 2.8, `unpad_input_for_concatenated_sequences`.
+    """
+    require_tensors(hidden_states=hidden_states)
+    _check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states)
+    rows = attention_mask_in_length.tolist()
+    seqlen = hidden_states.shape[1]
+    for row in rows:
+        _check_row(row, seqlen)
+    lengths = [length for row in rows for length in row if length]
+    used = attention_mask_in_length.sum(dim=-1, keepdim=True)
+    kept = torch.arange(seqlen, device=used.device) < used
+    indices = _kept_rows(kept, sum(lengths))
+    packed = index_first_axis(hidden_states.flatten(0, 1), indices)
+    seqlens = torch.tensor(lengths, dtype=torch.int32).to(used.device)
+    return packed, indices, _cumulative(seqlens, lengths), max(lengths, default=0)
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """Undo `unpad_input`: (batch, seqlen, ...) with zeros where there was padding."""
+    """Undo `unpad_input`.
+
+    Args:
+        hidden_states: (total, ...).
+        indices: (total,), as `unpad_input` returned them.
+
+    Returns:
+        (batch, seqlen, ...), with zeros where there was padding.
+
+    Raises:
+        ArgumentError: as `index_put_first_axis`.
+
+    Contract: flash-attention 2.8, `pad_input`.
+    """
     whole = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return whole.view(batch, seqlen, *whole.shape[1:])
+
+
+def _kept_rows(kept: Tensor, total: int) -> Tensor:
+    """Where `kept` is True, counted in the flattened mask; nonzero would ask the device for total.
+
+    A row that is kept goes to as many places from the start as rows are kept before it, and all
+    others to one place behind the end.
+    """
+    kept = kept.flatten()
+    if kept.device.type == "cpu":
+        return kept.nonzero().flatten()
+    places = torch.where(kept, kept.cumsum(0) - 1, total)
+    every = torch.arange(kept.shape[0], device=kept.device)
+    return every.new_empty(total + 1).scatter_(0, places, every)[:total]
+
+
+def _cumulative(seqlens: Tensor, lengths: list[int]) -> Tensor:
+    """cu_seqlens, whose contents need not be copied to the host again."""
+    # inference tensors have no version counter, so nothing could be remembered about them
+    with torch.inference_mode(False):
+        cu_seqlens = pad(torch.cumsum(seqlens, dim=0, dtype=torch.int32), (1, 0))
+    if not torch.compiler.is_compiling():
+        remember_lengths(cu_seqlens, tuple(accumulate(lengths, initial=0)))
+    return cu_seqlens
+
+
+def _check_indices(indices: Tensor) -> None:
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(
+            explain(
+                "indices",
+                f"a {indices.dtype} tensor of shape {tuple(indices.shape)}",
+                "a torch.int32 or torch.int64 tensor of one dimension",
+                "pass the indices that unpad_input returned",
+            )
+        )
+
+
+def _check_mask(argument: str, mask: Tensor, hidden_states: Tensor) -> None:
+    require_tensors(**{argument: mask})
+    if mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
+        raise ArgumentError(
+            explain(
+                argument,
+                f"shape {tuple(mask.shape)}",
+                f"{tuple(hidden_states.shape[:2])}, the (batch, seqlen) of hidden_states",
+                "pass one entry for each token of hidden_states",
+            )
+        )
+    if mask.device != hidden_states.device:
+        raise ArgumentError(
+            explain(
+                argument,
+                mask.device,
+                f"{hidden_states.device}, as hidden_states",
+                f"pass {argument}.to(hidden_states.device)",
+            )
+        )
+
+
+def _check_row(row: list[int], seqlen: int) -> None:
+    if not all(isinstance(length, int) and length >= 0 for length in row) or sum(row) > seqlen:
+        raise ArgumentError(
+            explain(
+                "attention_mask_in_length",
+                f"a row {row[:12]}{' ...' if len(row) > 12 else ''}",
+                f"integers of at least 0 that sum up to at most seqlen = {seqlen}",
+                "pass the lengths of the sequences of each row, and zeros behind them",
+            )
+        )

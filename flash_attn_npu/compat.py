@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._version import FLASH_ATTN_VERSION
-from .attention.support import BLOCKWISE, FUSION, TABLE, Row
+from .attention.support import BLOCKWISE, FUSION, INFER, TABLE, Row
 
 __all__ = ["matrix"]
 
@@ -19,9 +19,11 @@ a test fails when this file differs, and another reaches every cell.
   sequence being left out before it and filled in after it.
 - **composed**: on Ascend the call is computed exactly from torch operations by `{BLOCKWISE}`, in
   memory linear in sequence length, with one logged reason. Off Ascend every call is.
+- **gathered**: the keys are copied out of the cache for `{FUSION}`, with one logged reason.
 - **impossible**: no kernel takes it, and the call raises `UnsupportedError`.
 
-A call is fused only if every property it has is native to the fused kernel. No Ascend machine has
+`{INFER}` is asked only where the keys lie in a cache. A call is fused only if every property it
+has is native to the fused kernel. No Ascend machine has
 confirmed any of this: it holds for the real torch_npu 2.13.0 over a simulated card.
 
 The API level is that of flash-attention {FLASH_ATTN_VERSION}.
@@ -32,8 +34,6 @@ _NOT_SERVED = """\
 
 | name | answer |
 | --- | --- |
-| `block_table`, `leftpad_k`, `seqused_k` | `UnsupportedError`, before anything runs |
-| `flash_attn_with_kvcache` | absent; `flash_attn_gpu.fwd_kvcache` raises `UnsupportedError` |
 | `.layers`, `.ops`, `.losses`, `.modules`, `.utils`, `.models` | absent: find_spec gives None |
 
 ## Differences from flash-attention
@@ -60,12 +60,17 @@ first queries see nothing.
 def matrix() -> str:
     """The whole file, as text."""
     rows = "\n".join(_row(row) for row in TABLE)
-    head = f"| a problem with | {FUSION} | {BLOCKWISE} | on Ascend |\n| --- | --- | --- | --- |"
+    head = (
+        f"| a problem with | {FUSION} | {BLOCKWISE} | {INFER} | on Ascend |\n"
+        "| --- | --- | --- | --- | --- |"
+    )
     return f"{_HEAD}\n## Attention\n\n{head}\n{rows}\n\n{_NOT_SERVED}"
 
 
 def outcome(row: Row) -> str:
     """What becomes, on Ascend, of a problem whose only unusual property is this one."""
+    if row.name.startswith("keys in a cache"):
+        return "fused" if row.infer.refusal is None else "gathered"
     if row.fusion.refusal is None:
         return "fused" if row.blockwise.refusal is None else "fused or impossible"
     return "composed" if row.blockwise.refusal is None else "impossible"
@@ -74,7 +79,7 @@ def outcome(row: Row) -> str:
 def _row(row: Row) -> str:
     cells = (
         cell.verdict if cell.refusal is None else f"{cell.verdict}: {cell.refusal}"
-        for cell in (row.fusion, row.blockwise)
+        for cell in (row.fusion, row.blockwise, row.infer)
     )
     return f"| {row.name} | {' | '.join(cells)} | {outcome(row)} |"
 

@@ -6,13 +6,13 @@ flash-attention 2.8's extension; generators must be None, as there.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import ops
-from .errors import ArgumentError, UnsupportedError, explain
+from .attention import decode, ops
+from .errors import ArgumentError, explain
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
 
@@ -87,19 +87,26 @@ def varlen_bwd(
     return [*grads, row_sums]
 
 
-# fmt: on
-
-
-def fwd_kvcache(*args: Any, **kwargs: Any) -> NoReturn:
-    """Not served yet."""
-    raise UnsupportedError(
-        explain(
-            "fwd_kvcache",
-            "a call",
-            "fwd, bwd, varlen_fwd and varlen_bwd",
-            "gather the cache into packed k and v and call varlen_fwd",
-        )
+def fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
+    cache_seqlens: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
+    cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, block_table: Tensor | None,
+    alibi_slopes: Tensor | None, out: Tensor | None, softmax_scale: float, is_causal: bool,
+    window_size_left: int, window_size_right: int, softcap: float, is_rotary_interleaved: bool,
+    num_splits: int = 0,
+) -> list[Tensor]:
+    """[out, softmax_lse] of attention over a cache."""
+    answer, lse = decode.with_kvcache(
+        "fwd_kvcache", q, (k_cache, v_cache), (k, v),
+        (rotary_cos, rotary_sin, is_rotary_interleaved), cache_seqlens, cache_batch_idx,
+        cache_leftpad, block_table, softmax_scale, is_causal,
+        (window_size_left, window_size_right), softcap, alibi_slopes, True,
     )
+    assert lse is not None
+    return _into(out, (answer, lse))
+
+
+# fmt: on
 
 
 def _into(out: Tensor | None, answer: tuple[Tensor, ...]) -> list[Tensor]:

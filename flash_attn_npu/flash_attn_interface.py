@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import extension as flash_attn_gpu
-from .attention import call
+from .attention import call, decode
 from .attention.call import Answer
 from .low_level import (
     _flash_attn_backward,
@@ -40,6 +40,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 
@@ -81,8 +82,8 @@ def flash_attn_func(
     """
     # fmt: off
     return call.attend(
-        "flash_attn_func", q, k, v, None, None, None, None, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        "flash_attn_func", False, q, k, v, None, None, None, None, dropout_p,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )
     # fmt: on
 
@@ -116,7 +117,8 @@ def flash_attn_varlen_func(
             change is noticed, one made through `.data` cannot be.
         max_seqlen_q, max_seqlen_k: at least the longest sequence, int or 0-d tensor. A value on
             the device is not read.
-        block_table: not served yet.
+        block_table: int32 (batch, max_blocks): k and v are pages (num_blocks, page_block_size,
+            nheads_k, headdim), and sequence i lies in the pages of row i.
 
     The other arguments are those of `flash_attn_func`, alibi_slopes per sequence included.
 
@@ -126,11 +128,15 @@ def flash_attn_varlen_func(
 
     Contract: flash-attention 2.8, `flash_attn_varlen_func`.
     """
-    if block_table is not None:
-        call.refuse_block_table("flash_attn_varlen_func")
     # fmt: off
+    if block_table is not None:
+        return call.attend_paged(
+            "flash_attn_varlen_func", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic, return_attn_probs, block_table,
+        )
     return call.attend(
-        "flash_attn_varlen_func", q, k, v, cu_seqlens_q, cu_seqlens_k,
+        "flash_attn_varlen_func", True, q, k, v, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )
@@ -155,8 +161,8 @@ def flash_attn_qkvpacked_func(
     q, k, v = call.unpacked("qkv", qkv, 3)
     # fmt: off
     return call.attend(
-        "flash_attn_qkvpacked_func", q, k, v, None, None, None, None, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        "flash_attn_qkvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )
     # fmt: on
 
@@ -180,8 +186,8 @@ def flash_attn_kvpacked_func(
     k, v = call.unpacked("kv", kv, 2)
     # fmt: off
     return call.attend(
-        "flash_attn_kvpacked_func", q, k, v, None, None, None, None, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        "flash_attn_kvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )
     # fmt: on
 
@@ -206,7 +212,7 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = call.unpacked("qkv", qkv, 3)
     # fmt: off
     return call.attend(
-        "flash_attn_varlen_qkvpacked_func", q, k, v, cu_seqlens, cu_seqlens,
+        "flash_attn_varlen_qkvpacked_func", True, q, k, v, cu_seqlens, cu_seqlens,
         max_seqlen, max_seqlen, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )
@@ -236,8 +242,74 @@ def flash_attn_varlen_kvpacked_func(
     k, v = call.unpacked("kv", kv, 2)
     # fmt: off
     return call.attend(
-        "flash_attn_varlen_kvpacked_func", q, k, v, cu_seqlens_q, cu_seqlens_k,
+        "flash_attn_varlen_kvpacked_func", True, q, k, v, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )
     # fmt: on
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a key-value cache, appending new keys and values to it in place.
+
+    Args:
+        q: (batch, seqlen_q, nheads, headdim).
+        k_cache, v_cache: (batch_cache, seqlen_cache, nheads_k, headdim), or with block_table
+            (num_blocks, page_block_size, nheads_k, headdim), pages of any size.
+        k, v: (batch, seqlen_new, nheads_k, headdim), written behind cache_seqlens.
+        rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2), applied to k and q at the positions
+            from cache_seqlens on; to q at cache_seqlens alone without causal or window_size.
+        cache_seqlens: lengths before the new keys, int or int32 (batch,); the whole cache if
+            None. A tensor on the device costs one host copy each time it has changed.
+        cache_batch_idx: int32 (batch,), the row of the cache of each sequence.
+        cache_leftpad: int32 (batch,), the first position of the cache that is used.
+        block_table: int32 (batch, max_blocks), the pages of each sequence.
+        causal, window_size: aligned to the bottom right of the keys, new ones included.
+        num_splits: accepted; it changes no number.
+        return_softmax_lse: also return softmax_lse (batch, nheads, seqlen_q), float32.
+
+    Everything is checked before anything is written. There is no backward.
+
+    Returns:
+        out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse).
+
+    Contract: flash-attention 2.8, `flash_attn_with_kvcache`.
+    """
+    out, lse = decode.with_kvcache(
+        "flash_attn_with_kvcache",
+        q,
+        (k_cache, v_cache),
+        (k, v),
+        (rotary_cos, rotary_sin, rotary_interleaved),
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        return_softmax_lse,
+    )
+    return out if lse is None else (out, lse)

@@ -60,7 +60,8 @@ def _flash_attn_varlen_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax_lse, S_dmask, rng_state) of `flash_attn_varlen_func`'s arguments.
 
-    block_table, leftpad_k and seqused_k are not served yet. Rows of no sequence are always
+    block_table: pages, as in `flash_attn_varlen_func`; seqused_k (batch,) int32: how many of its
+    keys a sequence uses; leftpad_k (batch,) int32: its first key. Rows of no sequence are always
     zeros, so zero_tensors changes nothing; nor does num_splits.
 
     Contract: flash-attention 2.8, `_flash_attn_varlen_forward`.

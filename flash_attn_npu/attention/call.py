@@ -8,17 +8,16 @@ being traced, goes through the operators of `ops`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, UnsupportedError, explain
-from . import checks, ops
+from ..errors import ArgumentError, explain
+from . import checks, ops, paged
 from .dispatch import lookup, permit
 from .lengths import host_lengths
 
-__all__ = ["Answer", "attend", "refuse_block_table", "unpacked"]
+__all__ = ["Answer", "attend", "attend_paged", "unpacked"]
 
 Answer = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -29,6 +28,7 @@ _grad_enabled = torch.is_grad_enabled
 
 def attend(
     function: str,
+    packed: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,16 +46,16 @@ def attend(
     return_attn_probs: bool,
     sink: Tensor | None = None,
 ) -> Answer:
-    """Attention over dense tensors if cu_seqlens_q is None, else over packed ones."""
+    """Attention over packed tensors, or over dense ones, which have no lengths."""
     # fmt: off
     if _compiling() or _dispatch_modes():
         return ops.attend(
-            function, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+            function, packed, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs, sink,
         )
     lengths_q = lengths_k = longest_q = longest_k = None
-    if cu_seqlens_q is not None:
+    if packed:
         lengths_q = host_lengths("cu_seqlens_q", cu_seqlens_q)
         if cu_seqlens_k is cu_seqlens_q:
             lengths_k = lengths_q
@@ -88,7 +88,7 @@ def attend(
     # a call that will need a composed backward is refused before its forward runs
     permit(found, quiet=True)
     return ops.attend(
-        function, q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, dropout_p,
+        function, packed, q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, dropout_p,
         softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs, sink,
     )
@@ -110,13 +110,39 @@ def unpacked(argument: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
     return packed.unbind(-3)
 
 
-def refuse_block_table(function: str) -> NoReturn:
-    """Paged keys are not served yet."""
-    raise UnsupportedError(
-        explain(
-            "block_table",
-            "a tensor",
-            f"None: {function} does not serve paged keys yet",
-            "gather the pages into packed k and v and call again without block_table",
+def attend_paged(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | Sequence[int],
+    cu_seqlens_k: Tensor | Sequence[int],
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+    block_table: Tensor,
+) -> Answer:
+    """`attend` over keys in pages; where a gradient is wanted they are gathered first."""
+    checks.require_tensors(q=q, k=k, v=v)
+    # fmt: off
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        lengths_k = host_lengths("cu_seqlens_k", cu_seqlens_k)
+        keys = paged.read_keys(k, v, lengths_k, block_table, None, None)
+        return attend(
+            function, True, q, *paged.gather(keys), cu_seqlens_q, keys.lengths.cumulative,
+            max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap,
+            alibi_slopes, deterministic, return_attn_probs,
         )
+    return ops.attend(
+        function, True, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, None, block_table,
     )
+    # fmt: on

@@ -1,6 +1,8 @@
 """Checks of single arguments: each returns the plain Python value or raises a named error.
 
-They run before anything is computed or cached, so that a wrong argument has no effect at all.
+They run before anything is computed or remembered, so that a wrong argument has no effect at all.
+What equals a legal value is that value: plans are looked up by equality, so a first call must not
+be stricter than a second.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ def require_tensors(**tensors: Any) -> None:
 
 
 def flag(argument: str, value: Any) -> bool:
-    """`value` as a bool; 0 and 1 are taken, as upstream takes them."""
+    """`value` as a bool; so are numbers equal to 0 or 1, numpy's among them."""
     if isinstance(value, bool):
         return value
-    if isinstance(value, Integral) and value in (0, 1):
+    if not isinstance(value, (torch.Tensor, str)) and _is_scalar(value) and value in (0, 1):
         return bool(value)
     raise ArgumentTypeError(
         explain(argument, _named(value), "True or False", f"pass {argument}=True or False")
@@ -39,7 +41,7 @@ def real(argument: str, value: Any) -> float:
     """`value` as a finite float; a host tensor with one element is taken too."""
     if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
         value = value.item()
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if isinstance(value, Real):
         number = float(value)
         if number == number and abs(number) != float("inf"):
             return number
@@ -56,7 +58,7 @@ def window(argument: str, value: Any) -> tuple[int, int]:
     if (
         isinstance(value, (tuple, list))
         and len(value) == 2
-        and all(isinstance(side, Integral) and not isinstance(side, bool) for side in value)
+        and all(isinstance(side, Real) and side == side // 1 for side in value)
     ):
         return int(value[0]), int(value[1])
     raise ArgumentTypeError(
@@ -85,6 +87,11 @@ def longest(argument: str, value: Any, known: int) -> int:
             f"pass {argument} as the longest sequence length, {known}",
         )
     )
+
+
+def _is_scalar(value: Any) -> bool:
+    # numpy's bool is no number to Python
+    return isinstance(value, Real) or type(value).__name__ in ("bool", "bool_")
 
 
 def _named(value: Any) -> str:

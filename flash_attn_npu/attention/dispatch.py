@@ -19,8 +19,8 @@ from ..errors import UnsupportedError, explain
 from ..settings import fallback_policy
 from . import checks
 from .lengths import Lengths
-from .problem import Facts, Options, Problem, dense_problem, varlen_problem
-from .support import BLOCKWISE, FUSION, refusals
+from .problem import Facts, Options, Pages, Problem, dense_problem, varlen_problem
+from .support import BLOCKWISE, FUSION, INFER, refusals
 
 __all__ = ["Plan", "forget_plans", "lookup", "permit"]
 
@@ -37,7 +37,7 @@ _warned: set[tuple[str, tuple[str, ...]]] = set()
 class Plan:
     """What serves a problem.
 
-    kernel: the module with `forward` and `backward`.
+    name, kernel: the kernel's name, and the module with its `forward` and `backward`.
     direct: takes (q, k, v, alibi_slopes, sink) and returns what the public function returns,
         differentiable by itself; None where autograd goes through our operators.
     reasons: why the kernels before this one were passed over.
@@ -45,6 +45,7 @@ class Plan:
     """
 
     problem: Problem
+    name: str
     kernel: ModuleType
     direct: Callable[..., Any] | None
     reasons: tuple[str, ...]
@@ -53,9 +54,9 @@ class Plan:
 
 def lookup(
     function: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | Facts,
+    k: Tensor | Facts,
+    v: Tensor | Facts,
     lengths_q: Lengths | None,
     lengths_k: Lengths | None,
     max_seqlen_q: int | None,
@@ -72,8 +73,12 @@ def lookup(
     needs_grad: bool,
     sink: Tensor | None = None,
     mask_from: str | None = None,
+    pages: Pages | None = None,
 ) -> Plan:
-    """The plan for a call, validated when it is made. See `Options` for what no caller passes."""
+    """The plan for a call, validated when it is made. See `Options` for what no caller passes.
+
+    With `pages`, k and v are facts of the packed tensors that the cache stands for.
+    """
     key = found = None
     try:
         # fmt: off
@@ -83,7 +88,7 @@ def lookup(
             dropout_p, softmax_scale, causal, window_size, softcap,
             None if alibi_slopes is None else Facts.of(alibi_slopes),
             deterministic, return_attn_probs, uses_lse, needs_grad,
-            None if sink is None else Facts.of(sink), mask_from,
+            None if sink is None else Facts.of(sink), mask_from, pages,
         )
         # fmt: on
         found = _plans.get(key)
@@ -93,9 +98,10 @@ def lookup(
     if found is None:
         options = _options(
             *(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
-            *(deterministic, return_attn_probs, uses_lse, needs_grad, sink, mask_from),
-        )
-        checks.require_tensors(q=q, k=k, v=v)
+            *(deterministic, return_attn_probs, uses_lse, needs_grad, sink),
+        )._replace(mask_from=mask_from, pages=pages)
+        if pages is None:
+            checks.require_tensors(q=q, k=k, v=v)
         tensors = (Facts.of(q), Facts.of(k), Facts.of(v))
         if lengths_q is None or lengths_k is None:
             problem = dense_problem(function, *tensors, options)
@@ -124,7 +130,8 @@ def permit(found: Plan, *, quiet: bool = False) -> None:
     if not reasons or not problem.has_work:
         return
     policy = fallback_policy()
-    if policy == "error":
+    composed = found.name == BLOCKWISE
+    if policy == "error" and composed:
         raise UnsupportedError(
             explain(
                 problem.function,
@@ -139,22 +146,29 @@ def permit(found: Plan, *, quiet: bool = False) -> None:
     _warned.add(key)
     logger.log(
         logging.WARNING if problem.device.type == "npu" else logging.INFO,
-        "`%s` is composed of torch operations, exact but not fused: %s",
+        "`%s` %s: %s",
         problem.function,
+        "is composed of torch operations, exact but not fused"
+        if composed
+        else f"gathers its keys for {found.name}",
         "; ".join(reasons),
     )
 
 
 def _plan(problem: Problem) -> Plan:
-    from ..kernels import blockwise, fusion
+    from ..kernels import blockwise, fusion, infer
 
     passed_over: tuple[str, ...] = ()
-    for name, kernel in ((FUSION, fusion), (BLOCKWISE, blockwise)):
+    kernels: list[tuple[str, ModuleType]] = [(FUSION, fusion), (BLOCKWISE, blockwise)]
+    if problem.pages is not None:
+        kernels.insert(0, (INFER, infer))
+    for name, kernel in kernels:
         reasons = refusals(name, problem)
         if not reasons:
-            direct = fusion.direct(problem) if kernel is fusion else None
+            own_autograd = kernel is fusion and problem.pages is None
+            direct = fusion.direct(problem) if own_autograd else None
             tally = usage.tally(problem.function, name, passed_over)
-            return Plan(problem, kernel, direct, passed_over, tally)
+            return Plan(problem, name, kernel, direct, passed_over, tally)
         passed_over += (f"{name}: {', '.join(reasons)}",)
     raise UnsupportedError(
         explain(
@@ -185,9 +199,8 @@ def _options(
     deterministic: Any,
     return_attn_probs: Any,
     uses_lse: Any,
-    needs_grad: bool,
+    needs_grad: Any,
     sink: Any,
-    mask_from: str | None,
 ) -> Options:
     for argument, value in (("alibi_slopes", alibi_slopes), ("sink", sink)):
         if value is not None:
@@ -203,7 +216,6 @@ def _options(
         deterministic=checks.flag("deterministic", deterministic),
         return_attn_probs=checks.flag("return_attn_probs", return_attn_probs),
         uses_lse=bool(uses_lse),
-        needs_grad=needs_grad,
+        needs_grad=bool(needs_grad),
         sink=None if sink is None else Facts.of(sink),
-        mask_from=mask_from,
     )

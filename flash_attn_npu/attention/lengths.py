@@ -23,6 +23,8 @@ __all__ = [
     "forget_lengths",
     "host_ends",
     "host_lengths",
+    "interned",
+    "not_lengths",
     "remember_lengths",
 ]
 
@@ -45,19 +47,19 @@ class PerTensorMemo(Generic[T]):
 
     def __init__(self, maxsize: int) -> None:
         self.maxsize = maxsize
-        self._entries: dict[int, tuple[weakref.ref[torch.Tensor], int, int, T]] = {}
+        self._entries: dict[int, tuple[weakref.ref[torch.Tensor], int, tuple[int, int], T]] = {}
 
     def recall(self, tensor: object) -> T | None:
         """What is remembered of `tensor`, None if nothing is."""
         entry = self._entries.get(id(tensor))
         if entry is not None:
-            known, version, address, value = entry
+            known, version, place, value = entry
             owner = known()
             if (
                 owner is tensor
                 and owner is not None
                 and owner._version == version
-                and owner.data_ptr() == address
+                and (owner.data_ptr(), owner.numel()) == place
             ):
                 return value
         return None
@@ -94,7 +96,8 @@ class PerTensorMemo(Generic[T]):
                     self._entries.pop(key, None)
             if len(self._entries) >= self.maxsize:
                 self._entries.clear()
-        self._entries[id(tensor)] = (weakref.ref(tensor), version, tensor.data_ptr(), value)
+        place = (tensor.data_ptr(), tensor.numel())
+        self._entries[id(tensor)] = (weakref.ref(tensor), version, place, value)
 
 
 class Lengths:
@@ -146,7 +149,7 @@ def host_lengths(argument: str, cu_seqlens: torch.Tensor | Sequence[int] | None)
         came = f"a {type(cu_seqlens).__name__} holding other things than int"
     else:
         came = type(cu_seqlens).__name__
-    raise _not_lengths(argument, came)
+    raise not_lengths(argument, came)
 
 
 def host_ends(argument: str, cu_seqlens: torch.Tensor | Sequence[int]) -> list[int]:
@@ -157,12 +160,17 @@ def host_ends(argument: str, cu_seqlens: torch.Tensor | Sequence[int]) -> list[i
         return _ends_memo.get(cu_seqlens, _ends)
     if isinstance(cu_seqlens, (list, tuple)):
         return list(cu_seqlens[1:])
-    raise _not_lengths(argument, type(cu_seqlens).__name__)
+    raise not_lengths(argument, type(cu_seqlens).__name__)
 
 
 def remember_lengths(cu_seqlens: torch.Tensor, values: tuple[int, ...]) -> None:
     """Say that `cu_seqlens`, a device tensor, holds `values`, so that no copy has to find out."""
     _memo.put(cu_seqlens, _lengths(values, "cu_seqlens"))
+
+
+def interned(values: tuple[int, ...], argument: str) -> Lengths:
+    """The `Lengths` of host values, the same object for the same values."""
+    return _lengths(values, argument)
 
 
 def forget_lengths() -> None:
@@ -176,7 +184,8 @@ def _ends(tensor: torch.Tensor) -> list[int]:
     return cast(list[int], tensor.tolist())[1:]
 
 
-def _not_lengths(argument: str, came: str) -> ArgumentTypeError:
+def not_lengths(argument: str, came: str) -> ArgumentTypeError:
+    """The error for cumulative lengths of a wrong type."""
     return ArgumentTypeError(
         explain(
             argument,

@@ -9,11 +9,13 @@ of its own come through here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import serve, traits
+from .lengths import not_lengths
 from .problem import default_scale
 
 __all__ = ["NAMESPACE", "attend"]
@@ -68,6 +70,7 @@ _varlen_backward = torch.library.custom_op(
 
 def attend(
     function: str,
+    packed: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -84,28 +87,42 @@ def attend(
     deterministic: bool,
     return_attn_probs: bool,
     sink: Tensor | None,
+    block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """What a public function returns, through the operators; can be traced."""
     scale = default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
     options = (dropout_p, scale, causal, *window_size, softcap, alibi_slopes)
-    s_dmask = return_attn_probs and dropout_p > 0
+    s_dmask = return_attn_probs and 1.0 - dropout_p < 1.0
     ops = torch.ops.flash_attn_npu
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+    if not packed:
         out, lse, probs, _ = ops._flash_attn_forward(
             q, k, v, *options, s_dmask, sink, deterministic, function
         )
     else:
-        lengths = (_tensor(cu_seqlens_q), _tensor(cu_seqlens_k), max_seqlen_q, max_seqlen_k)
-        paged = (None, None, None, False, 0)
+        cu_seqlens = (_tensor("cu_seqlens_q", cu_seqlens_q), _tensor("cu_seqlens_k", cu_seqlens_k))
+        lengths = (*cu_seqlens, *_longest(max_seqlen_q, max_seqlen_k))
+        paged = (block_table, None, None, False, 0)
         out, lse, probs, _ = ops._flash_attn_varlen_forward(
             q, k, v, *lengths, *options, s_dmask, *paged, sink, deterministic, function
         )
     return (out, lse, probs) if return_attn_probs else out
 
 
-def _tensor(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
+def _longest(max_seqlen_q: Any, max_seqlen_k: Any) -> tuple[Any, Any]:
+    """Both as integers; one tensor passed twice is read once."""
+    same = max_seqlen_k is max_seqlen_q
+    if isinstance(max_seqlen_q, Tensor):
+        max_seqlen_q = max_seqlen_q.item()
+    if same:
+        return max_seqlen_q, max_seqlen_q
+    return max_seqlen_q, max_seqlen_k.item() if isinstance(max_seqlen_k, Tensor) else max_seqlen_k
+
+
+def _tensor(argument: str, cu_seqlens: Tensor | Sequence[int] | None) -> Tensor:
     if isinstance(cu_seqlens, Tensor):
         return cu_seqlens
+    if cu_seqlens is None:
+        raise not_lengths(argument, "None")
     return torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu")
 
 

@@ -18,7 +18,15 @@ import torch
 from ..errors import ArgumentError, explain
 from .lengths import Lengths
 
-__all__ = ["Facts", "Options", "Problem", "default_scale", "dense_problem", "varlen_problem"]
+__all__ = [
+    "Facts",
+    "Options",
+    "Pages",
+    "Problem",
+    "default_scale",
+    "dense_problem",
+    "varlen_problem",
+]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """float32 and float64 go beyond upstream, which takes the half precisions only."""
@@ -32,8 +40,24 @@ class Facts(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Facts:
+    def of(cls, tensor: torch.Tensor | Facts) -> Facts:
         return cls(tensor.shape, tensor.dtype, tensor.device)
+
+
+class Pages(NamedTuple):
+    """How the keys of a problem lie in a cache.
+
+    size: positions of a page, as a kernel may see the cache without copying it; None if it
+        cannot. A row of an unpaged cache counts as so many pages.
+    contiguous: the cache is.
+    padded: the keys of some sequence do not start at its first position.
+    shared: the sequences use more pages together than the cache has.
+    """
+
+    size: int | None
+    contiguous: bool
+    padded: bool
+    shared: bool
 
 
 class Options(NamedTuple):
@@ -56,6 +80,7 @@ class Options(NamedTuple):
     needs_grad: bool
     sink: Facts | None = None
     mask_from: str | None = None
+    pages: Pages | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +119,7 @@ class Problem:
     needs_grad: bool
     sink: bool
     mask_from: str | None
+    pages: Pages | None
 
     @property
     def varlen(self) -> bool:
@@ -255,6 +281,7 @@ def _problem(
         needs_grad=options.needs_grad,
         sink=options.sink is not None,
         mask_from=options.mask_from,
+        pages=options.pages,
     )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import ArgumentError, UnsupportedError, explain
-from . import checks
+from ..errors import ArgumentError, explain
+from . import checks, paged
 from .dispatch import Plan, lookup, permit
 from .lengths import Lengths, host_lengths
 from .result import ROUNDING, Forward, Saved, accumulator, rounded_up
@@ -47,14 +47,14 @@ def varlen_forward(
     function: str = "_flash_attn_varlen_forward",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax_lse, S_dmask, rng_state) of packed attention."""
-    paged = {"block_table": block_table, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
-    for argument, value in paged.items():
-        if value is not None:
-            raise UnsupportedError(
-                explain(argument, "a tensor", "None: paged keys are not served yet",
-                        "gather the keys of each sequence into packed k and v")
-            )
     lengths_q, lengths_k = _lengths(cu_seqlens_q, cu_seqlens_k)
+    if block_table is not None or leftpad_k is not None or seqused_k is not None:
+        keys = paged.read_keys(k, v, lengths_k, block_table, seqused_k, leftpad_k)
+        return paged.forward(
+            function, q, keys, lengths_q, (max_seqlen_q, max_seqlen_k), dropout_p, softmax_scale,
+            causal, (window_size_left, window_size_right), softcap, alibi_slopes, return_softmax,
+            sink,
+        )
     found = lookup(
         function, q, k, v, lengths_q, lengths_k, max_seqlen_q, max_seqlen_k, dropout_p,
         softmax_scale, causal, (window_size_left, window_size_right), softcap, alibi_slopes,
@@ -142,21 +142,21 @@ def _run_backward(
     q, k, v, out, lse = saved
     rows = (found.problem.rows_q,) if found.problem.varlen else (q.shape[0], q.shape[1])
     expected = {
-        "dout": (dout, q.shape),
-        "out": (out, q.shape),
-        "dq": (dq, q.shape),
-        "dk": (dk, k.shape),
-        "dv": (dv, v.shape),
-        "softmax_lse": (lse, (*rows[:-1], q.shape[-2], rows[-1])),
+        "dout": (dout, q.shape, q.dtype),
+        "out": (out, q.shape, q.dtype),
+        "dq": (dq, q.shape, q.dtype),
+        "dk": (dk, k.shape, q.dtype),
+        "dv": (dv, v.shape, q.dtype),
+        "softmax_lse": (lse, (*rows[:-1], q.shape[-2], rows[-1]), accumulator(q.dtype)),
     }
-    for argument, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
+    for argument, (tensor, shape, dtype) in expected.items():
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
             raise ArgumentError(
                 explain(
                     argument,
-                    f"shape {tuple(tensor.shape)}",
-                    f"shape {tuple(shape)}",
-                    f"pass {argument} laid out as the forward returned it or as its tensor is",
+                    f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}",
+                    f"a {dtype} tensor of shape {tuple(shape)}",
+                    f"pass {argument} as the forward returned it, or laid out as its tensor is",
                 )
             )
     permit(found)

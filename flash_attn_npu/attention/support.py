@@ -16,8 +16,9 @@ from ..kernels.soc import soc_name
 from ..settings import alibi_offset
 from .problem import Problem
 
-__all__ = ["BLOCKWISE", "FUSION", "TABLE", "Cell", "Row", "refusals"]
+__all__ = ["BLOCKWISE", "FUSION", "INFER", "TABLE", "Cell", "Row", "refusals"]
 
+INFER = "npu_fused_infer_attention_score"
 FUSION = "npu_fusion_attention"
 BLOCKWISE = "blockwise"
 
@@ -25,6 +26,9 @@ MAX_HEADS = 256
 MAX_HEADDIM = 768
 MAX_SEQUENCES = 20_000
 MAX_TOKENS = 1_000_000
+MAX_PAGE = 512
+PAGE_UNIT = 16
+MAX_PAGE_WIDTH = 65_535
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,25 @@ class Cell:
 
 
 NATIVE = Cell()
+ROUNDED_BIAS = Cell("it takes a bias in the dtype of q only, which rounds it")
 
 
 @dataclass(frozen=True)
 class Row:
     """Something that a problem may have, and what each kernel does with it.
 
-    A kernel serves a problem if none of the rows that are present refuses it.
+    A kernel serves a problem if none of the rows that are present refuses it. INFER is asked
+    only where the keys lie in a cache; for the others they are gathered first.
     """
 
     name: str
     present: Callable[[Problem], bool]
     fusion: Cell = NATIVE
     blockwise: Cell = NATIVE
+    infer: Cell = NATIVE
 
     def cell(self, kernel: str) -> Cell:
-        return {FUSION: self.fusion, BLOCKWISE: self.blockwise}[kernel]
+        return {FUSION: self.fusion, BLOCKWISE: self.blockwise, INFER: self.infer}[kernel]
 
 
 TABLE: tuple[Row, ...] = (
@@ -62,24 +69,32 @@ TABLE: tuple[Row, ...] = (
         "no query sees a key",
         lambda p: not p.has_work,
         fusion=Cell("there is nothing to compute"),
+        infer=Cell("there is nothing to compute"),
     ),
     Row(
         "tensors outside an Ascend NPU",
         lambda p: p.device.type != "npu",
         fusion=Cell("it runs on Ascend NPUs only"),
+        infer=Cell("it runs on Ascend NPUs only"),
     ),
     Row(
         "Ascend 310P and 200I",
         lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
         fusion=Cell("the chip does not have it"),
+        infer=Cell("the chip does not have it"),
     ),
     Row("float16", lambda p: p.dtype == torch.float16),
     Row("bfloat16", lambda p: p.dtype == torch.bfloat16),
-    Row("float32", lambda p: p.dtype == torch.float32),
+    Row(
+        "float32",
+        lambda p: p.dtype == torch.float32,
+        infer=Cell("it takes float16 and bfloat16"),
+    ),
     Row(
         "float64",
         lambda p: p.dtype == torch.float64,
         fusion=Cell("it takes float16, bfloat16 and float32"),
+        infer=Cell("it takes float16 and bfloat16"),
     ),
     Row("dense layout", lambda p: not p.varlen),
     Row("varlen layout", lambda p: p.varlen),
@@ -102,6 +117,7 @@ TABLE: tuple[Row, ...] = (
         f"more than {MAX_HEADS} heads",
         lambda p: p.nheads > MAX_HEADS,
         fusion=Cell(f"it takes at most {MAX_HEADS} query heads"),
+        infer=Cell(f"it takes at most {MAX_HEADS} query heads"),
     ),
     Row("headdim above upstream's 256", lambda p: 256 < p.headdim <= MAX_HEADDIM),
     Row(
@@ -117,7 +133,7 @@ TABLE: tuple[Row, ...] = (
         fusion=Cell("its packed backward demands left + right > 0"),
     ),
     Row("softmax_lse (return_attn_probs)", lambda p: p.uses_lse),
-    Row("dropout_p", lambda p: p.dropout_p > 0),
+    Row("dropout_p", lambda p: p.dropout_p > 0, infer=Cell("it has no dropout")),
     Row(
         "S_dmask (dropout_p with return_attn_probs)",
         lambda p: p.s_dmask,
@@ -134,17 +150,28 @@ TABLE: tuple[Row, ...] = (
         blockwise=Cell("it can repeat its own dropout masks only"),
     ),
     Row("deterministic", lambda p: p.deterministic),
-    Row("softcap", lambda p: p.softcap > 0, fusion=Cell("no Ascend kernel has softcap")),
-    Row("alibi_slopes, equal lengths", lambda p: p.alibi and p.common_offset == 0),
+    Row(
+        "softcap",
+        lambda p: p.softcap > 0,
+        fusion=Cell("no Ascend kernel has softcap"),
+        infer=Cell("no Ascend kernel has softcap"),
+    ),
+    Row(
+        "alibi_slopes, equal lengths",
+        lambda p: p.alibi and p.common_offset == 0,
+        infer=ROUNDED_BIAS,
+    ),
     Row(
         "alibi_slopes, lengths that differ by a common offset",
         lambda p: p.alibi and bool(p.common_offset) and not (alibi_offset() and p.varlen),
         fusion=Cell("its ALiBi is documented for seqlen_q = seqlen_k only"),
+        infer=ROUNDED_BIAS,
     ),
     Row(
         "alibi_slopes, lengths that differ otherwise",
         lambda p: p.alibi and p.common_offset is None,
         fusion=Cell("its ALiBi knows no offset for each sequence"),
+        infer=ROUNDED_BIAS,
     ),
     Row(
         "alibi_slopes, sequences of length 0",
@@ -156,7 +183,7 @@ TABLE: tuple[Row, ...] = (
         lambda p: p.alibi and p.varlen and p.uses_lse,
         fusion=Cell("its ALiBi returns packed statistics in one block per sequence"),
     ),
-    Row("sink (transformers' s_aux)", lambda p: p.sink),
+    Row("sink (transformers' s_aux)", lambda p: p.sink, infer=Cell("its sink is not used yet")),
     Row(
         "sink, float32",
         lambda p: p.sink and p.dtype == torch.float32,
@@ -176,6 +203,37 @@ TABLE: tuple[Row, ...] = (
         "sink, Ascend 950",
         lambda p: p.sink and soc_name(p.device).startswith("Ascend950"),
         fusion=Cell("torch_npu drops the sink there"),
+    ),
+    Row("keys in a cache", lambda p: p.pages is not None),
+    Row(
+        "keys in a cache, headdim other than 64 and 128",
+        lambda p: p.pages is not None and p.headdim not in (64, 128),
+        infer=Cell("for packed queries every CANN takes a headdim of 64 and 128 only"),
+    ),
+    Row(
+        f"keys in a cache, pages of no multiple of 16 up to {MAX_PAGE}",
+        lambda p: p.pages is not None and p.pages.size is None,
+        infer=Cell(f"it takes pages of a multiple of 16, up to {MAX_PAGE}"),
+    ),
+    Row(
+        "keys in a cache that is not contiguous",
+        lambda p: p.pages is not None and not p.pages.contiguous,
+        infer=Cell("it takes contiguous caches only"),
+    ),
+    Row(
+        "keys in a cache, cache_leftpad",
+        lambda p: p.pages is not None and p.pages.padded,
+        infer=Cell("its pages start at their first position"),
+    ),
+    Row(
+        "keys in a cache, shared pages in a full cache",
+        lambda p: p.pages is not None and p.pages.shared,
+        infer=Cell("it wants as many pages as its sequences use together"),
+    ),
+    Row(
+        f"keys in a cache, nheads_k * headdim above {MAX_PAGE_WIDTH}",
+        lambda p: p.pages is not None and p.nheads_k * p.headdim > MAX_PAGE_WIDTH,
+        infer=Cell(f"a position of its pages holds at most {MAX_PAGE_WIDTH} numbers"),
     ),
 )
 

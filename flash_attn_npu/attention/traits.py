@@ -34,7 +34,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes of dense attention."""
     batch, seqlen_q, nheads, _ = q.shape
-    return _shapes(q, (batch, nheads, seqlen_q), batch, seqlen_q, k.shape[1], return_softmax)
+    probs = return_softmax and 1.0 - dropout_p < 1.0
+    return _shapes(q, (batch, nheads, seqlen_q), batch, seqlen_q, k.shape[1], probs)
 
 
 def varlen_forward(
@@ -49,7 +50,8 @@ def varlen_forward(
     """Shapes of packed attention."""
     total_q, nheads, _ = q.shape
     batch = cu_seqlens_q.shape[0] - 1
-    return _shapes(q, (nheads, total_q), batch, max_seqlen_q, max_seqlen_k, return_softmax)
+    probs = return_softmax and 1.0 - dropout_p < 1.0
+    return _shapes(q, (nheads, total_q), batch, max_seqlen_q, max_seqlen_k, probs)
 
 
 def _shapes(

@@ -22,6 +22,7 @@ import torch
 from .. import flash_attn_interface
 from ..attention import call
 from ..attention.lengths import host_lengths
+from ..errors import UnsupportedError, explain
 from .unpadding import forget_masks, memoised_upad_input, once_per_tensor
 
 __all__ = ["HOOKS", "forget_cached_answers", "undo"]
@@ -73,7 +74,7 @@ def npu_flash_attn_func(
         )
     else:
         out = call.attend(
-            "npu_flash_attn_func", q, k, v, None, None, None, None, dropout_p, softmax_scale,
+            "npu_flash_attn_func", False, q, k, v, None, None, None, None, dropout_p, softmax_scale,
             causal, window_size, softcap, alibi_slopes, deterministic, False, s_aux,
         )
     # fmt: on
@@ -114,11 +115,53 @@ def npu_flash_attn_varlen_func(
         )
     else:
         out = call.attend(
-            "npu_flash_attn_varlen_func", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            "npu_flash_attn_varlen_func", True, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
             max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
             deterministic, False, s_aux,
         )
     # fmt: on
+    return cast(torch.Tensor, out)
+
+
+def npu_flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`flash_attn_with_kvcache` as transformers' continuous batching calls it."""
+    if s_aux is not None:
+        raise UnsupportedError(
+            explain(
+                "s_aux",
+                f"an attention sink of shape {tuple(s_aux.shape)}",
+                "None: sinks are not served over a paged cache yet",
+                'generate without continuous batching, or with attn_implementation="eager"',
+            )
+        )
+    out = flash_attn_interface.flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        cache_seqlens=cache_seqlens,
+        block_table=block_table,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+    )
     return cast(torch.Tensor, out)
 
 
@@ -172,7 +215,7 @@ def _on_flash(module: ModuleType) -> None:
 
 
 def _on_npu(module: ModuleType) -> None:
-    for ours in (npu_flash_attn_func, npu_flash_attn_varlen_func):
+    for ours in (npu_flash_attn_func, npu_flash_attn_varlen_func, npu_flash_attn_with_kvcache):
         if _has(module, ours.__name__):
             _set_attribute(module, ours.__name__, ours)
 
@@ -224,7 +267,7 @@ def _lazy_imports_with_ours(module: ModuleType) -> Callable[..., Any]:
         # off Ascend transformers would take the bare functions, whose signatures have no sink
         if implementation != "flash_attention_2" or module.is_torch_npu_available():
             return original(implementation, *args, **kwargs)
-        attention = (npu_flash_attn_func, npu_flash_attn_varlen_func, None)
+        attention = (npu_flash_attn_func, npu_flash_attn_varlen_func, npu_flash_attn_with_kvcache)
         return (*attention, module._pad_input, module._unpad_input)
 
     return _lazy_imports

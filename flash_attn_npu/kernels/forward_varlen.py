@@ -17,7 +17,7 @@ from ..attention import call
 from ..attention.checks import require_tensors
 from ..attention.lengths import host_ends, host_lengths
 from ..errors import ArgumentError, UnsupportedError, explain
-from .fusion import causal_mask
+from .fusion import UNLIMITED, causal_mask
 
 __all__ = ["attention_forward_varlen"]
 
@@ -62,41 +62,51 @@ def attention_forward_varlen(
 
     Contract: MindIE-SD 3.1.0, `mindiesd.attention_forward_varlen`.
     """
-    reserved: dict[str, object] = {
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "window_size": window_size,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic,
-        "return_attn_probs": return_attn_probs,
-        "block_table": block_table,
-    }
-    _check(reserved, dropout_p, q, k, v)
+    # fmt: off
+    if not (
+        max_seqlen_q is None and max_seqlen_k is None and window_size is None and softcap is None
+        and alibi_slopes is None and deterministic is None and return_attn_probs is None
+        and block_table is None
+    ):
+        _refuse_reserved((
+            max_seqlen_q, max_seqlen_k, window_size, softcap, alibi_slopes, deterministic,
+            return_attn_probs, block_table,
+        ))
+    # fmt: on
+    if dropout_p != 0.0 and not math.isclose(dropout_p, 0.0, abs_tol=1e-6):
+        raise ArgumentError(
+            explain("dropout_p", dropout_p, "0.0 (evaluation)", "pass dropout_p=0.0")
+        )
+    _check_rank(q, k, v)
     if q.device.type != "npu":
         return _off_device(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
     from torch_npu import npu_fusion_attention
 
+    # fmt: off
     out: Tensor = npu_fusion_attention(
-        q,
-        k,
-        v,
-        q.shape[1],
-        pse=None,
-        padding_mask=None,
-        atten_mask=causal_mask(q.device) if causal else None,
-        scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
-        keep_prob=1 - dropout_p,
-        input_layout="TND",
-        actual_seq_qlen=host_ends("cu_seqlens_q", cu_seqlens_q),
-        actual_seq_kvlen=host_ends("cu_seqlens_k", cu_seqlens_k),
-        sparse_mode=3 if causal else 0,
+        q, k, v, q.shape[1], "TND", None, None, causal_mask(q.device) if causal else None,
+        q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, 1 - dropout_p,
+        UNLIMITED, UNLIMITED, 0, None, host_ends("cu_seqlens_q", cu_seqlens_q),
+        host_ends("cu_seqlens_k", cu_seqlens_k), 3 if causal else 0,
     )[0]
+    # fmt: on
     return out
 
 
-def _check(reserved: dict[str, object], dropout_p: float, q: Tensor, k: Tensor, v: Tensor) -> None:
-    for argument, value in reserved.items():
+RESERVED = (
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "window_size",
+    "softcap",
+    "alibi_slopes",
+    "deterministic",
+    "return_attn_probs",
+    "block_table",
+)
+
+
+def _refuse_reserved(values: tuple[object, ...]) -> None:
+    for argument, value in zip(RESERVED, values, strict=True):
         if value is not None:
             raise UnsupportedError(
                 explain(
@@ -106,10 +116,9 @@ def _check(reserved: dict[str, object], dropout_p: float, q: Tensor, k: Tensor, 
                     "leave it out, or call flash_attn_npu.flash_attn_varlen_func",
                 )
             )
-    if not math.isclose(dropout_p, 0.0, abs_tol=1e-6):
-        raise ArgumentError(
-            explain("dropout_p", dropout_p, "0.0 (evaluation)", "pass dropout_p=0.0")
-        )
+
+
+def _check_rank(q: Tensor, k: Tensor, v: Tensor) -> None:
     require_tensors(q=q, k=k, v=v)
     for argument, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
@@ -135,7 +144,7 @@ def _off_device(
     longest_q = host_lengths("cu_seqlens_q", cu_seqlens_q).longest
     longest_k = host_lengths("cu_seqlens_k", cu_seqlens_k).longest
     out = call.attend(
-        *("attention_forward_varlen", q, k, v),
+        *("attention_forward_varlen", True, q, k, v),
         *(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k),
         dropout_p=0.0,
         softmax_scale=softmax_scale,

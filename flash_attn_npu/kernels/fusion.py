@@ -21,7 +21,7 @@ from ..attention.problem import Problem
 from ..attention.result import Forward, Saved
 from .rows import Rows
 
-__all__ = ["backward", "causal_mask", "direct", "forward"]
+__all__ = ["UNLIMITED", "backward", "causal_mask", "direct", "forward"]
 
 UNLIMITED = 2147483647
 MASK_SIZE = 2048
@@ -56,7 +56,8 @@ def direct(problem: Problem) -> Callable[..., Any] | None:
         out = rows.restore(out)
         if not problem.uses_lse:
             return out
-        return out, rows.restore_lse(_lse(problem, top, total)), q.new_empty(0)
+        lse = rows.restore_lse(_lse(problem, top.detach(), total.detach()))
+        return out, lse, q.new_empty(0)
 
     return run
 

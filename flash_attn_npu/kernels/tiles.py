@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 TILE_ELEMENTS = 1 << 22
+TILE_ELEMENTS_ON_CPU = 1 << 20
+"""Scores of one tile: a few MiB where launches cost, what caches hold where they do not."""
+
 LARGEST_TILE = 512
 SMALLEST_TILE = 32
 
@@ -113,7 +116,8 @@ class Streams:
 
 def _tile_size(q: Tensor) -> int:
     streams = max(1, math.prod(q.shape[:3]))
-    size = math.isqrt(TILE_ELEMENTS // streams)
+    elements = TILE_ELEMENTS_ON_CPU if q.device.type == "cpu" else TILE_ELEMENTS
+    size = math.isqrt(elements // streams)
     return max(SMALLEST_TILE, min(LARGEST_TILE, size))
 
 

@@ -8,9 +8,21 @@ from typing import Any
 
 import torch
 
-from flash_attn_npu import flash_attn_func, flash_attn_interface, flash_attn_varlen_func
+from flash_attn_npu import (
+    flash_attn_func,
+    flash_attn_interface,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 from flash_attn_npu.attention import call
-from flash_attn_npu.attention.support import MAX_HEADDIM, MAX_HEADS, MAX_SEQUENCES, MAX_TOKENS
+from flash_attn_npu.attention.support import (
+    MAX_HEADDIM,
+    MAX_HEADS,
+    MAX_PAGE,
+    MAX_PAGE_WIDTH,
+    MAX_SEQUENCES,
+    MAX_TOKENS,
+)
 
 SMALL_SEQUENCES, SMALL_TOKENS = 3, 50
 """Stand in for MAX_SEQUENCES and MAX_TOKENS, so that crossing them is quick."""
@@ -74,7 +86,7 @@ def sunk(dtype: torch.dtype = torch.float16, **changed: Any) -> Example:
         sink = torch.tensor([0.5, -1.0]).to(device)
         slopes = {"alibi_slopes": torch.rand(2).to(device)} if "slopes" in changed else {}
         given = options | {name: changed[name] for name in changed if name != "slopes"} | slopes
-        return call.attend("sunk", q, q, q, None, None, None, None, **given, sink=sink)
+        return call.attend("sunk", False, q, q, q, None, None, None, None, **given, sink=sink)
 
     return run
 
@@ -87,6 +99,27 @@ def backward(rng_offset: int, softcap: float) -> Example:
         grads = [torch.empty_like(q) for _ in range(3)]
         return flash_attn_interface._flash_attn_backward(
             *(q, q, q, q, q, lse, *grads, 0.5, 0.3, False, -1, -1, softcap, None, False, rng_state)
+        )
+
+    return run
+
+
+def cached(
+    *, headdim: int = 64, page: int = 32, heads_k: int = 2, strided: bool = False,
+    shared: bool = False, **options: Any,
+) -> Example:  # fmt: skip
+    """Two sequences of 20 keys in pages of a cache."""
+
+    def run(device: torch.device) -> Any:
+        q = tensor(device, 2, 1, heads_k, headdim)
+        cache = tensor(device, 1 if shared else 2 * -(-20 // page), page, heads_k, headdim)
+        if strided:
+            cache = tensor(device, *cache.shape[:2], 2, *cache.shape[2:])[:, :, 0]
+        pages = torch.arange(2 * -(-20 // page), dtype=torch.int32).view(2, -1)
+        table = torch.zeros_like(pages) if shared else pages
+        given = {name: value.to(device) for name, value in options.items()}
+        return flash_attn_with_kvcache(
+            q, cache, cache.clone(), cache_seqlens=20, block_table=table.to(device), **given
         )
 
     return run
@@ -132,4 +165,13 @@ EXAMPLES: dict[str, Example] = {
     "sink, softmax_lse or deterministic": sunk(return_attn_probs=True),
     "sink, alibi_slopes": sunk(slopes=True),
     "sink, Ascend 950": sunk(),
+    "keys in a cache": cached(),
+    "keys in a cache, headdim other than 64 and 128": cached(headdim=96),
+    f"keys in a cache, pages of no multiple of 16 up to {MAX_PAGE}": cached(page=5),
+    "keys in a cache that is not contiguous": cached(strided=True),
+    "keys in a cache, cache_leftpad": cached(cache_leftpad=torch.tensor([0, 3], dtype=torch.int32)),
+    "keys in a cache, shared pages in a full cache": cached(shared=True),
+    f"keys in a cache, nheads_k * headdim above {MAX_PAGE_WIDTH}": cached(
+        heads_k=256, headdim=257, page=16
+    ),
 }

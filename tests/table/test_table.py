@@ -36,7 +36,8 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 def launches(recorded: object) -> list[str]:
     names = [launch.name for launch in recorded.launches]  # type: ignore[attr-defined]
-    return [name for name in names if name.startswith("npu_fusion_attention")]
+    kernels = ("npu_fusion_attention", "npu_fused_infer_attention_score")
+    return [name for name in names if name.startswith(kernels)]
 
 
 def test_every_row_has_an_example() -> None:
@@ -77,6 +78,11 @@ def test_the_cell_says_what_happens(
         assert launches(recorded)
         assert [entry.reasons for entry in report.tallies] == [()]
         assert not caplog.records
+        return
+    if outcome == "gathered":
+        assert launches(recorded) == ["npu_fusion_attention"]
+        assert row.infer.refusal is not None
+        assert any(row.infer.refusal in record.getMessage() for record in caplog.records)
         return
     if row.name == "varlen, window_size (0, 0), with gradient":
         # the forward is native; only the backward is composed, and says so when it runs

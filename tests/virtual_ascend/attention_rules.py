@@ -118,7 +118,7 @@ def _check_dense_sizes(call: AttentionCall) -> None:
 
 
 @cache
-def _upper_triangle() -> torch.Tensor:
+def upper_triangle() -> torch.Tensor:
     ones = torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.uint8, device="cpu")
     return ones.triu(diagonal=1)
 
@@ -141,7 +141,7 @@ def _check_mask(call: AttentionCall) -> None:
         f"sparse_mode {call.mode} needs atten_mask of shape {shape}, got {tuple(mask.shape)}",
     )
     require(
-        torch.equal(mask.to(torch.uint8), _upper_triangle()),
+        torch.equal(mask.to(torch.uint8), upper_triangle()),
         f"sparse_mode {call.mode} needs the upper triangle (diagonal 1) as atten_mask",
     )
 

@@ -13,6 +13,8 @@ from .memory import host_view
 def copy_(self: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """aten::copy_ where either side is on the device."""
     with torch._C.DisableTorchFunction():
+        if self.device.type == src.device.type:
+            journal.copied_on_device(self)
         _move(self, src)
     return self
 

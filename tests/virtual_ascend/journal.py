@@ -1,4 +1,4 @@
-"""What a stretch of code asked of the simulated card: launches of npu operators and copies.
+"""What a stretch of code asked of the simulated card: launches of npu operators, copies, memory.
 
 Only the counting lives here; whoever simulates an operator or a copy reports it.
 """
@@ -21,11 +21,18 @@ class Launch(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """One transfer between host and device."""
+    """One transfer between host and device, or into device memory that existed before."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     bytes: int
+
+
+def _allocated() -> int:
+    """All bytes that this process ever asked the device's allocator for, 0 without a device."""
+    if not hasattr(torch, "npu"):
+        return 0
+    return torch.npu.memory_stats().get("requested_bytes.all.allocated", 0)
 
 
 @dataclass
@@ -33,6 +40,21 @@ class Record:
     launches: list[Launch] = field(default_factory=list)
     device_to_host: list[Copy] = field(default_factory=list)
     host_to_device: list[Copy] = field(default_factory=list)
+    device_to_device: list[Copy] = field(default_factory=list)
+    _allocated_before: int = field(default_factory=_allocated)
+    _allocated_after: int | None = None
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Device memory that was allocated, operators' outputs among it, or copied within the
+        device: what aten or the allocator of torch_npu was asked for, at any time in the block.
+        """
+        after = _allocated() if self._allocated_after is None else self._allocated_after
+        copied = sum(copy.bytes for copy in self.device_to_device)
+        return after - self._allocated_before + copied
+
+    def close(self) -> None:
+        self._allocated_after = _allocated()
 
 
 # Shared by all threads: the backward of a device runs in autograd's own thread
@@ -47,6 +69,7 @@ def record() -> Iterator[Record]:
     try:
         yield collected
     finally:
+        collected.close()
         # By identity: two open records with equal contents compare equal
         _open[:] = [other for other in _open if other is not collected]
 
@@ -64,6 +87,11 @@ def copied_to_host(tensor: torch.Tensor) -> None:
 def copied_to_device(tensor: torch.Tensor) -> None:
     for collected in _open:
         collected.host_to_device.append(_copy(tensor))
+
+
+def copied_on_device(tensor: torch.Tensor) -> None:
+    for collected in _open:
+        collected.device_to_device.append(_copy(tensor))
 
 
 def _copy(tensor: torch.Tensor) -> Copy:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import derivatives, fusion_attention, journal
+from . import derivatives, fusion_attention, infer_attention, journal, paged_cache
 from .arithmetic import original, overload
 
 Kernel = Callable[..., Any]
@@ -19,6 +19,12 @@ _KEPT = {
     "get_storage_size",
     "npu_format_cast",
     "set_op_timeout_ms",
+}
+_INFERENCE = {"npu_fused_infer_attention_score": 1, "npu_fused_infer_attention_score_v2": 2}
+_BUILDERS: dict[str, Callable[[Kernel], Kernel]] = {
+    "_npu_dropout_gen_mask": fusion_attention.dropout_mask_kernel,
+    "npu_gather_pa_kv_cache": paged_cache.gather_kernel,
+    "npu_scatter_pa_kv_cache": paged_cache.scatter_kernel,
 }
 
 
@@ -40,8 +46,10 @@ def _arithmetic(op: torch._ops.OpOverload) -> Kernel:
         backward = "_grad" in name
         build = fusion_attention.backward_kernel if backward else fusion_attention.forward_kernel
         return build(version, original(op))
-    if name == "_npu_dropout_gen_mask":
-        return fusion_attention.dropout_mask_kernel(original(op))
+    if name in _INFERENCE and op._overloadname == "default":
+        return infer_attention.kernel(_INFERENCE[name], original(op))
+    if name in _BUILDERS:
+        return _BUILDERS[name](original(op))
     return _ignoring_names(derivatives.KERNELS.get(name) or _refusal(name))
 
 

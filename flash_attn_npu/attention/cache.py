@@ -1,0 +1,227 @@
+"""A key-value cache as flash-attention lays it out, and where in it each sequence lies.
+
+A cache is (batch_cache, seqlen_cache, nheads_k, headdim), or, with a block table, pages of
+(num_blocks, page_block_size, nheads_k, headdim). Lengths and block ids are read on the host, once
+per tensor and version, and checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, ArgumentTypeError, explain
+from .lengths import PerTensorMemo
+from .problem import Pages
+from .support import MAX_PAGE, PAGE_UNIT
+
+__all__ = ["Cache", "Span", "host_values", "pages_of"]
+
+_memo: PerTensorMemo[tuple[int, ...]] = PerTensorMemo(64)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the keys of one sequence lie: positions start..end-1 of its row or of its pages."""
+
+    start: int
+    end: int
+
+
+class Cache:
+    """A validated cache.
+
+    Attributes:
+        k, v: the caller's tensors.
+        capacity: positions that each sequence may use.
+        rows: for each sequence the row of the cache that holds it, None when paged.
+        table: (batch, max_blocks) block ids on the host, None when not paged.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        batch: int,
+        block_table: Tensor | None,
+        batch_idx: Tensor | None,
+    ) -> None:
+        _check_shapes(k, v)
+        self.k, self.v = k, v
+        self.block_table = block_table
+        self.table: Tensor | None = None
+        self.rows: tuple[int, ...] | None = None
+        if block_table is None:
+            self.capacity = k.shape[1]
+            self.rows = _rows(batch, k.shape[0], batch_idx)
+            return
+        if batch_idx is not None:
+            raise ArgumentError(
+                explain(
+                    "cache_batch_idx",
+                    "a tensor beside block_table",
+                    "one of them",
+                    "name the pages of each sequence in block_table alone",
+                )
+            )
+        _check_table(block_table, batch, k.device)
+        values = host_values("block_table", block_table)
+        self.table = torch.tensor(values, dtype=torch.int64, device="cpu").view(batch, -1)
+        self.capacity = block_table.shape[1] * k.shape[1]
+
+    @property
+    def page(self) -> int:
+        """Positions of a page; of a whole row when not paged."""
+        return self.k.shape[1]
+
+    def check(self, spans: Sequence[Span]) -> None:
+        """Refuse spans that leave the cache, and the block ids that they would use."""
+        for index, span in enumerate(spans):
+            if span.end > self.capacity:
+                raise ArgumentError(
+                    explain(
+                        "cache_seqlens",
+                        f"{span.end} positions for sequence {index}, new keys included",
+                        f"at most {self.capacity}, which the cache holds",
+                        "pass a longer cache or more pages",
+                    )
+                )
+            if self.table is None:
+                continue
+            used = self.table[index, span.start // self.page : -(-span.end // self.page)]
+            wrong = used[(used < 0) | (used >= self.k.shape[0])]
+            if span.end > span.start and wrong.numel():
+                raise ArgumentError(
+                    explain(
+                        "block_table",
+                        f"block id {int(wrong[0])} for sequence {index}",
+                        f"ids from 0 to {self.k.shape[0] - 1}, the blocks of the cache",
+                        "fill the entries of every page that cache_seqlens reaches",
+                    )
+                )
+
+    def positions(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """(page or row, offset) of every position of every span, int64 on the cache's device."""
+        pages, offsets = [], []
+        for index, span in enumerate(spans):
+            position = torch.arange(span.start, span.end, device="cpu")
+            if self.table is not None:
+                pages.append(self.table[index][position // self.page])
+                offsets.append(position % self.page)
+            else:
+                assert self.rows is not None
+                pages.append(torch.full_like(position, self.rows[index]))
+                offsets.append(position)
+        return _joined(pages).to(self.k.device), _joined(offsets).to(self.k.device)
+
+    def gather(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Packed copies (total_k, nheads_k, headdim) of the keys and values of every span."""
+        where = self.positions(spans)
+        return self.k[where], self.v[where]
+
+    def write(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> None:
+        """Write packed keys and values where the spans lie, and nowhere else."""
+        where = self.positions(spans)
+        with torch.no_grad():
+            self.k.index_put_(where, k)
+            self.v.index_put_(where, v)
+
+
+def pages_of(cache: Cache, spans: Sequence[Span]) -> Pages:
+    """How a kernel that reads pages sees the keys of `spans`.
+
+    A row of an unpaged cache counts as the largest pages that fill it.
+    """
+    whole = cache.page
+    legal = range(MAX_PAGE, 0, -PAGE_UNIT)
+    candidates = legal if cache.table is None else (whole,)
+    size = next((c for c in candidates if c in legal and whole and whole % c == 0), None)
+    room = cache.k.shape[0] * whole // size if size else 0
+    used = sum(-(-span.end // size) for span in spans) if size else 0
+    return Pages(
+        size,
+        contiguous=cache.k.is_contiguous() and cache.v.is_contiguous(),
+        padded=any(span.start for span in spans),
+        shared=used > room,
+    )
+
+
+def host_values(argument: str, tensor: Tensor) -> tuple[int, ...]:
+    """The entries of an int32 tensor, flattened; one copy for each tensor and version."""
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(
+            explain(argument, type(tensor).__name__, "an int32 tensor", f"pass {argument} as one")
+        )
+    if tensor.dtype != torch.int32:
+        raise ArgumentError(
+            explain(
+                argument,
+                f"a {tensor.dtype} tensor",
+                "a torch.int32 tensor",
+                f"pass {argument}.to(torch.int32)",
+            )
+        )
+    if tensor.device.type == "cpu":
+        return _values(tensor)
+    return _memo.get(tensor, _values)
+
+
+def _values(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.flatten().tolist())
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def _rows(batch: int, batch_cache: int, batch_idx: Tensor | None) -> tuple[int, ...]:
+    rows = tuple(range(batch)) if batch_idx is None else host_values("cache_batch_idx", batch_idx)
+    if len(rows) != batch or any(not 0 <= row < batch_cache for row in rows):
+        raise ArgumentError(
+            explain(
+                "k_cache" if batch_idx is None else "cache_batch_idx",
+                f"{batch_cache} rows" if batch_idx is None else str(rows),
+                f"a row of the cache, 0 to {batch_cache - 1}, for each of {batch} sequences",
+                "pass cache_batch_idx with one row for each sequence",
+            )
+        )
+    return rows
+
+
+def _check_shapes(k: Tensor, v: Tensor) -> None:
+    if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
+        raise ArgumentError(
+            explain(
+                "k_cache, v_cache",
+                f"{k.dtype} {tuple(k.shape)} on {k.device} and "
+                f"{v.dtype} {tuple(v.shape)} on {v.device}",
+                "two tensors alike, (batch_cache, seqlen_cache, nheads_k, headdim) or "
+                "(num_blocks, page_block_size, nheads_k, headdim)",
+                "lay both caches out in the same way",
+            )
+        )
+
+
+def _check_table(table: Tensor, batch: int, device: torch.device) -> None:
+    if not isinstance(table, Tensor) or table.dim() != 2 or table.shape[0] != batch:
+        came = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
+        raise ArgumentError(
+            explain(
+                "block_table",
+                came,
+                f"an int32 tensor of shape ({batch}, max_blocks)",
+                "pass one row of block ids for each sequence",
+            )
+        )
+    if table.device not in (device, torch.device("cpu")):
+        raise ArgumentError(
+            explain(
+                "block_table",
+                table.device,
+                f"{device}, as the cache",
+                "move it to the cache's device",
+            )
+        )

@@ -1,0 +1,84 @@
+"""Ascend's fused inference kernel, `torch_npu.npu_fused_infer_attention_score`, over a cache.
+
+Contract: torch_npu's operator documentation. Queries are packed (TND), keys are read where they
+lie: flash-attention's cache (num_blocks, page, nheads_k, headdim) is a view of the kernel's
+(num_blocks, page, nheads_k * headdim). Forward only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..attention.cache import Cache, Span
+from ..attention.problem import Problem
+from .fusion import UNLIMITED, causal_mask
+
+__all__ = ["forward"]
+
+
+def forward(
+    problem: Problem, q: Tensor, cache: Cache, spans: Sequence[Span], want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(out (total_q, nheads, headdim), softmax_lse (nheads, total_q) if wanted)."""
+    import torch_npu
+
+    assert problem.lengths_q is not None
+    assert problem.pages is not None
+    size = problem.pages.size
+    assert size is not None
+    width = problem.nheads_k * problem.headdim
+    mode, before, after = _sparsity(problem)
+    out, lse = torch_npu.npu_fused_infer_attention_score(
+        q.contiguous(),
+        cache.k.view(-1, size, width),
+        cache.v.view(-1, size, width),
+        atten_mask=causal_mask(problem.device),
+        actual_seq_lengths=problem.lengths_q.ends,
+        actual_seq_lengths_kv=[span.end for span in spans],
+        block_table=_table(cache, size),
+        num_heads=problem.nheads,
+        # with pages the host divides by it, and its default is 0
+        num_key_value_heads=problem.nheads_k,
+        scale=problem.softmax_scale,
+        pre_tokens=before,
+        next_tokens=after,
+        input_layout="TND",
+        sparse_mode=mode,
+        block_size=size,
+        softmax_lse_flag=want_lse,
+    )
+    return out, lse.squeeze(-1).t().contiguous() if want_lse else None
+
+
+def _sparsity(problem: Problem) -> tuple[int, int, int]:
+    """(sparse_mode, tokens before, tokens after), always one that takes the compressed mask.
+
+    Mode 3 aligns to the top left where there are more queries than keys, and without a mask
+    some CANN versions return averages, so a band as wide as need be serves those cases.
+    """
+    fits = all(q <= k for q, k in zip(problem.seqlens_q, problem.seqlens_k, strict=True))
+    if problem.causal and fits:
+        return 3, UNLIMITED, UNLIMITED
+    return (
+        4,
+        UNLIMITED if problem.left is None else problem.left,
+        UNLIMITED if problem.right is None else problem.right,
+    )
+
+
+def _table(cache: Cache, size: int) -> Tensor:
+    if cache.block_table is not None:
+        return cache.block_table.to(cache.k.device).contiguous()
+    assert cache.rows is not None
+    return _row_pages(cache.rows, cache.capacity // size, cache.k.device)
+
+
+@lru_cache(maxsize=16)
+def _row_pages(rows: tuple[int, ...], pages: int, device: torch.device) -> Tensor:
+    """The pages of whole rows of an unpaged cache."""
+    first = torch.tensor(rows, dtype=torch.int32, device="cpu")[:, None] * pages
+    return (first + torch.arange(pages, dtype=torch.int32, device="cpu")).to(device)

@@ -1,0 +1,31 @@
+"""The benchmark scripts run and print their ratios; how large those are is for people to read."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+RATIO = re.compile(r"\d+\.\d+$", re.MULTILINE)
+
+
+def test_overhead(npu: object, run_python: Callable[..., str]) -> None:
+    printed = run_python(str(BENCHMARKS / "overhead.py"), "--quick")
+    assert "host overhead only" in printed
+    for title in ("packed, inference", "dense, inference", "packed, forward of training"):
+        table = printed.split(title)[1]
+        line = next(line for line in table.splitlines() if line.strip().startswith("flash_attn"))
+        assert RATIO.search(line), printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory(run_python: Callable[..., str]) -> None:
+    memory, window = run_python(str(BENCHMARKS / "memory.py"), "--quick").split("window of")
+    for table in (memory, window):
+        assert "ratio" in table
+        assert RATIO.search(table.strip()), table
