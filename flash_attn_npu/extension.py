@@ -96,11 +96,12 @@ def fwd_kvcache(
     num_splits: int = 0,
 ) -> list[Tensor]:
     """[out, softmax_lse] of attention over a cache."""
+    window_size = (window_size_left, window_size_right)
     answer, lse = decode.with_kvcache(
         "fwd_kvcache", q, (k_cache, v_cache), (k, v),
         (rotary_cos, rotary_sin, is_rotary_interleaved), cache_seqlens, cache_batch_idx,
-        cache_leftpad, block_table, softmax_scale, is_causal,
-        (window_size_left, window_size_right), softcap, alibi_slopes, True,
+        cache_leftpad, block_table,
+        decode.Scores(softmax_scale, is_causal, window_size, softcap, alibi_slopes), True,
     )
     assert lse is not None
     return _into(out, (answer, lse))

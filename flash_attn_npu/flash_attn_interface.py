@@ -305,11 +305,7 @@ def flash_attn_with_kvcache(
         cache_batch_idx,
         cache_leftpad,
         block_table,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
+        decode.Scores(softmax_scale, causal, window_size, softcap, alibi_slopes),
         return_softmax_lse,
     )
     return out if lse is None else (out, lse)

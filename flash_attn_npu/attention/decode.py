@@ -20,7 +20,17 @@ from .lengths import Lengths, interned
 from .problem import Facts
 from .support import INFER
 
-__all__ = ["Rotary", "attend_cache", "cache_lengths", "with_kvcache"]
+__all__ = ["Rotary", "Scores", "cache_lengths", "with_kvcache"]
+
+
+class Scores(NamedTuple):
+    """The arguments of a call that say how scores are made and masked."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    alibi_slopes: Tensor | None
 
 
 class Rotary(NamedTuple):
@@ -54,7 +64,7 @@ def cache_lengths(
     return lengths
 
 
-def attend_cache(
+def _attend(
     function: str,
     q: Tensor,
     cache: Cache,
@@ -62,14 +72,9 @@ def attend_cache(
     lengths: tuple[int, ...],
     leftpad: tuple[int, ...],
     rotary: Rotary | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
+    scores: Scores,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out (batch, seqlen_q, nheads, headdim), softmax_lse (batch, nheads, seqlen_q) if wanted)."""
     batch, seqlen_q, nheads, headdim = q.shape
     added = new[0].shape[1] if new is not None else 0
     spans = [
@@ -77,10 +82,7 @@ def attend_cache(
         for length, pad in zip(lengths, leftpad, strict=True)
     ]
     cache.check(spans)
-    found = _plan(
-        *(function, q, cache, spans, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, want_lse),
-    )
+    found = _plan(function, q, cache, spans, scores, want_lse)
     permit(found)
     with torch.no_grad():
         if rotary is not None and new is not None:
@@ -90,7 +92,7 @@ def attend_cache(
             _append(cache, new, lengths, leftpad)
         packed = q.reshape(batch * seqlen_q, nheads, headdim)
         found.tally.calls += 1
-        out, lse = _run(found, packed, cache, spans, alibi_slopes, want_lse)
+        out, lse = _run(found, packed, cache, spans, scores.alibi_slopes, want_lse)
     if lse is not None:
         lse = lse.view(nheads, batch, seqlen_q).transpose(0, 1).contiguous()
     return out.view(q.shape), lse
@@ -101,11 +103,7 @@ def _plan(
     q: Tensor,
     cache: Cache,
     spans: Sequence[Span],
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
+    scores: Scores,
     want_lse: bool,
 ) -> Plan:
     batch, seqlen_q, nheads, headdim = q.shape
@@ -116,8 +114,8 @@ def _plan(
     # fmt: off
     return lookup(
         function, Facts((batch * seqlen_q, nheads, headdim), q.dtype, q.device), keys, keys,
-        lengths_q, lengths_k, seqlen_q, cache.capacity, 0.0, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, False, False, want_lse, False, None, None, pages,
+        lengths_q, lengths_k, seqlen_q, cache.capacity, 0.0, *scores, False, False, want_lse,
+        False, None, None, pages,
     )
     # fmt: on
 
@@ -192,14 +190,14 @@ def with_kvcache(
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
+    scores: Scores,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend_cache` for the arguments of `flash_attn_with_kvcache`, checked against each other."""
+    """The arguments of `flash_attn_with_kvcache`, checked against each other and served.
+
+    Returns out (batch, seqlen_q, nheads, headdim), and softmax_lse (batch, nheads, seqlen_q) if
+    wanted.
+    """
     checks.require_tensors(q=q, k_cache=caches[0], v_cache=caches[1])
     if q.dim() != 4:
         raise ArgumentError(
@@ -218,15 +216,7 @@ def with_kvcache(
     lengths = cache_lengths("cache_seqlens", cache_seqlens, batch, cache.capacity)
     leftpad = cache_lengths("cache_leftpad", cache_leftpad, batch, 0)
     rotary = _rotary(q, appended, lengths, *tables)
-    return attend_cache(
-        *(function, q, cache, appended, lengths, leftpad, rotary),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        want_lse=want_lse,
-    )
+    return _attend(function, q, cache, appended, lengths, leftpad, rotary, scores, want_lse)
 
 
 def _new_keys(

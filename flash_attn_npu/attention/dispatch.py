@@ -18,8 +18,9 @@ from .. import usage
 from ..errors import UnsupportedError, explain
 from ..settings import fallback_policy
 from . import checks
+from .describe import dense_problem, varlen_problem
 from .lengths import Lengths
-from .problem import Facts, Options, Pages, Problem, dense_problem, varlen_problem
+from .problem import Facts, Options, Pages, Problem
 from .support import BLOCKWISE, FUSION, INFER, refusals
 
 __all__ = ["Plan", "forget_plans", "lookup", "permit"]
