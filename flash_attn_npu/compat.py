@@ -34,7 +34,7 @@ _NOT_SERVED = """\
 
 | name | answer |
 | --- | --- |
-| `.layers`, `.ops`, `.losses`, `.modules`, `.utils`, `.models` | absent: find_spec gives None |
+| `.ops` but `.triton.rotary`, `.losses`, `.modules`, `.utils`, `.models` | absent: no spec |
 
 ## Differences from flash-attention
 

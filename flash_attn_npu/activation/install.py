@@ -21,7 +21,16 @@ from .metadata import VirtualDistribution, VirtualDistributionFinder
 
 __all__ = ["MIRRORED", "Activation", "install", "installed", "uninstall"]
 
-MIRRORED = ("", "flash_attn_interface", "bert_padding")
+MIRRORED = (
+    "",
+    "bert_padding",
+    "flash_attn_interface",
+    "layers",
+    "layers.rotary",
+    "ops",
+    "ops.triton",
+    "ops.triton.rotary",
+)
 """Our modules that mirror upstream ones; anything else of ours is absent under `flash_attn`."""
 
 ALIAS = "flash_attn"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, explain
+from ..ops.triton.rotary import rotate
 from . import checks
 from .cache import Cache, Span, host_values, pages_of
 from .dispatch import Plan, lookup, permit
@@ -164,12 +165,10 @@ def _rotate(
     found: Plan, q: Tensor, k: Tensor, rotary: Rotary, lengths: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """q and k at their positions; without causal or window all queries are at the first one."""
-    from ..ops.triton.rotary import apply_rotary
-
-    offsets = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    offsets = torch.tensor(lengths, dtype=torch.int32, device="cpu")
 
     def rotated(x: Tensor) -> Tensor:
-        return apply_rotary(
+        return rotate(
             x, rotary.cos, rotary.sin, seqlen_offsets=offsets, interleaved=rotary.interleaved
         )
 

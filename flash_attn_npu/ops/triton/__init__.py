@@ -1,1 +1,1 @@
-"""Mirror of `flash_attn.ops.triton`, by its names only: composed of torch operations, any device."""
+"""Mirror of `flash_attn.ops.triton` in names only: there is no Triton here."""

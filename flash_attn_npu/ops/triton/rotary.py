@@ -39,7 +39,7 @@ def apply_rotary(
 
     Args:
         x: (batch, seqlen, nheads, headdim), or (total, nheads, headdim) with cu_seqlens; any
-            floating dtype, any strides.
+            floating dtype, any strides, and any number of head axes.
         cos, sin: (seqlen_ro, rotary_dim / 2), any floating dtype, rotary_dim <= headdim.
         seqlen_offsets: position of the first token: an int, or (batch,) int32 or int64.
         cu_seqlens: (batch + 1,) int32 or int64, where each packed sequence starts and ends.
@@ -57,17 +57,16 @@ def apply_rotary(
             the lookup itself fails, as the device's index_select does.
         ArgumentTypeError: an argument is an object of the wrong type.
 
-    Contract: flash-attention 2.8, `apply_rotary`. Wider: dtypes of cos and sin, max_seqlen.
+    Contract: flash-attention 2.8, `apply_rotary`. Wider: dtypes of cos and sin, more head axes,
+    max_seqlen may be None.
     """
-    checks.require_tensors(x=x, cos=cos, sin=sin)
-    _check_rank(x, 4 if cu_seqlens is None else 3)
     return rotate(
         x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate
     )
 
 
-# Other packages replace `apply_rotary` in every module that holds it by a function that raises,
-# so the layers call this one
+# MindSpeed replaces `apply_rotary`, in every module that holds it, by a function that raises: the
+# layers call this one
 def rotate(
     x: Tensor,
     cos: Tensor,
@@ -79,7 +78,9 @@ def rotate(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> Tensor:
-    """`apply_rotary` for any number of head axes, as in (batch, seqlen, 2, nheads, headdim)."""
+    """What `apply_rotary` promises, under a name that stays."""
+    checks.require_tensors(x=x, cos=cos, sin=sin)
+    _check_rank(x, 4 if cu_seqlens is None else 3)
     _check_tables(x, cos, sin)
     if cu_seqlens is None:
         rows = _dense_rows(x, cos.shape[0], seqlen_offsets)
@@ -89,23 +90,25 @@ def rotate(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = (_lookup(table, rows, heads).to(wide) for table in (cos, sin))
     rotary_dim = 2 * cos.shape[-1]
-    rotated = _turn(x[..., :rotary_dim].to(wide), cos, -sin if conjugate else sin, interleaved)
-    rotated = rotated.to(x.dtype)
-    if inplace:
-        x[..., :rotary_dim].copy_(rotated)
-        return x
-    if rotary_dim < x.shape[-1]:
-        rotated = torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
-    return rotated.contiguous()
+    first, second = _pairs(rotary_dim, interleaved)
+    a, b = x[..., first].to(wide), x[..., second].to(wide)
+    if conjugate:
+        sin = -sin
+    turned_a, turned_b = a * cos - b * sin, a * sin + b * cos
+    # written part by part, not by torch.cat, which autocast on the CPU refuses for float16
+    out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out[..., first].copy_(turned_a)
+    out[..., second].copy_(turned_b)
+    if not inplace:
+        out[..., rotary_dim:].copy_(x[..., rotary_dim:])
+    return out
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _pairs(rotary_dim: int, interleaved: bool) -> tuple[slice, slice]:
+    """Where the first and the second of each pair lie in a head."""
     if interleaved:
-        first, second = x[..., 0::2], x[..., 1::2]
-    else:
-        first, second = x.chunk(2, dim=-1)
-    turned = (first * cos - second * sin, first * sin + second * cos)
-    return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+        return slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
+    return slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
 
 
 def _lookup(table: Tensor, rows: Rows, heads: int) -> Tensor:
@@ -168,8 +171,8 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_rank(x: Tensor, rank: int) -> None:
-    if x.dim() != rank:
+def _check_rank(x: Tensor, least: int) -> None:
+    if x.dim() < least:
         raise ArgumentError(
             explain(
                 "x",
