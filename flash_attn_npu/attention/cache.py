@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ArgumentTypeError, explain
+from ..errors import ArgumentError, explain
+from .checks import require_tensors
 from .lengths import PerTensorMemo
 from .problem import Pages
 from .support import MAX_PAGE, PAGE_UNIT
@@ -35,7 +36,7 @@ class Cache:
     """A validated cache.
 
     Attributes:
-        k, v: the caller's tensors.
+        k, v: the caller's tensors; `names` are what the caller calls them and their lengths.
         capacity: positions that each sequence may use.
         rows: for each sequence the row of the cache that holds it, None when paged.
         table: (batch, max_blocks) block ids on the host, None when not paged.
@@ -48,9 +49,14 @@ class Cache:
         batch: int,
         block_table: Tensor | None,
         batch_idx: Tensor | None,
+        names: tuple[str, str, str] = ("k_cache", "v_cache", "cache_seqlens"),
     ) -> None:
-        _check_shapes(k, v)
+        for argument, tensor in (("block_table", block_table), ("cache_batch_idx", batch_idx)):
+            if tensor is not None:
+                require_tensors(**{argument: tensor})
+        _check_shapes(k, v, names)
         self.k, self.v = k, v
+        self._lengths = names[2]
         self.block_table = block_table
         self.table: Tensor | None = None
         self.rows: tuple[int, ...] | None = None
@@ -83,7 +89,7 @@ class Cache:
             if span.end > self.capacity:
                 raise ArgumentError(
                     explain(
-                        "cache_seqlens",
+                        self._lengths,
                         f"{span.end} positions for sequence {index}, new keys included",
                         f"at most {self.capacity}, which the cache holds",
                         "pass a longer cache or more pages",
@@ -99,7 +105,7 @@ class Cache:
                         "block_table",
                         f"block id {int(wrong[0])} for sequence {index}",
                         f"ids from 0 to {self.k.shape[0] - 1}, the blocks of the cache",
-                        "fill the entries of every page that cache_seqlens reaches",
+                        f"fill the entries of every page that {self._lengths} reaches",
                     )
                 )
 
@@ -151,10 +157,7 @@ def pages_of(cache: Cache, spans: Sequence[Span]) -> Pages:
 
 def host_values(argument: str, tensor: Tensor) -> tuple[int, ...]:
     """The entries of an int32 tensor, flattened; one copy for each tensor and version."""
-    if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(
-            explain(argument, type(tensor).__name__, "an int32 tensor", f"pass {argument} as one")
-        )
+    require_tensors(**{argument: tensor})
     if tensor.dtype != torch.int32:
         raise ArgumentError(
             explain(
@@ -191,11 +194,11 @@ def _rows(batch: int, batch_cache: int, batch_idx: Tensor | None) -> tuple[int, 
     return rows
 
 
-def _check_shapes(k: Tensor, v: Tensor) -> None:
+def _check_shapes(k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
     if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
         raise ArgumentError(
             explain(
-                "k_cache, v_cache",
+                f"{names[0]}, {names[1]}",
                 f"{k.dtype} {tuple(k.shape)} on {k.device} and "
                 f"{v.dtype} {tuple(v.shape)} on {v.device}",
                 "two tensors alike, (batch_cache, seqlen_cache, nheads_k, headdim) or "
@@ -206,12 +209,11 @@ def _check_shapes(k: Tensor, v: Tensor) -> None:
 
 
 def _check_table(table: Tensor, batch: int, device: torch.device) -> None:
-    if not isinstance(table, Tensor) or table.dim() != 2 or table.shape[0] != batch:
-        came = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
+    if table.dim() != 2 or table.shape[0] != batch:
         raise ArgumentError(
             explain(
                 "block_table",
-                came,
+                f"shape {tuple(table.shape)}",
                 f"an int32 tensor of shape ({batch}, max_blocks)",
                 "pass one row of block ids for each sequence",
             )

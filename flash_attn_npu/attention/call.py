@@ -51,8 +51,8 @@ def attend(
     if _compiling() or _dispatch_modes():
         return ops.attend(
             function, packed, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs, sink,
+            dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
+            return_attn_probs, alibi_slopes, sink,
         )
     lengths_q = lengths_k = longest_q = longest_k = None
     if packed:
@@ -87,10 +87,12 @@ def attend(
         return found.direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
     # a call that will need a composed backward is refused before its forward runs
     permit(found, quiet=True)
+    plain = checks.plain(
+        dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
+    )
     return ops.attend(
-        function, packed, q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, dropout_p,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs, sink,
+        function, packed, q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, *plain,
+        alibi_slopes, sink,
     )
     # fmt: on
 
@@ -130,19 +132,27 @@ def attend_paged(
     block_table: Tensor,
 ) -> Answer:
     """`attend` over keys in pages; where a gradient is wanted they are gathered first."""
-    checks.require_tensors(q=q, k=k, v=v)
+    checks.require_tensors(q=q, k=k, v=v, block_table=block_table)
+    if alibi_slopes is not None:
+        checks.require_tensors(alibi_slopes=alibi_slopes)
+    lengths_q = host_lengths("cu_seqlens_q", cu_seqlens_q)
+    lengths_k = host_lengths("cu_seqlens_k", cu_seqlens_k)
+    longest_q = checks.longest("max_seqlen_q", max_seqlen_q, lengths_q.longest)
+    longest_k = checks.longest("max_seqlen_k", max_seqlen_k, lengths_k.longest)
+    plain = checks.plain(
+        *(dropout_p, softmax_scale, causal, window_size, softcap),
+        *(deterministic, return_attn_probs),
+    )
     # fmt: off
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        lengths_k = host_lengths("cu_seqlens_k", cu_seqlens_k)
         keys = paged.read_keys(k, v, lengths_k, block_table, None, None)
         return attend(
             function, True, q, *paged.gather(keys), cu_seqlens_q, keys.lengths.cumulative,
-            max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap,
+            longest_q, longest_k, dropout_p, softmax_scale, causal, window_size, softcap,
             alibi_slopes, deterministic, return_attn_probs,
         )
     return ops.attend(
-        function, True, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs, None, block_table,
+        function, True, q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, *plain,
+        alibi_slopes, None, block_table,
     )
     # fmt: on

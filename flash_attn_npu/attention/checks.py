@@ -8,13 +8,13 @@ be stricter than a second.
 from __future__ import annotations
 
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import ArgumentError, ArgumentTypeError, explain
 
-__all__ = ["flag", "longest", "real", "require_tensors", "window"]
+__all__ = ["Plain", "flag", "longest", "plain", "real", "require_tensors", "window"]
 
 
 def require_tensors(**tensors: Any) -> None:
@@ -86,6 +86,39 @@ def longest(argument: str, value: Any, known: int) -> int:
             "an int, or an integer tensor with one element",
             f"pass {argument} as the longest sequence length, {known}",
         )
+    )
+
+
+class Plain(NamedTuple):
+    """The options of a call as plain Python values."""
+
+    dropout_p: float
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    deterministic: bool
+    return_attn_probs: bool
+
+
+def plain(
+    dropout_p: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    deterministic: Any,
+    return_attn_probs: Any,
+) -> Plain:
+    """Check the options of a call, one by one."""
+    return Plain(
+        real("dropout_p", dropout_p),
+        None if softmax_scale is None else real("softmax_scale", softmax_scale),
+        flag("causal", causal),
+        window("window_size", window_size),
+        real("softcap", softcap),
+        flag("deterministic", deterministic),
+        flag("return_attn_probs", return_attn_probs),
     )
 
 

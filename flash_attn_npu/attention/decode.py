@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, explain
+from ..errors import ArgumentError, ArgumentTypeError, explain
 from ..ops.triton.rotary import rotate
 from . import checks
 from .cache import Cache, Span, host_values, pages_of
@@ -51,8 +52,17 @@ def cache_lengths(
     if isinstance(value, Tensor):
         lengths = host_values(argument, value)
         lengths = lengths * batch if value.dim() == 0 else lengths
+    elif isinstance(value, Integral) and not isinstance(value, bool):
+        lengths = (int(value),) * batch
     else:
-        lengths = (checks.longest(argument, value, default),) * batch
+        raise ArgumentTypeError(
+            explain(
+                argument,
+                type(value).__name__,
+                "an int, or an int32 tensor of shape (batch,)",
+                f"pass {argument} as one of them",
+            )
+        )
     if len(lengths) != batch or any(length < 0 for length in lengths):
         raise ArgumentError(
             explain(
@@ -198,6 +208,7 @@ def with_kvcache(
     wanted.
     """
     checks.require_tensors(q=q, k_cache=caches[0], v_cache=caches[1])
+    want_lse = checks.flag("return_softmax_lse", want_lse)
     if q.dim() != 4:
         raise ArgumentError(
             explain(
@@ -255,6 +266,7 @@ def _rotary(
     sin: Tensor | None,
     interleaved: bool,
 ) -> Rotary | None:
+    interleaved = checks.flag("rotary_interleaved", interleaved)
     if cos is None and sin is None:
         return None
     if cos is None or sin is None:
@@ -282,7 +294,7 @@ def _rotary(
                 "make longer tables",
             )
         )
-    return Rotary(cos, sin, checks.flag("rotary_interleaved", interleaved))
+    return Rotary(cos, sin, interleaved)
 
 
 def _missing(argument: str, beside: str, what: str) -> ArgumentError:

@@ -206,16 +206,13 @@ def _options(
     for argument, value in (("alibi_slopes", alibi_slopes), ("sink", sink)):
         if value is not None:
             checks.require_tensors(**{argument: value})
-    scale = None if softmax_scale is None else checks.real("softmax_scale", softmax_scale)
+    plain = checks.plain(
+        *(dropout_p, softmax_scale, causal, window_size, softcap),
+        *(deterministic, return_attn_probs),
+    )
     return Options(
-        dropout_p=checks.real("dropout_p", dropout_p),
-        softmax_scale=scale,
-        causal=checks.flag("causal", causal),
-        window_size=checks.window("window_size", window_size),
-        softcap=checks.real("softcap", softcap),
+        **plain._asdict(),
         alibi_slopes=None if alibi_slopes is None else Facts.of(alibi_slopes),
-        deterministic=checks.flag("deterministic", deterministic),
-        return_attn_probs=checks.flag("return_attn_probs", return_attn_probs),
         uses_lse=bool(uses_lse),
         needs_grad=bool(needs_grad),
         sink=None if sink is None else Facts.of(sink),

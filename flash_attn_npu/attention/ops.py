@@ -83,9 +83,9 @@ def attend(
     causal: bool,
     window_size: tuple[int, int],
     softcap: float,
-    alibi_slopes: Tensor | None,
     deterministic: bool,
     return_attn_probs: bool,
+    alibi_slopes: Tensor | None,
     sink: Tensor | None,
     block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,9 @@ from .support import INFER
 __all__ = ["Keys", "forward", "gather", "read_keys"]
 
 
+NAMES = ("k", "v", "cu_seqlens_k")
+
+
 class Keys(NamedTuple):
     """Where the keys of each sequence lie: in pages, or in rows of packed tensors.
 
@@ -51,7 +54,7 @@ def read_keys(
     if seqused_k is not None:
         used = cache_lengths("seqused_k", seqused_k, batch, 0)
     pads = cache_lengths("leftpad_k", leftpad_k, batch, 0)
-    cache = None if block_table is None else Cache(k, v, batch, block_table, None)
+    cache = None if block_table is None else Cache(k, v, batch, block_table, None, NAMES)
     starts = lengths_k.cumulative if cache is None else (0,) * (batch + 1)
     if cache is None and any(
         count > room for count, room in zip(used, lengths_k.seqlens, strict=True)
