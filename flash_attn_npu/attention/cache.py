@@ -75,7 +75,7 @@ class Cache:
             )
         _check_table(block_table, batch, k.device)
         values = host_values("block_table", block_table)
-        self.table = torch.tensor(values, dtype=torch.int64, device="cpu").view(batch, -1)
+        self.table = torch.tensor(values, dtype=torch.int64, device="cpu").view(block_table.shape)
         self.capacity = block_table.shape[1] * k.shape[1]
 
     @property

@@ -94,6 +94,8 @@ def _attend(
     ]
     cache.check(spans)
     found = _plan(function, q, cache, spans, scores, want_lse)
+    if rotary is not None:
+        _check_positions(rotary, lengths, added, seqlen_q if _turns(found) else 1)
     permit(found)
     with torch.no_grad():
         if rotary is not None and new is not None:
@@ -171,6 +173,24 @@ def _append(
     cache.write(spans, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
 
+def _turns(found: Plan) -> bool:
+    """Whether each query is rotated at a position of its own."""
+    return found.problem.causal or found.problem.windowed
+
+
+def _check_positions(rotary: Rotary, lengths: tuple[int, ...], added: int, queries: int) -> None:
+    last = max(lengths, default=0) + max(added, queries)
+    if rotary.cos.shape[0] < last:
+        raise ArgumentError(
+            explain(
+                "rotary_cos",
+                f"{rotary.cos.shape[0]} positions",
+                f"at least {last}, so many are rotated",
+                "make longer tables",
+            )
+        )
+
+
 def _rotate(
     found: Plan, q: Tensor, k: Tensor, rotary: Rotary, lengths: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
@@ -183,7 +203,7 @@ def _rotate(
         )
 
     k = rotated(k)
-    if found.problem.causal or found.problem.windowed:
+    if _turns(found):
         return rotated(q), k
     at_one_position = q.flatten(1, 2)[:, None]
     return rotated(at_one_position).view(q.shape), k
@@ -225,7 +245,7 @@ def with_kvcache(
         raise _missing("cache_seqlens", "k and v", "the lengths before the new keys")
     lengths = cache_lengths("cache_seqlens", cache_seqlens, batch, cache.capacity)
     leftpad = cache_lengths("cache_leftpad", cache_leftpad, batch, 0)
-    rotary = _rotary(q, appended, lengths, *tables)
+    rotary = _rotary(q, appended, *tables)
     return _attend(function, q, cache, appended, lengths, leftpad, rotary, scores, want_lse)
 
 
@@ -261,7 +281,6 @@ def _new_keys(
 def _rotary(
     q: Tensor,
     new: tuple[Tensor, Tensor] | None,
-    lengths: tuple[int, ...],
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
@@ -284,16 +303,16 @@ def _rotary(
                 "pass both tables for the same part of the head",
             )
         )
-    last = max(lengths, default=0) + max(new[0].shape[1], q.shape[1])
-    if cos.shape[0] < last:
-        raise ArgumentError(
-            explain(
-                "rotary_cos",
-                f"{cos.shape[0]} positions",
-                f"at least {last}, so many are rotated",
-                "make longer tables",
+    for argument, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if not table.is_floating_point() or table.device != q.device:
+            raise ArgumentError(
+                explain(
+                    argument,
+                    f"a {table.dtype} tensor on {table.device}",
+                    f"a floating dtype, on {q.device} as q",
+                    f"pass {argument}.to(q)",
+                )
             )
-        )
     return Rotary(cos, sin, interleaved)
 
 

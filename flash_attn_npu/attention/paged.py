@@ -24,9 +24,6 @@ from .support import INFER
 __all__ = ["Keys", "forward", "gather", "read_keys"]
 
 
-NAMES = ("k", "v", "cu_seqlens_k")
-
-
 class Keys(NamedTuple):
     """Where the keys of each sequence lie: in pages, or in rows of packed tensors.
 
@@ -50,11 +47,12 @@ def read_keys(
 ) -> Keys:
     """Check the three arguments, and find the keys."""
     batch = len(lengths_k.seqlens)
+    names = ("k", "v", "cu_seqlens_k" if seqused_k is None else "seqused_k")
     used = lengths_k.seqlens
     if seqused_k is not None:
         used = cache_lengths("seqused_k", seqused_k, batch, 0)
     pads = cache_lengths("leftpad_k", leftpad_k, batch, 0)
-    cache = None if block_table is None else Cache(k, v, batch, block_table, None, NAMES)
+    cache = None if block_table is None else Cache(k, v, batch, block_table, None, names)
     starts = lengths_k.cumulative if cache is None else (0,) * (batch + 1)
     if cache is None and any(
         count > room for count, room in zip(used, lengths_k.seqlens, strict=True)
