@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import bert_padding, flash_attn_interface
 from ._version import FLASH_ATTN_VERSION
 from .activation import install, installed, uninstall
+from .attention.lengths import forget_lengths
 from .flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -18,7 +19,7 @@ from .flash_attn_interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from .kernels.forward_varlen import attention_forward_varlen
+from .huawei import attention_forward_varlen
 from .settings import fallback
 from .usage import report, reporting
 
@@ -37,6 +38,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "forget_lengths",
     "install",
     "installed",
     "report",

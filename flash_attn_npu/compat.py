@@ -48,6 +48,8 @@ _NOT_SERVED = """\
 | `softmax_lse`, causal with ALiBi | of the documented bias; upstream's may differ by slope * row |
 | `cu_seqlens_*` | may also be a tensor on the host or a list, at no cost |
 | `max_seqlen_*` below the longest sequence | refused; upstream skips the rest silently |
+| `max_seqlen_*` as a tensor on the device | not read; the longest sequence counts instead |
+| forward-mode derivatives | refused; upstream has none either |
 | rows past the last sequence | zeros and +inf; upstream leaves them unwritten |
 
 Not a difference, though it surprises: as in flash-attention, a side of the window at least as long

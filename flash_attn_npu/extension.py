@@ -28,6 +28,7 @@ def fwd(
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state]; a given `out` is written where it lies."""
     _no_generator(gen)
+    _check_out(out, q)
     return _into(out, _ops._flash_attn_forward(
         q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
         softcap, alibi_slopes, return_softmax,
@@ -44,6 +45,7 @@ def varlen_fwd(
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state] of packed sequences."""
     _no_generator(gen)
+    _check_out(out, q)
     return _into(out, _ops._flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout,
         softmax_scale, is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
@@ -96,6 +98,7 @@ def fwd_kvcache(
     num_splits: int = 0,
 ) -> list[Tensor]:
     """[out, softmax_lse] of attention over a cache."""
+    _check_out(out, q)
     window_size = (window_size_left, window_size_right)
     answer, lse = decode.with_kvcache(
         "fwd_kvcache", q, (k_cache, v_cache), (k, v),
@@ -108,6 +111,18 @@ def fwd_kvcache(
 
 
 # fmt: on
+
+
+def _check_out(out: Tensor | None, q: Tensor) -> None:
+    if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise ArgumentError(
+            explain(
+                "out",
+                f"a {out.dtype} tensor of shape {tuple(out.shape)} on {out.device}",
+                f"a {q.dtype} tensor of shape {tuple(q.shape)} on {q.device}, as q",
+                "pass torch.empty_like(q), or None",
+            )
+        )
 
 
 def _into(out: Tensor | None, answer: tuple[Tensor, ...]) -> list[Tensor]:

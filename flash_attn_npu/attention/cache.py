@@ -8,7 +8,6 @@ per tensor and version, and checked before anything is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,20 +15,13 @@ from torch import Tensor
 from ..errors import ArgumentError, explain
 from .checks import require_tensors
 from .lengths import PerTensorMemo
+from .places import Layout, Span, positions, wrong_block
 from .problem import Pages
 from .support import MAX_PAGE, PAGE_UNIT
 
 __all__ = ["Cache", "Span", "host_values", "pages_of"]
 
 _memo: PerTensorMemo[tuple[int, ...]] = PerTensorMemo(64)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where the keys of one sequence lie: positions start..end-1 of its row or of its pages."""
-
-    start: int
-    end: int
 
 
 class Cache:
@@ -39,7 +31,7 @@ class Cache:
         k, v: the caller's tensors; `names` are what the caller calls them and their lengths.
         capacity: positions that each sequence may use.
         rows: for each sequence the row of the cache that holds it, None when paged.
-        table: (batch, max_blocks) block ids on the host, None when not paged.
+        ids, width: block ids of all sequences in a row, and how many each has, when paged.
     """
 
     def __init__(
@@ -58,7 +50,8 @@ class Cache:
         self.k, self.v = k, v
         self._lengths = names[2]
         self.block_table = block_table
-        self.table: Tensor | None = None
+        self.ids: tuple[int, ...] = ()
+        self.width = 1
         self.rows: tuple[int, ...] | None = None
         if block_table is None:
             self.capacity = k.shape[1]
@@ -73,15 +66,20 @@ class Cache:
                     "name the pages of each sequence in block_table alone",
                 )
             )
-        _check_table(block_table, batch, k.device)
-        values = host_values("block_table", block_table)
-        self.table = torch.tensor(values, dtype=torch.int64, device="cpu").view(block_table.shape)
+        _check_table(block_table, batch, k.device, k.shape[1])
+        self.ids = host_values("block_table", block_table)
+        self.width = block_table.shape[1]
         self.capacity = block_table.shape[1] * k.shape[1]
 
     @property
     def page(self) -> int:
         """Positions of a page; of a whole row when not paged."""
         return self.k.shape[1]
+
+    @property
+    def layout(self) -> Layout:
+        ids, width = (self.ids, self.width) if self.rows is None else (self.rows, 1)
+        return Layout(self.page, self.k.shape[0], ids, width)
 
     def check(self, spans: Sequence[Span]) -> None:
         """Refuse spans that leave the cache, and the block ids that they would use."""
@@ -95,42 +93,25 @@ class Cache:
                         "pass a longer cache or more pages",
                     )
                 )
-            if self.table is None:
-                continue
-            used = self.table[index, span.start // self.page : -(-span.end // self.page)]
-            wrong = used[(used < 0) | (used >= self.k.shape[0])]
-            if span.end > span.start and wrong.numel():
-                raise ArgumentError(
-                    explain(
-                        "block_table",
-                        f"block id {int(wrong[0])} for sequence {index}",
-                        f"ids from 0 to {self.k.shape[0] - 1}, the blocks of the cache",
-                        f"fill the entries of every page that {self._lengths} reaches",
-                    )
+        wrong = wrong_block(self.layout, spans)
+        if wrong is not None:
+            raise ArgumentError(
+                explain(
+                    "block_table",
+                    f"block id {wrong[1]} for sequence {wrong[0]}",
+                    f"ids from 0 to {self.k.shape[0] - 1}, the blocks of the cache",
+                    f"fill the entries of every page that {self._lengths} reaches",
                 )
-
-    def positions(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-        """(page or row, offset) of every position of every span, int64 on the cache's device."""
-        pages, offsets = [], []
-        for index, span in enumerate(spans):
-            position = torch.arange(span.start, span.end, device="cpu")
-            if self.table is not None:
-                pages.append(self.table[index][position // self.page])
-                offsets.append(position % self.page)
-            else:
-                assert self.rows is not None
-                pages.append(torch.full_like(position, self.rows[index]))
-                offsets.append(position)
-        return _joined(pages).to(self.k.device), _joined(offsets).to(self.k.device)
+            )
 
     def gather(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
         """Packed copies (total_k, nheads_k, headdim) of the keys and values of every span."""
-        where = self.positions(spans)
+        where = positions(self.layout, spans, self.k.device)
         return self.k[where], self.v[where]
 
     def write(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> None:
         """Write packed keys and values where the spans lie, and nowhere else."""
-        where = self.positions(spans)
+        where = positions(self.layout, spans, self.k.device)
         with torch.no_grad():
             self.k.index_put_(where, k)
             self.v.index_put_(where, v)
@@ -143,7 +124,7 @@ def pages_of(cache: Cache, spans: Sequence[Span]) -> Pages:
     """
     whole = cache.page
     legal = range(MAX_PAGE, 0, -PAGE_UNIT)
-    candidates = legal if cache.table is None else (whole,)
+    candidates = legal if cache.rows is not None else (whole,)
     size = next((c for c in candidates if c in legal and whole and whole % c == 0), None)
     room = cache.k.shape[0] * whole // size if size else 0
     used = sum(-(-span.end // size) for span in spans) if size else 0
@@ -176,10 +157,6 @@ def _values(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.flatten().tolist())
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
-
-
 def _rows(batch: int, batch_cache: int, batch_idx: Tensor | None) -> tuple[int, ...]:
     rows = tuple(range(batch)) if batch_idx is None else host_values("cache_batch_idx", batch_idx)
     if len(rows) != batch or any(not 0 <= row < batch_cache for row in rows):
@@ -208,7 +185,7 @@ def _check_shapes(k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
         )
 
 
-def _check_table(table: Tensor, batch: int, device: torch.device) -> None:
+def _check_table(table: Tensor, batch: int, device: torch.device, page: int) -> None:
     if table.dim() != 2 or table.shape[0] != batch:
         raise ArgumentError(
             explain(
@@ -217,6 +194,10 @@ def _check_table(table: Tensor, batch: int, device: torch.device) -> None:
                 f"an int32 tensor of shape ({batch}, max_blocks)",
                 "pass one row of block ids for each sequence",
             )
+        )
+    if page == 0:
+        raise ArgumentError(
+            explain("k_cache", "pages of 0 positions", "pages of at least 1", "pass real pages")
         )
     if table.device not in (device, torch.device("cpu")):
         raise ArgumentError(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, explain
+from ..errors import ArgumentError, UnsupportedError, explain
 from . import checks, ops, paged
 from .dispatch import lookup, permit
 from .lengths import host_lengths
@@ -24,6 +24,7 @@ Answer = Tensor | tuple[Tensor, Tensor, Tensor]
 _compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _grad_enabled = torch.is_grad_enabled
+_forward_ad = torch.autograd.forward_ad
 
 
 def attend(
@@ -54,6 +55,8 @@ def attend(
             dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
             return_attn_probs, alibi_slopes, sink,
         )
+    if _forward_ad._current_level >= 0:
+        _refuse_tangents(q=q, k=k, v=v, sink=sink)
     lengths_q = lengths_k = longest_q = longest_k = None
     if packed:
         lengths_q = host_lengths("cu_seqlens_q", cu_seqlens_q)
@@ -97,6 +100,20 @@ def attend(
     # fmt: on
 
 
+def _refuse_tangents(**tensors: Tensor | None) -> None:
+    """No kernel has forward-mode derivatives; without this they would silently be zero."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and _forward_ad.unpack_dual(tensor).tangent is not None:
+            raise UnsupportedError(
+                explain(
+                    argument,
+                    "a tensor with a forward-mode tangent",
+                    "reverse-mode differentiation, as in flash-attention",
+                    "use torch.autograd.grad or backward() here, or eager attention",
+                )
+            )
+
+
 def unpacked(argument: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
     """The parts of a (..., parts, nheads, headdim) tensor, as views."""
     checks.require_tensors(**{argument: packed})
@@ -133,6 +150,8 @@ def attend_paged(
 ) -> Answer:
     """`attend` over keys in pages; where a gradient is wanted they are gathered first."""
     checks.require_tensors(q=q, k=k, v=v, block_table=block_table)
+    if _forward_ad._current_level >= 0:
+        _refuse_tangents(q=q, k=k, v=v)
     if alibi_slopes is not None:
         checks.require_tensors(alibi_slopes=alibi_slopes)
     lengths_q = host_lengths("cu_seqlens_q", cu_seqlens_q)

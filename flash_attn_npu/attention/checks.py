@@ -17,6 +17,10 @@ from ..errors import ArgumentError, ArgumentTypeError, explain
 __all__ = ["Plain", "flag", "longest", "plain", "real", "require_tensors", "window"]
 
 
+LARGEST_WINDOW = (1 << 31) - 1
+"""A longer side limits nothing, and operators take 64 bits at most."""
+
+
 def require_tensors(**tensors: Any) -> None:
     """Raise ArgumentTypeError for the first argument that is not a torch.Tensor."""
     for argument, value in tensors.items():
@@ -60,7 +64,8 @@ def window(argument: str, value: Any) -> tuple[int, int]:
         and len(value) == 2
         and all(isinstance(side, Real) and side == side // 1 for side in value)
     ):
-        return int(value[0]), int(value[1])
+        left, right = (min(max(int(side), -1), LARGEST_WINDOW) for side in value)
+        return left, right
     raise ArgumentTypeError(
         explain(
             argument,

@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import usage
+from .. import kernels, usage
 from ..errors import UnsupportedError, explain
 from ..settings import fallback_policy
 from . import checks
 from .describe import dense_problem, varlen_problem
 from .lengths import Lengths
+from .places import forget_places
 from .problem import Facts, Options, Pages, Problem
 from .support import BLOCKWISE, FUSION, INFER, refusals
 
@@ -117,8 +118,10 @@ def lookup(
 
 
 def forget_plans() -> None:
-    """Drop every remembered plan; the next calls decide again."""
+    """Drop every remembered plan, and what kernels keep; the next calls decide again."""
     _plans.clear()
+    forget_places()
+    kernels.forget()
 
 
 def permit(found: Plan, *, quiet: bool = False) -> None:
@@ -160,10 +163,10 @@ def _plan(problem: Problem) -> Plan:
     from ..kernels import blockwise, fusion, infer
 
     passed_over: tuple[str, ...] = ()
-    kernels: list[tuple[str, ModuleType]] = [(FUSION, fusion), (BLOCKWISE, blockwise)]
+    order: list[tuple[str, ModuleType]] = [(FUSION, fusion), (BLOCKWISE, blockwise)]
     if problem.pages is not None:
-        kernels.insert(0, (INFER, infer))
-    for name, kernel in kernels:
+        order.insert(0, (INFER, infer))
+    for name, kernel in order:
         reasons = refusals(name, problem)
         if not reasons:
             own_autograd = kernel is fusion and problem.pages is None

@@ -40,7 +40,8 @@ class PerTensorMemo(Generic[T]):
     An entry answers only for the very same tensor object with the same version counter and the
     same memory, so neither an in-place change nor a reallocation can be served stale. Tensors
     made under `torch.inference_mode` have no version counter and are never remembered. A write
-    through `tensor.data` moves no counter either: PyTorch hides it from everybody.
+    through `tensor.data`, by a collective of torch.distributed or by a kernel that PyTorch does not
+    know moves no counter either: `forget_lengths` is for those.
 
     Only single dictionary operations touch shared state, so threads and forks need no lock.
     """
@@ -96,7 +97,11 @@ class PerTensorMemo(Generic[T]):
                     self._entries.pop(key, None)
             if len(self._entries) >= self.maxsize:
                 self._entries.clear()
-        place = (tensor.data_ptr(), tensor.numel())
+        try:
+            place = (tensor.data_ptr(), tensor.numel())
+        except RuntimeError:
+            # a tensor without memory of its own, inside a functorch transform
+            return
         self._entries[id(tensor)] = (weakref.ref(tensor), version, place, value)
 
 
@@ -164,7 +169,12 @@ def host_ends(argument: str, cu_seqlens: torch.Tensor | Sequence[int]) -> list[i
 
 
 def remember_lengths(cu_seqlens: torch.Tensor, values: tuple[int, ...]) -> None:
-    """Say that `cu_seqlens`, a device tensor, holds `values`, so that no copy has to find out."""
+    """Say that `cu_seqlens` holds `values`, so that no copy has to find out.
+
+    On the host there is nothing to save, and nothing is remembered.
+    """
+    if cu_seqlens.device.type == "cpu":
+        return
     _memo.put(cu_seqlens, _lengths(values, "cu_seqlens"))
 
 

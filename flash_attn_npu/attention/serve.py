@@ -150,12 +150,13 @@ def _run_backward(
         "softmax_lse": (lse, (*rows[:-1], q.shape[-2], rows[-1]), accumulator(q.dtype)),
     }
     for argument, (tensor, shape, dtype) in expected.items():
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+        facts = (tensor.shape, tensor.dtype, tensor.device) if tensor is not None else None
+        if tensor is not None and facts != (shape, dtype, q.device):
             raise ArgumentError(
                 explain(
                     argument,
-                    f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}",
-                    f"a {dtype} tensor of shape {tuple(shape)}",
+                    f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on {tensor.device}",
+                    f"a {dtype} tensor of shape {tuple(shape)} on {q.device}",
                     f"pass {argument} as the forward returned it, or laid out as its tensor is",
                 )
             )

@@ -28,6 +28,8 @@ MAX_SEQUENCES = 20_000
 MAX_TOKENS = 1_000_000
 MAX_PAGE = 512
 PAGE_UNIT = 16
+MAX_CACHED_SEQUENCES = 4096
+MAX_GROUP = 64
 MAX_PAGE_WIDTH = 65_535
 
 
@@ -62,6 +64,12 @@ class Row:
 
     def cell(self, kernel: str) -> Cell:
         return {FUSION: self.fusion, BLOCKWISE: self.blockwise, INFER: self.infer}[kernel]
+
+
+def _offset_allowed(problem: Problem) -> bool:
+    return (
+        alibi_offset() and problem.varlen and not soc_name(problem.device).startswith("Ascend950")
+    )
 
 
 TABLE: tuple[Row, ...] = (
@@ -107,6 +115,11 @@ TABLE: tuple[Row, ...] = (
         f"varlen, more than {MAX_TOKENS} tokens",
         lambda p: p.varlen and max(sum(p.seqlens_q), sum(p.seqlens_k)) > MAX_TOKENS,
         fusion=Cell(f"it takes at most {MAX_TOKENS} packed tokens"),
+    ),
+    Row(
+        f"dense, a seqlen above {MAX_TOKENS}",
+        lambda p: not p.varlen and max(p.max_seqlen_q, p.max_seqlen_k) > MAX_TOKENS,
+        fusion=Cell(f"it takes sequences of at most {MAX_TOKENS} tokens"),
     ),
     Row("varlen, sequences of length 0", lambda p: p.varlen and 0 in (*p.seqlens_q, *p.seqlens_k)),
     Row("varlen, rows past the last sequence", lambda p: p.tail_q > 0 or p.tail_k > 0),
@@ -163,7 +176,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         "alibi_slopes, lengths that differ by a common offset",
-        lambda p: p.alibi and bool(p.common_offset) and not (alibi_offset() and p.varlen),
+        lambda p: p.alibi and bool(p.common_offset) and not _offset_allowed(p),
         fusion=Cell("its ALiBi is documented for seqlen_q = seqlen_k only"),
         infer=ROUNDED_BIAS,
     ),
@@ -205,6 +218,16 @@ TABLE: tuple[Row, ...] = (
         fusion=Cell("torch_npu drops the sink there"),
     ),
     Row("keys in a cache", lambda p: p.pages is not None),
+    Row(
+        f"keys in a cache, more than {MAX_CACHED_SEQUENCES} sequences",
+        lambda p: p.pages is not None and p.batch > MAX_CACHED_SEQUENCES,
+        infer=Cell(f"every CANN takes at most {MAX_CACHED_SEQUENCES} lengths"),
+    ),
+    Row(
+        f"keys in a cache, more than {MAX_GROUP} query heads for a key head",
+        lambda p: p.pages is not None and p.nheads > MAX_GROUP * max(p.nheads_k, 1),
+        infer=Cell(f"every CANN takes at most {MAX_GROUP} query heads for a key head"),
+    ),
     Row(
         "keys in a cache, headdim other than 64 and 128",
         lambda p: p.pages is not None and p.headdim not in (64, 128),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError, explain
 from ..settings import fallback, fallback_policy
 from .result import ROUNDING, accumulator, rounded_up
 
@@ -126,7 +127,8 @@ def differentiate_varlen(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     """The gradient of packed attention."""
     inputs, out, lse, rng_state = _restored(ctx)
     (q, k, v, *lengths), options, slopes = inputs[:7], inputs[7:13], inputs[13]
-    *_paged, sink, deterministic, function = inputs
+    sink, deterministic, function = inputs[-3:]
+    _refuse_parts(block_table=inputs[15], leftpad_k=inputs[16], seqused_k=inputs[17])
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     with fallback(ctx.policy):
         torch.ops.flash_attn_npu._flash_attn_varlen_backward(
@@ -135,6 +137,20 @@ def differentiate_varlen(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
         )
     dsink = None if sink is None else _sink_grad(sink, dout, out, lse.t())
     return _positioned(inputs, grads, sink, dsink)
+
+
+def _refuse_parts(**parts: Tensor | None) -> None:
+    """The backward operator knows packed keys only; over all of them it would be wrong."""
+    for argument, value in parts.items():
+        if value is not None:
+            raise UnsupportedError(
+                explain(
+                    argument,
+                    "a backward",
+                    "the forward alone, as in upstream's operator",
+                    "pass block_table to flash_attn_varlen_func, or pack the keys that are used",
+                )
+            )
 
 
 def _restored(ctx: Any) -> tuple[list[Any], Tensor, Tensor, Tensor]:

@@ -235,14 +235,22 @@ def _on_models(module: ModuleType) -> None:
         listed = getattr(self, _COMPATIBLE, None) or ()
         if attn_implementation != "flash_attention_2" or _SINK_KERNEL not in listed:
             return original(self, attn_implementation, *args, **kwargs)
+        own = dict(vars(self))
         vars(self)[_COMPATIBLE] = [*listed, attn_implementation]
         try:
             return original(self, attn_implementation, *args, **kwargs)
         finally:
             del vars(self)[_COMPATIBLE]
+            if _COMPATIBLE in own:
+                vars(self)[_COMPATIBLE] = own[_COMPATIBLE]
+
+    def restore() -> None:
+        # somebody who replaced it after us keeps their replacement
+        if vars(base).get(_ADJUST) is adjust:
+            setattr(base, _ADJUST, original)
 
     setattr(base, _ADJUST, adjust)
-    _undo.callback(setattr, base, _ADJUST, original)
+    _undo.callback(restore)
 
 
 HOOKS: dict[str, Callable[[ModuleType], None]] = {

@@ -65,6 +65,9 @@ def backward(
 ) -> None:
     """Write dq, dk, dv into `grads`, where they lie."""
     dq, dk, dv = grads
+    if not problem.nheads:
+        dk.zero_()
+        dv.zero_()
     if problem.varlen:
         dq[sum(problem.seqlens_q) :] = 0
         dk[sum(problem.seqlens_k) :] = 0

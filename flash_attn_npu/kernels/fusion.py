@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache, lru_cache
+from functools import lru_cache
 from threading import RLock
 from typing import Any
 
@@ -21,7 +21,15 @@ from ..attention.problem import Problem
 from ..attention.result import Forward, Saved
 from .rows import Rows
 
-__all__ = ["UNLIMITED", "backward", "causal_mask", "direct", "forward"]
+__all__ = [
+    "UNLIMITED",
+    "backward",
+    "causal_mask",
+    "direct",
+    "forget",
+    "forward",
+    "fusion_attention",
+]
 
 UNLIMITED = 2147483647
 MASK_SIZE = 2048
@@ -31,13 +39,34 @@ STATISTICS = 8
 """The kernel repeats softmax_max and softmax_sum this often along a last dimension."""
 
 
-@cache
+_masks: dict[torch.device, Tensor] = {}
+
+
 def causal_mask(device: torch.device) -> Tensor:
     """The compressed mask, True above the diagonal; one per device, 4 MiB."""
-    # it outlives this call, and a backward cannot save a tensor made in inference mode
-    with torch.inference_mode(False):
-        ones = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device)
-        return torch.triu(ones, diagonal=1)
+    mask = _masks.get(device)
+    if mask is None or torch._C._len_torch_dispatch_stack():
+        # it outlives this call, and a backward cannot save a tensor made in inference mode
+        with torch.inference_mode(False):
+            ones = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device)
+            mask = torch.triu(ones, diagonal=1)
+        # under a mode it may be a fake, which must not outlive the mode
+        if not torch._C._len_torch_dispatch_stack():
+            _masks[device] = mask
+    return mask
+
+
+def forget() -> None:
+    """Drop every mask and every prepared call."""
+    _masks.clear()
+    _prepared.cache_clear()
+
+
+def fusion_attention() -> Callable[..., Any]:
+    """torch_npu's operator, as it is called now."""
+    import torch_npu
+
+    return torch_npu.npu_fusion_attention  # type: ignore[no-any-return]
 
 
 def direct(problem: Problem) -> Callable[..., Any] | None:
@@ -64,7 +93,7 @@ def direct(problem: Problem) -> Callable[..., Any] | None:
 
 def _plain(problem: Problem, rows: Rows) -> Callable[..., Tensor]:
     """The kernel with nothing around it; positional arguments, which torch parses faster."""
-    from torch_npu import npu_fusion_attention
+    import torch_npu
 
     mode, mask, before, after = _sparsity(problem)
     # fmt: off
@@ -75,7 +104,7 @@ def _plain(problem: Problem, rows: Rows) -> Callable[..., Tensor]:
     # fmt: on
 
     def run(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
-        return npu_fusion_attention(q, k, v, *call)[0]  # type: ignore[no-any-return]
+        return torch_npu.npu_fusion_attention(q, k, v, *call)[0]  # type: ignore[no-any-return]
 
     return run
 
@@ -225,8 +254,10 @@ def _sparsity(problem: Problem) -> tuple[int, Tensor | None, int, int]:
 def _bias(problem: Problem) -> dict[str, Any]:
     """Type 2 adds -slope * |j + kv_start - i - q_start|, i and j from the top left."""
     bias: dict[str, Any] = {"pse_type": 2}
-    if problem.common_offset:
-        bias |= {"q_start_idx": [problem.common_offset], "kv_start_idx": [0]}
+    # without its blind rows every sequence starts at its first query that sees a key
+    first = (problem.common_offset or 0) + max(problem.blind_rows, default=0)
+    if first:
+        bias |= {"q_start_idx": [first], "kv_start_idx": [0]}
     return bias
 
 

@@ -17,7 +17,7 @@ from ..attention.cache import Cache, Span
 from ..attention.problem import Problem
 from .fusion import UNLIMITED, causal_mask
 
-__all__ = ["forward"]
+__all__ = ["forget", "forward"]
 
 
 def forward(
@@ -52,6 +52,11 @@ def forward(
         softmax_lse_flag=want_lse,
     )
     return out, lse.squeeze(-1).t().contiguous() if want_lse else None
+
+
+def forget() -> None:
+    """Drop the page tables of unpaged caches."""
+    _row_pages.cache_clear()
 
 
 def _sparsity(problem: Problem) -> tuple[int, int, int]:

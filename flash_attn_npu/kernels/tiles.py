@@ -184,7 +184,7 @@ def _attend_rows(
         gain = (weights.flatten(2, 3) @ values.squeeze(2)).unflatten(2, weights.shape[2:4])
         out = out * fade[..., None] + gain
         top = new_top
-    blind = _blind(band, rows, total)
+    blind = _blind(band, rows, total) | (total == 0)
     total = total.masked_fill(blind, 1.0)
     streams.out[..., rows[0] : rows[1], :] = (out / total[..., None]).to(streams.out.dtype)
     lse = (top + torch.log(total)).masked_fill(blind, math.inf)

@@ -12,7 +12,7 @@ from flash_attn_npu.kernels import fusion
 
 @pytest.mark.parametrize("lengths_k", [[0, 4, 10], [0, 4, 7]], ids=["plain", "blind rows"])
 def test_training_after_inference(npu: torch.device, lengths_k: list[int]) -> None:
-    fusion.causal_mask.cache_clear()
+    fusion.forget()
     forget_plans()
     q = torch.randn(10, 2, 8, device=npu)
     k = torch.randn(lengths_k[-1], 2, 8, device=npu)

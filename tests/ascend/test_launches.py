@@ -19,7 +19,7 @@ from flash_attn_npu import (
 )
 from flash_attn_npu.attention.dispatch import forget_plans
 from flash_attn_npu.attention.lengths import forget_lengths
-from flash_attn_npu.kernels.fusion import causal_mask
+from flash_attn_npu.kernels import fusion
 
 UNLIMITED = 2147483647
 KERNEL = "npu_fusion_attention"
@@ -255,7 +255,7 @@ def test_a_second_equal_call_copies_nothing(call: str, lists: tuple[list[int], l
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 0)}], ids=repr)
 def test_no_memory_of_quadratic_size_is_taken(options: dict[str, Any]) -> None:
     seqlen = 3000
-    causal_mask.cache_clear()
+    fusion.forget()
     q, k, v = (torch.randn(1, seqlen, 1, 8).npu() for _ in range(3))
     # one byte for each pair would be 9 MB; the compressed mask is 4 MiB, and twice that when made
     first = peak_of(lambda: flash_attn_func(q, k, v, **options))

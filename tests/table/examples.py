@@ -16,6 +16,8 @@ from flash_attn_npu import (
 )
 from flash_attn_npu.attention import call
 from flash_attn_npu.attention.support import (
+    MAX_CACHED_SEQUENCES,
+    MAX_GROUP,
     MAX_HEADDIM,
     MAX_HEADS,
     MAX_PAGE,
@@ -24,8 +26,8 @@ from flash_attn_npu.attention.support import (
     MAX_TOKENS,
 )
 
-SMALL_SEQUENCES, SMALL_TOKENS = 3, 50
-"""Stand in for MAX_SEQUENCES and MAX_TOKENS, so that crossing them is quick."""
+SMALL_SEQUENCES, SMALL_TOKENS, SMALL_CACHED_SEQUENCES = 3, 70, 2
+"""Stand in for MAX_SEQUENCES and its like, so that crossing them is quick."""
 
 Example = Callable[[torch.device], Any]
 
@@ -105,17 +107,17 @@ def backward(rng_offset: int, softcap: float) -> Example:
 
 
 def cached(
-    *, headdim: int = 64, page: int = 32, heads_k: int = 2, strided: bool = False,
-    shared: bool = False, **options: Any,
+    *, headdim: int = 64, page: int = 32, heads: int = 2, heads_k: int = 2, batch: int = 2,
+    strided: bool = False, shared: bool = False, **options: Any,
 ) -> Example:  # fmt: skip
-    """Two sequences of 20 keys in pages of a cache."""
+    """Sequences of 20 keys in pages of a cache."""
 
     def run(device: torch.device) -> Any:
-        q = tensor(device, 2, 1, heads_k, headdim)
-        cache = tensor(device, 1 if shared else 2 * -(-20 // page), page, heads_k, headdim)
+        q = tensor(device, batch, 1, heads, headdim)
+        cache = tensor(device, 1 if shared else batch * -(-20 // page), page, heads_k, headdim)
         if strided:
             cache = tensor(device, *cache.shape[:2], 2, *cache.shape[2:])[:, :, 0]
-        pages = torch.arange(2 * -(-20 // page), dtype=torch.int32).view(2, -1)
+        pages = torch.arange(batch * -(-20 // page), dtype=torch.int32).view(batch, -1)
         table = torch.zeros_like(pages) if shared else pages
         given = {name: value.to(device) for name, value in options.items()}
         return flash_attn_with_kvcache(
@@ -137,6 +139,7 @@ EXAMPLES: dict[str, Example] = {
     "varlen layout": packed([4, 6]),
     f"varlen, more than {MAX_SEQUENCES} sequences": packed([1] * (SMALL_SEQUENCES + 1)),
     f"varlen, more than {MAX_TOKENS} tokens": packed([SMALL_TOKENS + 1]),
+    f"dense, a seqlen above {MAX_TOKENS}": dense(seqlens=(SMALL_TOKENS + 1, SMALL_TOKENS + 1)),
     "varlen, sequences of length 0": packed([4, 0, 6], [4, 3, 6]),
     "varlen, rows past the last sequence": packed([4, 6], tail=3),
     "queries that see no key": packed([4, 6], [4, 3], causal=True),
@@ -166,12 +169,18 @@ EXAMPLES: dict[str, Example] = {
     "sink, alibi_slopes": sunk(slopes=True),
     "sink, Ascend 950": sunk(),
     "keys in a cache": cached(),
+    f"keys in a cache, more than {MAX_CACHED_SEQUENCES} sequences": cached(
+        batch=SMALL_CACHED_SEQUENCES + 1
+    ),
+    f"keys in a cache, more than {MAX_GROUP} query heads for a key head": cached(
+        heads=MAX_GROUP + 1, heads_k=1
+    ),
     "keys in a cache, headdim other than 64 and 128": cached(headdim=96),
     f"keys in a cache, pages of no multiple of 16 up to {MAX_PAGE}": cached(page=5),
     "keys in a cache that is not contiguous": cached(strided=True),
     "keys in a cache, cache_leftpad": cached(cache_leftpad=torch.tensor([0, 3], dtype=torch.int32)),
     "keys in a cache, shared pages in a full cache": cached(shared=True),
     f"keys in a cache, nheads_k * headdim above {MAX_PAGE_WIDTH}": cached(
-        heads_k=256, headdim=257, page=16
+        heads=256, heads_k=256, headdim=257, page=16
     ),
 }

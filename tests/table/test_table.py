@@ -10,7 +10,7 @@ import pytest
 import torch
 import virtual_ascend
 
-from examples import EXAMPLES, SMALL_SEQUENCES, SMALL_TOKENS
+from examples import EXAMPLES, SMALL_CACHED_SEQUENCES, SMALL_SEQUENCES, SMALL_TOKENS
 from flash_attn_npu import compat, usage
 from flash_attn_npu.attention import dispatch, support
 from flash_attn_npu.attention.support import TABLE, Row
@@ -30,6 +30,7 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(support, "soc_name", lambda device: CHIPS[row.name])
     monkeypatch.setattr(support, "MAX_SEQUENCES", SMALL_SEQUENCES)
     monkeypatch.setattr(support, "MAX_TOKENS", SMALL_TOKENS)
+    monkeypatch.setattr(support, "MAX_CACHED_SEQUENCES", SMALL_CACHED_SEQUENCES)
     yield
     dispatch.forget_plans()
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..attention import call
-from ..attention.checks import require_tensors
-from ..attention.lengths import host_ends, host_lengths
-from ..errors import ArgumentError, UnsupportedError, explain
-from .fusion import UNLIMITED, causal_mask
+from .attention import call
+from .attention.checks import require_tensors
+from .attention.lengths import host_ends, host_lengths
+from .errors import ArgumentError, UnsupportedError, explain
+from .kernels.fusion import UNLIMITED, causal_mask, fusion_attention
 
 __all__ = ["attention_forward_varlen"]
 
@@ -80,10 +80,8 @@ def attention_forward_varlen(
     _check_rank(q, k, v)
     if q.device.type != "npu":
         return _off_device(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
-    from torch_npu import npu_fusion_attention
-
     # fmt: off
-    out: Tensor = npu_fusion_attention(
+    out: Tensor = fusion_attention()(
         q, k, v, q.shape[1], "TND", None, None, causal_mask(q.device) if causal else None,
         q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, 1 - dropout_p,
         UNLIMITED, UNLIMITED, 0, None, host_ends("cu_seqlens_q", cu_seqlens_q),

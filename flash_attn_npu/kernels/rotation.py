@@ -1,0 +1,227 @@
+"""The rotation behind every rotary embedding here, in float32 and rounded once."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from ..attention import checks
+from ..attention.lengths import Lengths, host_lengths
+from ..errors import ArgumentError, ArgumentTypeError, explain
+
+__all__ = ["rotate"]
+
+Rows = slice | Tensor
+"""Which rows of the tables: a range shared by the batch, or one index for every token."""
+
+
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """What `apply_rotary` promises."""
+    checks.require_tensors(x=x, cos=cos, sin=sin)
+    _check_rank(x, 4 if cu_seqlens is None else 3)
+    _check_tables(x, cos, sin)
+    if cu_seqlens is None:
+        rows = _dense_rows(x, cos.shape[0], seqlen_offsets)
+    else:
+        rows = _packed_rows(x, cos.shape[0], seqlen_offsets, cu_seqlens, max_seqlen)
+    heads = x.dim() - (3 if cu_seqlens is None else 2)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = (_lookup(table, rows, heads).to(wide) for table in (cos, sin))
+    rotary_dim = 2 * cos.shape[-1]
+    first, second = _pairs(rotary_dim, interleaved)
+    a, b = x[..., first].to(wide), x[..., second].to(wide)
+    if conjugate:
+        sin = -sin
+    turned_a, turned_b = a * cos - b * sin, a * sin + b * cos
+    # written part by part, not by torch.cat, which autocast on the CPU refuses for float16
+    out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out[..., first].copy_(turned_a)
+    out[..., second].copy_(turned_b)
+    if not inplace:
+        out[..., rotary_dim:].copy_(x[..., rotary_dim:])
+    return out
+
+
+def _pairs(rotary_dim: int, interleaved: bool) -> tuple[slice, slice]:
+    """Where the first and the second of each pair lie in a head."""
+    if interleaved:
+        return slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
+    return slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
+
+
+def _lookup(table: Tensor, rows: Rows, heads: int) -> Tensor:
+    if isinstance(rows, slice):
+        found = table[rows]
+    else:
+        # index_select refuses a negative row; table[rows] would count it from the end
+        found = table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return found[(..., *(None,) * heads, slice(None))]
+
+
+def _dense_rows(x: Tensor, seqlen_ro: int, seqlen_offsets: int | Tensor) -> Rows:
+    batch, seqlen = x.shape[:2]
+    if not isinstance(seqlen_offsets, Tensor):
+        start = _checked_offset(seqlen_offsets)
+        _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+        return slice(start, start + seqlen)
+    _check_offsets(seqlen_offsets, batch)
+    _check_reach("x", 0, seqlen, seqlen_ro)
+    if _readable(seqlen_offsets):
+        for start in seqlen_offsets.tolist():
+            _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+    starts = seqlen_offsets.to(x.device, torch.int64)
+    return starts[:, None] + torch.arange(seqlen, device=x.device)
+
+
+def _packed_rows(
+    x: Tensor,
+    seqlen_ro: int,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | Tensor | None,
+) -> Rows:
+    checks.require_tensors(cu_seqlens=cu_seqlens)
+    if cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    offsets: int | Tensor
+    if isinstance(seqlen_offsets, Tensor):
+        _check_offsets(seqlen_offsets, cu_seqlens.shape[0] - 1)
+        offsets = seqlen_offsets.to(x.device, torch.int64)
+    else:
+        offsets = _checked_offset(seqlen_offsets)
+    if not torch.compiler.is_compiling():
+        lengths = host_lengths("cu_seqlens", cu_seqlens)
+        _check_packed(x, lengths, max_seqlen)
+        starts = [0 if isinstance(offsets, Tensor) else offsets] * len(lengths.seqlens)
+        if isinstance(seqlen_offsets, Tensor) and _readable(seqlen_offsets):
+            starts = seqlen_offsets.tolist()
+        for start, seqlen in zip(starts, lengths.seqlens, strict=True):
+            _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+    total = x.shape[0]
+    cumulative = cu_seqlens.to(x.device, torch.int64)
+    shifts = torch.repeat_interleave(
+        offsets - cumulative[:-1], cumulative.diff(), output_size=total
+    )
+    return shifts + torch.arange(total, device=x.device)
+
+
+def _readable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_rank(x: Tensor, least: int) -> None:
+    if x.dim() < least:
+        raise ArgumentError(
+            explain(
+                "x",
+                f"shape {tuple(x.shape)}",
+                "(batch, seqlen, nheads, headdim), or (total, nheads, headdim) with cu_seqlens",
+                "reshape x, or pass cu_seqlens if it is packed",
+            )
+        )
+
+
+def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        if not tensor.is_floating_point():
+            raise ArgumentError(
+                explain(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")
+            )
+        if tensor.device != x.device:
+            raise ArgumentError(
+                explain(name, tensor.device, f"{x.device}, as x", f"pass {name}.to(x.device)")
+            )
+    if cos.dim() != 2 or 2 * cos.shape[1] > x.shape[-1]:
+        raise ArgumentError(
+            explain(
+                "cos",
+                f"shape {tuple(cos.shape)}",
+                f"(seqlen_ro, rotary_dim / 2) with rotary_dim <= headdim = {x.shape[-1]}",
+                "pass one column for each pair of dimensions",
+            )
+        )
+    if sin.shape != cos.shape:
+        raise ArgumentError(
+            explain(
+                "sin",
+                f"shape {tuple(sin.shape)}",
+                f"{tuple(cos.shape)}, the shape of cos",
+                "pass both of the same length and width",
+            )
+        )
+
+
+def _checked_offset(seqlen_offsets: object) -> int:
+    # an int is asked for by itself because torch.compile has no Integral for its symbols
+    if isinstance(seqlen_offsets, int):
+        return seqlen_offsets
+    if isinstance(seqlen_offsets, Integral):
+        return int(seqlen_offsets)
+    raise ArgumentTypeError(
+        explain(
+            "seqlen_offsets",
+            type(seqlen_offsets).__name__,
+            "an int or a (batch,) integer tensor",
+            "pass the position of the first token",
+        )
+    )
+
+
+def _check_offsets(seqlen_offsets: Tensor, batch: int) -> None:
+    if seqlen_offsets.dtype not in (torch.int32, torch.int64) or seqlen_offsets.shape != (batch,):
+        raise ArgumentError(
+            explain(
+                "seqlen_offsets",
+                f"a {seqlen_offsets.dtype} tensor of shape {tuple(seqlen_offsets.shape)}",
+                f"an int, or a torch.int32 or torch.int64 tensor of shape ({batch},)",
+                "pass one position for each sequence",
+            )
+        )
+
+
+def _check_reach(argument: str, first: int, end: int, seqlen_ro: int) -> None:
+    if end > first and (first < 0 or end > seqlen_ro):
+        raise ArgumentError(
+            explain(
+                argument,
+                f"positions {first} to {end - 1}",
+                f"positions 0 to {seqlen_ro - 1}, the rows of cos and sin",
+                f"pass cos and sin with at least {end} rows",
+            )
+        )
+
+
+def _check_packed(x: Tensor, lengths: Lengths, max_seqlen: int | Tensor | None) -> None:
+    if lengths.total != x.shape[0]:
+        raise ArgumentError(
+            explain(
+                "cu_seqlens",
+                f"a total of {lengths.total}",
+                f"{x.shape[0]}, the number of tokens in x",
+                "pass the cumulative lengths of all sequences in x",
+            )
+        )
+    if max_seqlen is None:
+        return
+    longest = checks.longest("max_seqlen", max_seqlen, lengths.longest)
+    if longest < lengths.longest:
+        raise ArgumentError(
+            explain(
+                "max_seqlen",
+                longest,
+                f"at least {lengths.longest}, the longest sequence in cu_seqlens",
+                f"pass max_seqlen={lengths.longest}",
+            )
+        )
