@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError, UnsupportedError, explain
 from . import checks, ops, paged
-from .dispatch import lookup, permit
-from .lengths import host_lengths
+from .dispatch import lookup, permit, recall_plan, remember_plan
+from .lengths import host_lengths, recall_lengths
+from .problem import Facts
 
 __all__ = ["Answer", "attend", "attend_paged", "unpacked"]
 
@@ -57,13 +58,13 @@ def attend(
         )
     if _forward_ad._current_level >= 0:
         _refuse_tangents(q=q, k=k, v=v, sink=sink)
-    lengths_q = lengths_k = longest_q = longest_k = None
+    lengths_q = lengths_k = longest_q = longest_k = key = found = None
     if packed:
-        lengths_q = host_lengths("cu_seqlens_q", cu_seqlens_q)
+        lengths_q = recall_lengths(cu_seqlens_q) or host_lengths("cu_seqlens_q", cu_seqlens_q)
         if cu_seqlens_k is cu_seqlens_q:
             lengths_k = lengths_q
         else:
-            lengths_k = host_lengths("cu_seqlens_k", cu_seqlens_k)
+            lengths_k = recall_lengths(cu_seqlens_k) or host_lengths("cu_seqlens_k", cu_seqlens_k)
         longest_q = (
             max_seqlen_q if type(max_seqlen_q) is int
             else checks.longest("max_seqlen_q", max_seqlen_q, lengths_q.longest)
@@ -73,18 +74,28 @@ def attend(
             else checks.longest("max_seqlen_k", max_seqlen_k, lengths_k.longest)
         )
     try:
-        needs_grad = _grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad
-            or (sink is not None and sink.requires_grad)
+        key = (
+            function, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device, lengths_q, lengths_k, longest_q, longest_k,
+            dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
+            return_attn_probs, None if alibi_slopes is None else Facts.of(alibi_slopes),
+            None if sink is None else (Facts.of(sink), sink.requires_grad),
+            _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         )
-    except AttributeError:
+        found = recall_plan(key)
+    except (AttributeError, TypeError):
+        # not a tensor, or not hashable: the checks of `lookup` accept it or name it
         checks.require_tensors(q=q, k=k, v=v, sink=q if sink is None else sink)
-        raise
-    found = lookup(
-        function, q, k, v, lengths_q, lengths_k, longest_q, longest_k, dropout_p,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs, return_attn_probs, needs_grad, sink,
-    )
+        key = None
+    if found is None:
+        tensors = (q, k, v) if sink is None else (q, k, v, sink)
+        needs_grad = _grad_enabled() and any(x.requires_grad for x in tensors)
+        found = lookup(
+            function, q, k, v, lengths_q, lengths_k, longest_q, longest_k, dropout_p,
+            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+            return_attn_probs, return_attn_probs, needs_grad, sink,
+        )
+        remember_plan(key, found)
     if found.direct is not None:
         found.tally.calls += 1
         return found.direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]

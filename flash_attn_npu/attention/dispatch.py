@@ -24,7 +24,7 @@ from .places import forget_places
 from .problem import Facts, Options, Pages, Problem
 from .support import BLOCKWISE, FUSION, INFER, refusals
 
-__all__ = ["Plan", "forget_plans", "lookup", "permit"]
+__all__ = ["Plan", "forget_plans", "lookup", "permit", "recall_plan", "remember_plan"]
 
 logger = logging.getLogger("flash_attn_npu")
 
@@ -32,6 +32,9 @@ PLANS = 256
 """Plans that are remembered; at the next one all are dropped."""
 
 _plans: dict[tuple[Any, ...], Plan] = {}
+recall_plan = _plans.get
+"""The plan that was remembered for a key, None if there is none."""
+
 _warned: set[tuple[str, tuple[str, ...]]] = set()
 
 
@@ -113,7 +116,7 @@ def lookup(
             longest = (max_seqlen_q, max_seqlen_k)
             problem = varlen_problem(function, *tensors, lengths_q, lengths_k, longest, options)
         found = _plan(problem)
-        _remember(key, found)
+        remember_plan(key, found)
     return found
 
 
@@ -184,7 +187,8 @@ def _plan(problem: Problem) -> Plan:
     )
 
 
-def _remember(key: tuple[Any, ...] | None, found: Plan) -> None:
+def remember_plan(key: tuple[Any, ...] | None, found: Plan) -> None:
+    """Let `recall_plan(key)` answer; the key must hold all that the plan depends on."""
     # a scale given as a tensor may change under the same key
     if key is None or any(isinstance(part, Tensor) for part in key):
         return

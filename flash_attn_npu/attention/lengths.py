@@ -25,6 +25,7 @@ __all__ = [
     "host_lengths",
     "interned",
     "not_lengths",
+    "recall_lengths",
     "remember_lengths",
 ]
 
@@ -48,19 +49,20 @@ class PerTensorMemo(Generic[T]):
 
     def __init__(self, maxsize: int) -> None:
         self.maxsize = maxsize
-        self._entries: dict[int, tuple[weakref.ref[torch.Tensor], int, tuple[int, int], T]] = {}
+        self._entries: dict[int, tuple[weakref.ref[torch.Tensor], int, int, int, T]] = {}
 
     def recall(self, tensor: object) -> T | None:
         """What is remembered of `tensor`, None if nothing is."""
         entry = self._entries.get(id(tensor))
         if entry is not None:
-            known, version, place, value = entry
+            known, version, address, count, value = entry
             owner = known()
             if (
                 owner is tensor
                 and owner is not None
                 and owner._version == version
-                and (owner.data_ptr(), owner.numel()) == place
+                and owner.data_ptr() == address
+                and owner.numel() == count
             ):
                 return value
         return None
@@ -98,11 +100,17 @@ class PerTensorMemo(Generic[T]):
             if len(self._entries) >= self.maxsize:
                 self._entries.clear()
         try:
-            place = (tensor.data_ptr(), tensor.numel())
+            address = tensor.data_ptr()
         except RuntimeError:
             # a tensor without memory of its own, inside a functorch transform
             return
-        self._entries[id(tensor)] = (weakref.ref(tensor), version, place, value)
+        self._entries[id(tensor)] = (
+            weakref.ref(tensor),
+            version,
+            address,
+            tensor.numel(),
+            value,
+        )
 
 
 class Lengths:
@@ -128,6 +136,8 @@ class Lengths:
 
 _memo: PerTensorMemo[Lengths] = PerTensorMemo(MEMO_SIZE)
 _ends_memo: PerTensorMemo[list[int]] = PerTensorMemo(MEMO_SIZE)
+recall_lengths = _memo.recall
+"""The lengths remembered of a tensor, None if there are none; `host_lengths` asks it first."""
 
 
 def host_lengths(argument: str, cu_seqlens: torch.Tensor | Sequence[int] | None) -> Lengths:
