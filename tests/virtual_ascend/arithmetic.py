@@ -71,12 +71,15 @@ def _kernel_for(op: torch._ops.OpOverload) -> Kernel | None:
         return derivatives.matmul_backward
     if op.name() == "aten::histc":
         return _histogram(OnHost(op))
+    if op.name() == "aten::native_layer_norm_backward":
+        return _summed_in_float32(OnHost(op))
     if name in _ALLOCATIONS:
         return _poisoned(original(op))
     if name in _KEPT or _is_view(op) or name.startswith("empty"):
         return None
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if has(op.name(), "CompositeImplicitAutograd"):
+    # silu_backward has both, and its composed form rounds at every step
+    if has(op.name(), "CompositeImplicitAutograd") and not has(op.name(), "CPU"):
         return op.decompose
     if has(op.name(), "CPU") or has(op.name(), "CompositeExplicitAutograd"):
         return OnHost(op)
@@ -88,6 +91,19 @@ def _histogram(on_host: Kernel) -> Kernel:
 
     def kernel(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return on_host(values.double(), *args, **kwargs).to(values.dtype)
+
+    return kernel
+
+
+def _summed_in_float32(on_host: Kernel) -> Kernel:
+    """The sums over rows of a card are in float32, those of the CPU's kernel are not."""
+
+    def kernel(*args: Any) -> tuple[torch.Tensor | None, ...]:
+        half = (torch.float16, torch.bfloat16)
+        dtypes = [getattr(args[place], "dtype", None) for place in (1, 5, 6)]
+        wide = [a.float() if getattr(a, "dtype", None) in half else a for a in args]
+        grads = zip(on_host(*wide), dtypes, strict=True)
+        return tuple(None if grad is None else grad.to(dtype) for grad, dtype in grads)
 
     return kernel
 

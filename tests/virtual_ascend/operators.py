@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from . import derivatives, fusion_attention, infer_attention, journal, paged_cache
+from . import (
+    derivatives,
+    fusion_attention,
+    gate_ops,
+    infer_attention,
+    journal,
+    loss_op,
+    norm_ops,
+    paged_cache,
+    rotary_op,
+)
 from .arithmetic import original, overload
 
 Kernel = Callable[..., Any]
@@ -25,6 +35,10 @@ _BUILDERS: dict[str, Callable[[Kernel], Kernel]] = {
     "_npu_dropout_gen_mask": fusion_attention.dropout_mask_kernel,
     "npu_gather_pa_kv_cache": paged_cache.gather_kernel,
     "npu_scatter_pa_kv_cache": paged_cache.scatter_kernel,
+    **gate_ops.BUILDERS,
+    **loss_op.BUILDERS,
+    **norm_ops.BUILDERS,
+    **rotary_op.BUILDERS,
 }
 
 

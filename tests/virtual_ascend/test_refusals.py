@@ -256,4 +256,4 @@ def test_operators_without_arithmetic_say_so() -> None:
     import torch_npu
 
     with pytest.raises(NotImplementedError, match="no simulated arithmetic"):
-        torch_npu.npu_geglu(torch.randn(2, 4).npu())
+        torch_npu.npu_silu(torch.randn(2, 4).npu())
