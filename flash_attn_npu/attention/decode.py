@@ -199,7 +199,12 @@ def _rotate(
 
     def rotated(x: Tensor) -> Tensor:
         return rotate(
-            x, rotary.cos, rotary.sin, seqlen_offsets=offsets, interleaved=rotary.interleaved
+            x,
+            rotary.cos,
+            rotary.sin,
+            seqlen_offsets=offsets,
+            interleaved=rotary.interleaved,
+            function=f"{found.problem.function} (rotary)",
         )
 
     k = rotated(k)

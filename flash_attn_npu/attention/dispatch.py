@@ -6,7 +6,6 @@ without reading a tensor, so that all layers of a model share one.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,9 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import kernels, usage
+from .. import kernels, policy, usage
 from ..errors import UnsupportedError, explain
-from ..settings import fallback_policy
 from . import checks
 from .describe import dense_problem, varlen_problem
 from .lengths import Lengths
@@ -26,16 +24,12 @@ from .support import BLOCKWISE, FUSION, INFER, refusals
 
 __all__ = ["Plan", "forget_plans", "lookup", "permit", "recall_plan", "remember_plan"]
 
-logger = logging.getLogger("flash_attn_npu")
-
 PLANS = 256
 """Plans that are remembered; at the next one all are dropped."""
 
 _plans: dict[tuple[Any, ...], Plan] = {}
 recall_plan = _plans.get
 """The plan that was remembered for a key, None if there is none."""
-
-_warned: set[tuple[str, tuple[str, ...]]] = set()
 
 
 @dataclass(frozen=True)
@@ -128,38 +122,12 @@ def forget_plans() -> None:
 
 
 def permit(found: Plan, *, quiet: bool = False) -> None:
-    """Apply the fallback policy: refuse a composed call, or say once why it is not fused.
-
-    Off an NPU nothing fused is to be expected, so that is said at INFO; a problem without work
-    loses nothing by not being fused.
-    """
-    problem, reasons = found.problem, found.reasons
-    if not reasons or not problem.has_work:
+    """Apply the fallback policy to a plan; a problem without work loses nothing by no fusion."""
+    problem = found.problem
+    if not found.reasons or not problem.has_work:
         return
-    policy = fallback_policy()
-    composed = found.name == BLOCKWISE
-    if policy == "error" and composed:
-        raise UnsupportedError(
-            explain(
-                problem.function,
-                "; ".join(reasons),
-                "calls that a fused kernel serves, under the fallback policy `error`",
-                "change the argument, or allow exact composed operations with `warn`",
-            )
-        )
-    key = (problem.function, reasons)
-    if quiet or policy == "allow" or key in _warned:
-        return
-    _warned.add(key)
-    logger.log(
-        logging.WARNING if problem.device.type == "npu" else logging.INFO,
-        "`%s` %s: %s",
-        problem.function,
-        "is composed of torch operations, exact but not fused"
-        if composed
-        else f"gathers its keys for {found.name}",
-        "; ".join(reasons),
-    )
+    detour = None if found.name == BLOCKWISE else f"gathers its keys for {found.name}"
+    policy.permit(problem.function, problem.device, found.reasons, detour=detour, quiet=quiet)
 
 
 def _plan(problem: Problem) -> Plan:

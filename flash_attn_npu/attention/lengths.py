@@ -137,7 +137,7 @@ class Lengths:
 _memo: PerTensorMemo[Lengths] = PerTensorMemo(MEMO_SIZE)
 _ends_memo: PerTensorMemo[list[int]] = PerTensorMemo(MEMO_SIZE)
 recall_lengths = _memo.recall
-"""The lengths remembered of a tensor, None if there are none; `host_lengths` asks it first."""
+"""The lengths remembered of a tensor, None if there are none."""
 
 
 def host_lengths(argument: str, cu_seqlens: torch.Tensor | Sequence[int] | None) -> Lengths:
@@ -151,9 +151,6 @@ def host_lengths(argument: str, cu_seqlens: torch.Tensor | Sequence[int] | None)
         ArgumentError: wrong rank or dtype, does not start at 0, or decreases.
         ArgumentTypeError: neither a tensor nor a list or tuple of integers.
     """
-    known = _memo.recall(cu_seqlens)
-    if known is not None:
-        return known
     if isinstance(cu_seqlens, torch.Tensor):
         if cu_seqlens.device.type == "cpu":
             return _read(argument, cu_seqlens)

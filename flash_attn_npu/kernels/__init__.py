@@ -14,4 +14,4 @@ def forget() -> None:
 
     fusion.forget()
     infer.forget()
-    soc.soc_name.cache_clear()
+    soc.forget_soc_names()

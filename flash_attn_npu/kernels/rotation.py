@@ -1,7 +1,8 @@
-"""The rotation behind every rotary embedding here, in float32 and rounded once."""
+"""The rotation behind every rotary embedding: torch_npu's where it serves, else in float32."""
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 from ..attention import checks
 from ..attention.lengths import Lengths, host_lengths
 from ..errors import ArgumentError, ArgumentTypeError, explain
+from ..rowwise.dispatch import choose
+from ..rowwise.problem import Rotation
+from ..rowwise.support import TORCH
+from . import fused
 
 __all__ = ["rotate"]
 
@@ -27,8 +32,9 @@ def rotate(
     interleaved: bool = False,
     inplace: bool = False,
     conjugate: bool = False,
+    function: str = "apply_rotary",
 ) -> Tensor:
-    """What `apply_rotary` promises."""
+    """What `apply_rotary` promises, reported under the name `function`."""
     checks.require_tensors(x=x, cos=cos, sin=sin)
     _check_rank(x, 4 if cu_seqlens is None else 3)
     _check_tables(x, cos, sin)
@@ -36,22 +42,56 @@ def rotate(
         rows = _dense_rows(x, cos.shape[0], seqlen_offsets)
     else:
         rows = _packed_rows(x, cos.shape[0], seqlen_offsets, cu_seqlens, max_seqlen)
-    heads = x.dim() - (3 if cu_seqlens is None else 2)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = (_lookup(table, rows, heads).to(wide) for table in (cos, sin))
-    rotary_dim = 2 * cos.shape[-1]
-    first, second = _pairs(rotary_dim, interleaved)
-    a, b = x[..., first].to(wide), x[..., second].to(wide)
+    tokens = 2 if cu_seqlens is None else 1
+    heads = x.dim() - tokens - 1
+    cos, sin = _lookup(cos, rows, heads), _lookup(sin, rows, heads)
     if conjugate:
         sin = -sin
-    turned_a, turned_b = a * cos - b * sin, a * sin + b * cos
-    # written part by part, not by torch.cat, which autocast on the CPU refuses for float16
+    fused_serves = _is_fused(function, x, cos, heads, interleaved)
+    rotary_dim = 2 * cos.shape[-1]
     out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out[..., first].copy_(turned_a)
-    out[..., second].copy_(turned_b)
+    if fused_serves:
+        out[..., :rotary_dim].copy_(_fuse(x[..., :rotary_dim], cos, sin, tokens, interleaved))
+    else:
+        _compose(x, cos, sin, interleaved, out)
     if not inplace:
         out[..., rotary_dim:].copy_(x[..., rotary_dim:])
     return out
+
+
+def _is_fused(function: str, x: Tensor, cos: Tensor, heads: int, interleaved: bool) -> bool:
+    rotary_dim = 2 * cos.shape[-1]
+    problem = Rotation(
+        function=function,
+        device=x.device,
+        dtype=x.dtype,
+        table_dtype=cos.dtype,
+        empty=x.numel() == 0 or rotary_dim == 0,
+        nheads=math.prod(x.shape[-1 - heads : -1]),
+        rotary_dim=rotary_dim,
+        interleaved=interleaved,
+    )
+    return choose(problem) != TORCH
+
+
+def _fuse(x: Tensor, cos: Tensor, sin: Tensor, tokens: int, interleaved: bool) -> Tensor:
+    total, rotary_dim = math.prod(x.shape[:tokens]), x.shape[-1]
+    shape = (*x.shape[:tokens], *cos.shape[cos.dim() - x.dim() + tokens :])
+    cos, sin = (table.expand(shape).reshape(total, -1) for table in (cos, sin))
+    turned = fused.rotation(x.reshape(total, -1, rotary_dim), cos, sin, interleaved)
+    return turned.view(x.shape)
+
+
+def _compose(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
+    """Write the rotated dimensions of x to out, which may be x."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = cos.to(wide), sin.to(wide)
+    first, second = _pairs(2 * cos.shape[-1], interleaved)
+    a, b = x[..., first].to(wide), x[..., second].to(wide)
+    turned_a, turned_b = a * cos - b * sin, a * sin + b * cos
+    # written part by part, not by torch.cat, which autocast on the CPU refuses for float16
+    out[..., first].copy_(turned_a)
+    out[..., second].copy_(turned_b)
 
 
 def _pairs(rotary_dim: int, interleaved: bool) -> tuple[slice, slice]:

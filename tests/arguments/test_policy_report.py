@@ -22,11 +22,11 @@ from flash_attn_npu import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_varlen_func,
+    policy,
     report,
     reporting,
     settings,
 )
-from flash_attn_npu.attention import dispatch
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
 from flash_attn_npu.settings import fallback_policy
 
@@ -40,7 +40,7 @@ OFF_NPU = "npu_fusion_attention: it runs on Ascend NPUs only"
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(policy, "_warned", set())
 
 
 @pytest.fixture

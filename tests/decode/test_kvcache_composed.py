@@ -9,8 +9,7 @@ import torch
 import virtual_ascend
 from cache_calls import CacheProblem, bits, check, place
 
-from flash_attn_npu import fallback, flash_attn_with_kvcache, reporting
-from flash_attn_npu.attention import dispatch
+from flash_attn_npu import fallback, flash_attn_with_kvcache, policy, reporting
 from flash_attn_npu.errors import UnsupportedError
 
 INFER, FUSION, BLOCKWISE = "npu_fused_infer_attention_score", "npu_fusion_attention", "blockwise"
@@ -55,7 +54,7 @@ GATHERED = {name: row for name, row in PASSED_OVER.items() if row[1] == FUSION}
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(policy, "_warned", set())
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def only_launch(problem: CacheProblem, device: torch.device) -> dict[str, Any]:
         check(problem, device)
     (launch,) = [one for one in seen.launches if "attention" in one.name]
     assert launch.name == INFER
-    (tally,) = region.tallies
+    (tally,) = [one for one in region.tallies if not one.function.endswith("(rotary)")]
     assert (tally.kernel, tally.reasons, tally.calls) == (INFER, (), 1)
     return launch.arguments
 
@@ -124,7 +124,7 @@ def test_the_cache_is_read_and_written_where_it_lies(npu, paged):
     flash_attn_with_kvcache(**placed)
     with virtual_ascend.record() as seen:
         flash_attn_with_kvcache(**placed)
-    (launch,) = seen.launches
+    (launch,) = [one for one in seen.launches if one.name == INFER]
     for name in ("key", "value"):
         cache = placed[f"{name[0]}_cache"]
         assert launch.arguments[name].data_ptr() == cache.data_ptr()

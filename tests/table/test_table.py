@@ -11,7 +11,7 @@ import torch
 import virtual_ascend
 
 from examples import EXAMPLES, SMALL_CACHED_SEQUENCES, SMALL_SEQUENCES, SMALL_TOKENS
-from flash_attn_npu import compat, usage
+from flash_attn_npu import compat, policy, usage
 from flash_attn_npu.attention import dispatch, support
 from flash_attn_npu.attention.support import TABLE, Row
 from flash_attn_npu.errors import UnsupportedError
@@ -24,7 +24,7 @@ CHIPS = {"Ascend 310P and 200I": "Ascend310P3", "sink, Ascend 950": "Ascend950PR
 def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plans and warnings of other tests must not answer here; some rows need another chip."""
     dispatch.forget_plans()
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(policy, "_warned", set())
     row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
     if isinstance(row, Row) and row.name in CHIPS:
         monkeypatch.setattr(support, "soc_name", lambda device: CHIPS[row.name])

@@ -1,0 +1,62 @@
+"""What happens when no fused kernel serves a call: refuse it, or say so once and compute it.
+
+Both tables end here: `attention.dispatch` and `rowwise.dispatch`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from .errors import UnsupportedError, explain
+from .settings import fallback_policy
+
+__all__ = ["permit"]
+
+logger = logging.getLogger("flash_attn_npu")
+
+COMPOSED = "is composed of torch operations, exact but not fused"
+
+_warned: set[tuple[str, tuple[str, ...]]] = set()
+
+
+def permit(
+    function: str,
+    device: torch.device,
+    reasons: tuple[str, ...],
+    *,
+    detour: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Apply the fallback policy to a call that the first kernels of a table passed over.
+
+    Off an NPU nothing fused is to be expected, so that is said at INFO.
+
+    Args:
+        function: the public function, as users know it.
+        reasons: why kernels were passed over, one text for each; empty if none was.
+        detour: what the call does instead and is still fused; None if it is composed.
+        quiet: it was said before for this call.
+
+    Raises:
+        UnsupportedError: the call is composed, and the policy is `error`.
+    """
+    if not reasons:
+        return
+    policy = fallback_policy()
+    if policy == "error" and detour is None:
+        raise UnsupportedError(
+            explain(
+                function,
+                "; ".join(reasons),
+                "calls that a fused kernel serves, under the fallback policy `error`",
+                "change the argument, or allow exact composed operations with `warn`",
+            )
+        )
+    key = (function, reasons)
+    if quiet or policy == "allow" or key in _warned:
+        return
+    _warned.add(key)
+    level = logging.WARNING if device.type == "npu" else logging.INFO
+    logger.log(level, "`%s` %s: %s", function, detour or COMPOSED, "; ".join(reasons))

@@ -1,0 +1,76 @@
+"""The operator that serves a rotation, norm, gate or loss: the first that the table admits.
+
+A choice is remembered for each distinct problem. Under torch.compile nothing is remembered,
+counted or logged, so that tracing leaves no trace in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import policy, usage
+from .problem import Problem
+from .support import TORCH, candidates, refusals
+
+__all__ = ["choose", "forget_choices", "serves"]
+
+CHOICES = 1024
+"""Choices that are remembered; at the next one all are dropped."""
+
+
+class _Choice(NamedTuple):
+    operator: str
+    reasons: tuple[str, ...]
+    tally: usage.Tally
+
+
+_choices: dict[Problem, _Choice] = {}
+
+
+def choose(problem: Problem) -> str:
+    """The operator to call, `support.TORCH` if the call is to be composed.
+
+    Raises:
+        UnsupportedError: no fused operator serves it, and the fallback policy is `error`.
+    """
+    if torch.compiler.is_compiling():
+        return _first(problem)[0]
+    choice = _choice(problem)
+    if choice.operator == TORCH and not problem.empty:
+        policy.permit(problem.function, problem.device, choice.reasons)
+    choice.tally.calls += 1
+    return choice.operator
+
+
+def serves(problem: Problem) -> bool:
+    """Whether a fused operator serves a backward: without a count, which its forward has had."""
+    found = _first(problem) if torch.compiler.is_compiling() else _choice(problem)
+    return found[0] != TORCH
+
+
+def forget_choices() -> None:
+    """Drop every remembered choice; the next calls decide again."""
+    _choices.clear()
+
+
+def _first(problem: Problem) -> tuple[str, tuple[str, ...]]:
+    refused: tuple[str, ...] = ()
+    last = TORCH
+    for operator in candidates(problem):
+        refused, last = refusals(operator, problem), operator
+        if not refused:
+            return operator, ()
+    return TORCH, (f"{last}: {', '.join(refused)}",)
+
+
+def _choice(problem: Problem) -> _Choice:
+    choice = _choices.get(problem)
+    if choice is None:
+        operator, reasons = _first(problem)
+        choice = _Choice(operator, reasons, usage.tally(problem.function, operator, reasons))
+        if len(_choices) >= CHOICES:
+            _choices.clear()
+        _choices[problem] = choice
+    return choice

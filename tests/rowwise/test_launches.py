@@ -1,0 +1,269 @@
+"""The public functions reach torch_npu's fused operators, with right numbers, or say why not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import virtual_ascend
+from torch import Tensor
+
+from flash_attn_npu import fallback, policy, reporting
+from flash_attn_npu.errors import UnsupportedError
+from flash_attn_npu.layers.rotary import apply_rotary_emb
+from flash_attn_npu.ops.activations import swiglu, swiglu_fwd
+from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
+from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def first_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "_warned", set())
+    torch.manual_seed(0)
+
+
+def names(run: Callable[[], Any]) -> tuple[Any, list[str]]:
+    with virtual_ascend.record() as recorded:
+        out = run()
+    return out, [launch.name for launch in recorded.launches]
+
+
+def close(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """At most twice the error of plain torch in the same precision."""
+    assert got.dtype == plain.dtype
+    scale = exact.abs().max().item()
+    error = (got.cpu().double() - exact).abs().max().item()
+    bound = (plain.cpu().double() - exact).abs().max().item()
+    assert error <= 2 * bound + 1e-6 * scale
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The first dimensions turned as complex numbers, in the dtype of x."""
+    width = 2 * cos.shape[-1]
+    head = x[..., :width]
+    if interleaved:
+        a, b = head[..., 0::2], head[..., 1::2]
+    else:
+        a, b = head.chunk(2, dim=-1)
+    c, s = cos[:, None], sin[:, None]
+    turned = (a * c - b * s, a * s + b * c)
+    head = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat((head, x[..., width:]), dim=-1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [64, 32])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_rotation(
+    npu: torch.device, dtype: torch.dtype, rotary_dim: int, interleaved: bool
+) -> None:
+    x, dout = torch.randn(2, 2, 7, 3, 64, dtype=dtype)
+    angle = torch.randn(7, rotary_dim // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    mine = x.to(npu).requires_grad_()
+    with reporting() as report:
+        out, forward = names(lambda: apply_rotary_emb(mine, cos.to(npu), sin.to(npu), interleaved))
+        _, backward = names(lambda: out.backward(dout.to(npu)))
+    assert forward == backward == ["npu_rotary_mul"]
+    assert {entry.kernel for entry in report.tallies} == {"npu_rotary_mul"}
+    plain, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    want = [rotated(leaf, cos.to(leaf), sin.to(leaf), interleaved) for leaf in (plain, exact)]
+    for result, leaf in zip(want, (plain, exact), strict=True):
+        result.backward(dout.to(leaf))
+    close(out.detach(), want[0].detach(), want[1].detach())
+    close(mine.grad, plain.grad, exact.grad)
+
+
+def test_rotation_by_wider_tables_is_composed(
+    npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(1, 4, 2, 8, dtype=torch.bfloat16, device=npu)
+    cos = torch.randn(4, 4, device=npu)
+    _, launched = names(lambda: [apply_rotary_emb(x, cos, cos) for _ in range(2)])
+    assert not launched
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "npu_rotary_mul: it rounds cos and sin to the dtype of x" in record.getMessage()
+
+
+def norm_of(leaves: dict[str, Tensor], rms: bool) -> tuple[Tensor, Tensor]:
+    """The norm and the sum, step by step in the dtypes that come."""
+    total = leaves["x"] + leaves["residual"] if "residual" in leaves else leaves["x"]
+    centred = total if rms else total - total.mean(-1, keepdim=True)
+    normal = centred * (centred.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    y = normal * leaves["weight"] + leaves.get("bias", 0)
+    return y.to(leaves["x"].dtype), total
+
+
+NORMS = {
+    "rms": (True, ("x", "weight"), ["npu_rms_norm"], ["npu_rms_norm_backward"]),
+    "rms, residual": (
+        True,
+        ("x", "weight", "residual"),
+        ["npu_rms_norm"],
+        ["npu_rms_norm_backward"],
+    ),
+    "layer, residual": (
+        False,
+        ("x", "weight", "bias", "residual"),
+        ["npu_add_layer_norm"],
+        ["npu_add_layer_norm_backward"],
+    ),
+    # one operator of aten's own, which the journal does not see
+    "layer": (False, ("x", "weight", "bias"), [], []),
+}
+
+
+CASES = [(name, dtype, "") for name in NORMS for dtype in (*HALF, torch.float32)] + [
+    (name, dtype, wide)
+    for name, (_, given, _, _) in NORMS.items()
+    for dtype in HALF
+    for wide in ("weight", "residual")
+    if wide in given
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "wide"), CASES)
+def test_norm(npu: torch.device, dtype: torch.dtype, name: str, wide: str) -> None:
+    """wide: the argument that comes in float32."""
+    rms, given, forward, backward = NORMS[name]
+    kinds = {"weight": (32,), "bias": (32,)}
+    host = {key: torch.randn(kinds.get(key, (3, 5, 32))).to(dtype) for key in given}
+    host |= {key: host[key].float() for key in given if key == wide}
+    mine = {key: value.to(npu).requires_grad_() for key, value in host.items()}
+    dy = torch.randn(3, 5, 32, dtype=dtype)
+    with reporting() as report:
+        call = {"bias": None} | mine
+        (y, total), launched = names(
+            lambda: layer_norm_fn(**call, prenorm=True, is_rms_norm=rms, eps=1e-6)
+        )
+        end = (y * dy.to(npu)).sum() + total.sum()
+        _, behind = names(lambda: end.backward())
+    assert len(report.tallies) == 1
+    assert report.tallies[0].kernel != "torch"
+    if not wide:
+        assert (launched, behind) == (forward, backward)
+    plain = {key: value.clone().requires_grad_() for key, value in host.items()}
+    exact = {key: value.double().requires_grad_() for key, value in host.items()}
+    want = [norm_of(leaves, rms) for leaves in (plain, exact)]
+    for one, end in want:
+        ((one * dy.to(one)).sum() + end.sum()).backward()
+    close(y.detach(), want[0][0].detach(), want[1][0].detach())
+    close(total.detach(), want[0][1].detach(), want[1][1].detach())
+    for key in given:
+        close(mine[key].grad, plain[key].grad, exact[key].grad)
+
+
+def test_a_norm_without_gradient_adds_in_the_same_launch(npu: torch.device) -> None:
+    x, residual = torch.randn(2, 4, 32, dtype=torch.bfloat16, device=npu)
+    weight = torch.randn(32, dtype=torch.bfloat16, device=npu)
+    (y, total), launched = names(lambda: rms_norm_fn(x, weight, None, residual, prenorm=True))
+    assert launched == ["npu_add_rms_norm"]
+    leaves = {"x": x.cpu(), "residual": residual.cpu(), "weight": weight.cpu()}
+    exact = norm_of({key: value.double() for key, value in leaves.items()}, True)
+    for got, plain, want in zip((y, total), norm_of(leaves, True), exact, strict=True):
+        close(got, plain, want)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_gate(npu: torch.device, dtype: torch.dtype) -> None:
+    host, dout = torch.randn(3, 5, 64, dtype=dtype), torch.randn(3, 5, 32, dtype=dtype)
+    mine = host.to(npu).requires_grad_()
+    out, forward = names(lambda: swiglu(*mine.chunk(2, dim=-1)))
+    _, backward = names(lambda: out.backward(dout.to(npu)))
+    assert (forward, backward) == (["npu_swiglu"], ["npu_swiglu_backward"])
+    plain, exact = host.clone().requires_grad_(), host.double().requires_grad_()
+    want = []
+    for leaf in (plain, exact):
+        x, y = leaf.chunk(2, dim=-1)
+        want.append(x * x.sigmoid() * y)
+        want[-1].backward(dout.to(leaf))
+    close(out.detach(), want[0].detach(), want[1].detach())
+    close(mine.grad, plain.grad, exact.grad)
+
+
+def test_the_gate_may_be_in_the_second_half(npu: torch.device) -> None:
+    y, x = torch.randn(4, 64, device=npu).chunk(2, dim=-1)
+    out, launched = names(lambda: swiglu(x, y))
+    assert not launched
+    torch.testing.assert_close(out, torch.nn.functional.silu(x) * y)
+
+
+def test_a_gate_that_is_differentiated_by_itself(npu: torch.device) -> None:
+    both = torch.randn(4, 64, device=npu, requires_grad=True)
+    (got,) = torch.autograd.grad(swiglu_fwd(*both.chunk(2, dim=-1)).sum(), both)
+    x, y = both.detach().cpu().requires_grad_().chunk(2, dim=-1)
+    want = torch.autograd.grad((torch.nn.functional.silu(x) * y).sum(), (x, y))
+    torch.testing.assert_close(got.cpu(), torch.cat(want, dim=-1))
+
+
+def test_loss(npu: torch.device) -> None:
+    logits, labels = torch.randn(6, 11), torch.tensor([3, -100, 0, 10, -100, 7])
+    mine = logits.to(npu).requires_grad_()
+    (losses, z_losses), forward = names(lambda: cross_entropy_loss(mine, labels.to(npu)))
+    dout = torch.randn(6)
+    _, backward = names(lambda: losses.backward(dout.to(npu)))
+    assert forward == ["npu_cross_entropy_loss"]
+    assert backward == ["npu_cross_entropy_loss_backward"]
+    exact = logits.double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    want.backward(dout.double())
+    torch.testing.assert_close(losses.detach().cpu().double(), want.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(mine.grad.cpu().double(), exact.grad, atol=1e-6, rtol=1e-6)
+    assert not z_losses.any()
+
+
+def test_a_label_that_is_no_class_is_nan(npu: torch.device) -> None:
+    losses, _ = cross_entropy_loss(torch.randn(2, 5, device=npu), torch.tensor([5, 4]).to(npu))
+    assert losses.isnan().tolist() == [True, False]
+
+
+REASONS: dict[str, tuple[str, Callable[[torch.device], Any]]] = {
+    "norm": (
+        "npu_rms_norm: it has no dropout",
+        lambda device: rms_norm_fn(
+            torch.randn(2, 8, device=device), torch.ones(8, device=device), None, dropout_p=0.5
+        ),
+    ),
+    "gate": (
+        "npu_swiglu: it takes the two halves of one tensor, the gate first",
+        lambda device: swiglu(torch.randn(2, 16).to(device), torch.randn(2, 16).to(device)),
+    ),
+    "rotation": (
+        "npu_rotary_mul: it rounds cos and sin to the dtype of x",
+        lambda device: apply_rotary_emb(
+            torch.randn(1, 2, 1, 4, dtype=torch.bfloat16).to(device),
+            torch.randn(2, 2).to(device),
+            torch.randn(2, 2).to(device),
+        ),
+    ),
+    "loss": (
+        "npu_cross_entropy_loss: its z-loss is documented as not supported",
+        lambda device: cross_entropy_loss(
+            torch.randn(2, 5, device=device),
+            torch.tensor([1, 2]).to(device),
+            lse_square_scale=0.1,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_policy(name: str, npu: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    reason, run = REASONS[name]
+    with fallback("error"), pytest.raises(UnsupportedError, match=reason):
+        run(npu)
+    with fallback("allow"):
+        run(npu)
+    assert not caplog.records
+    run(npu)
+    run(npu)
+    assert [reason in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    run(torch.device("cpu"))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

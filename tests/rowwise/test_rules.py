@@ -1,0 +1,136 @@
+"""Every rule of the second table: a plain problem is served, a changed one refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from flash_attn_npu.rowwise import support
+from flash_attn_npu.rowwise.problem import Gate, Loss, Norm, Problem, Rotation
+from flash_attn_npu.rowwise.support import TABLE, Rule, candidates, refusals
+
+CHANGES: dict[str, Callable[[Problem], Problem]] = {
+    "tensors outside an Ascend NPU": lambda p: p._replace(device=torch.device("cpu")),
+    "Ascend 310P and 200I": lambda p: p,
+    "no element": lambda p: p._replace(empty=True),
+    "float64": lambda p: p._replace(dtype=torch.float64),
+    "cos and sin of another dtype than x": lambda p: p._replace(table_dtype=torch.float32),
+    "rotary_dim of 896 and above": lambda p: p._replace(rotary_dim=896),
+    "1000 heads and more": lambda p: p._replace(nheads=1000),
+    "no residual": lambda p: p._replace(residual_dtype=None),
+    "norm of mixed dtypes": lambda p: p._replace(weight_dtype=torch.float32),
+    "RMS norm with gradient": lambda p: p._replace(needs_grad=True),
+    "layer norm without bias": lambda p: p._replace(bias_dtype=None),
+    "torch.compile": lambda p: p._replace(compiling=True),
+    "RMS norm with bias": lambda p: p._replace(bias_dtype=p.dtype),
+    "norm with x1": lambda p: p._replace(branches=2),
+    "norm with weight1": lambda p: p._replace(outputs=2),
+    "norm with rowscale or layerscale": lambda p: p._replace(scaled=True),
+    "norm with dropout_p": lambda p: p._replace(dropout=True),
+    "norm with out or residual_out": lambda p: p._replace(buffers=True),
+    "swiglu of other than halves of one tensor": lambda p: p._replace(halves=False),
+    "swiglu under torch.compile": lambda p: p._replace(compiling=True),
+    "swiglu of rows of no multiple of 64 bytes": lambda p: p._replace(row_bytes=96),
+    "cross entropy of float16 and bfloat16": lambda p: p._replace(dtype=torch.bfloat16),
+    "cross entropy of more than 200000 rows": lambda p: p._replace(rows=200_001),
+    "label_smoothing": lambda p: p._replace(label_smoothing=0.1),
+    "logit_scale": lambda p: p._replace(logit_scale=0.5),
+    "lse_square_scale": lambda p: p._replace(lse_square_scale=1e-4),
+    "precomputed_lse": lambda p: p._replace(precomputed=True),
+    "cross entropy over a process group": lambda p: p._replace(parallel=True),
+    "inplace_backward": lambda p: p._replace(inplace_backward=True),
+}
+
+
+@pytest.fixture
+def plain(npu: torch.device) -> dict[str, Problem]:
+    """For each operator a problem that it serves."""
+    common = {"function": "f", "device": npu, "empty": False}
+    norm = Norm(
+        **common,
+        dtype=torch.bfloat16,
+        out_dtype=torch.bfloat16,
+        weight_dtype=torch.bfloat16,
+        bias_dtype=None,
+        residual_dtype=torch.bfloat16,
+        rms=True,
+        zero_centered=False,
+        branches=1,
+        outputs=1,
+        scaled=False,
+        dropout=False,
+        buffers=False,
+        needs_grad=False,
+        compiling=False,
+    )
+    layer_norm = norm._replace(rms=False, bias_dtype=torch.bfloat16, needs_grad=True)
+    return {
+        support.ROTARY_MUL: Rotation(
+            **common,
+            dtype=torch.bfloat16,
+            table_dtype=torch.bfloat16,
+            nheads=8,
+            rotary_dim=64,
+            interleaved=False,
+        ),
+        support.ADD_RMS_NORM: norm,
+        support.RMS_NORM: norm._replace(residual_dtype=None, needs_grad=True),
+        support.ADD_LAYER_NORM: layer_norm,
+        support.LAYER_NORM: layer_norm._replace(residual_dtype=None, compiling=True),
+        support.SWIGLU: Gate(
+            **common, dtype=torch.bfloat16, halves=True, row_bytes=128, compiling=False
+        ),
+        support.CROSS_ENTROPY: Loss(
+            **common,
+            dtype=torch.float32,
+            rows=4,
+            label_smoothing=0.0,
+            logit_scale=1.0,
+            lse_square_scale=0.0,
+            precomputed=False,
+            parallel=False,
+            inplace_backward=False,
+        ),
+    }
+
+
+@pytest.fixture(autouse=True)
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    callspec = getattr(request.node, "callspec", None)
+    rule = callspec.params.get("rule") if callspec else None
+    if isinstance(rule, Rule) and rule.name == "Ascend 310P and 200I":
+        monkeypatch.setattr(support, "soc_name", lambda device: "Ascend310P3")
+
+
+def test_every_rule_has_a_change() -> None:
+    assert list(CHANGES) == [rule.name for rule in TABLE]
+
+
+@pytest.mark.parametrize("operator", support.ALL)
+def test_a_plain_problem_is_served(operator: str, plain: dict[str, Problem]) -> None:
+    problem = plain[operator]
+    assert refusals(operator, problem) == ()
+    assert operator in candidates(problem)
+
+
+@pytest.mark.parametrize("rule", TABLE, ids=lambda rule: rule.name)
+def test_the_rule_refuses(rule: Rule, plain: dict[str, Problem]) -> None:
+    for operator in rule.operators:
+        changed = CHANGES[rule.name](plain[operator])
+        assert rule.refusal in refusals(operator, changed)
+
+
+def test_mixed_dtypes_by_every_route(plain: dict[str, Problem]) -> None:
+    norm = plain[support.ADD_LAYER_NORM]
+    for change in (
+        {"bias_dtype": torch.float32},
+        {"residual_dtype": torch.float32},
+        {"out_dtype": torch.float32},
+        {"zero_centered": True},
+    ):
+        assert refusals(support.ADD_LAYER_NORM, norm._replace(**change)) == (
+            "it takes and returns one dtype",
+        )
+        assert refusals(support.LAYER_NORM, norm._replace(**change)) == ()
