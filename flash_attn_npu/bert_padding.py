@@ -167,7 +167,8 @@ def unpad_input(
     Raises:
         ArgumentError: shapes or devices do not fit.
 
-    Contract: flash-attention 2.8, `unpad_input`.
+    Contract: flash-attention 2.8, `unpad_input`. In one graph under torch.compile if
+    `torch._dynamo.config` captures scalar outputs and dynamic output shapes.
     """
     require_tensors(hidden_states=hidden_states)
     _check_mask("attention_mask", attention_mask, hidden_states)
@@ -178,10 +179,14 @@ def unpad_input(
         _check_mask("unused_mask", unused_mask, hidden_states)
         kept = kept | (unused_mask != 0)
         seqlens = kept.sum(dim=-1, dtype=torch.int32)
-    lengths = seqlens.tolist()
-    indices = _kept_rows(kept, sum(lengths))
+    if torch.compiler.is_compiling():
+        # one number for the graph, not a list of them
+        indices, lengths, longest = kept.flatten().nonzero().flatten(), [], _longest(seqlens)
+    else:
+        lengths = seqlens.tolist()
+        indices, longest = _kept_rows(kept, sum(lengths)), max(lengths, default=0)
     packed = index_first_axis(hidden_states.flatten(0, 1), indices)
-    return packed, indices, _cumulative(seqlens, lengths), max(lengths, default=0), seqused
+    return packed, indices, _cumulative(seqlens, lengths), longest, seqused
 
 
 def unpad_input_for_concatenated_sequences(
@@ -251,6 +256,10 @@ def _kept_rows(kept: Tensor, total: int) -> Tensor:
     places = torch.where(kept, kept.cumsum(0) - 1, total)
     every = torch.arange(kept.shape[0], device=kept.device)
     return every.new_empty(total + 1).scatter_(0, places, every)[:total]
+
+
+def _longest(seqlens: Tensor) -> int:
+    return int(seqlens.max().item()) if seqlens.shape[0] else 0
 
 
 def _cumulative(seqlens: Tensor, lengths: list[int]) -> Tensor:

@@ -204,6 +204,26 @@ def test_gathering_and_putting_compile_in_one_graph() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_unpadding_compiles_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in ("capture_scalar_outputs", "capture_dynamic_output_shape_ops"):
+        monkeypatch.setattr(f"torch._dynamo.config.{setting}", True)
+    torch._dynamo.reset()
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0]])
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        packed, indices, cu_seqlens, max_seqlen, seqused = unpad_input(x, mask)
+        return pad_input(packed * 2, indices, 3, 4), cu_seqlens, cu_seqlens + max_seqlen, seqused
+
+    x = torch.randn(3, 4, 2, requires_grad=True)
+    mine, theirs = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    for got, want in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(got, want)
+    (got,), (want,) = (torch.autograd.grad(out[0].square().sum(), x) for out in (mine, theirs))
+    torch.testing.assert_close(got, want)
+    torch._dynamo.reset()
+
+
 def test_the_incoming_gradient_of_the_residual_is_left_alone() -> None:
     x = torch.randn(4, 3, requires_grad=True)
     rows, residual = index_first_axis_residual(x, torch.tensor([3, 1]))
