@@ -1,0 +1,152 @@
+"""Mirror of `flash_attn.ops.triton.cross_entropy`: the loss; the Triton kernels are absent.
+
+The arithmetic is `kernels.cross_entropy`, which becomes a differentiable function here, or on
+Ascend, where it may serve, torch_npu's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import cross_entropy as kernel
+from ...kernels import fused
+from ...rowwise.dispatch import choose
+from ...rowwise.problem import Loss
+from ...rowwise.support import TORCH
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["CrossEntropyLoss", "cross_entropy_loss"]
+
+
+class CrossEntropyLoss(torch.autograd.Function):
+    """Autograd of `cross_entropy_loss`. It keeps logits, labels and one number for each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        precomputed_lse: Tensor | None = None,
+        smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        lse_square_scale: float = 0.0,
+        ignore_index: int = -100,
+        inplace_backward: bool = False,
+        process_group: ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """losses and z_losses of each row."""
+        options = kernel.check(
+            logits,
+            labels,
+            precomputed_lse,
+            smoothing,
+            logit_scale,
+            lse_square_scale,
+            ignore_index,
+            process_group,
+        )
+        labels = labels.long()
+        losses, z_losses, lse = kernel.forward(
+            logits, labels, precomputed_lse, options, process_group
+        )
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.mark_non_differentiable(z_losses)
+        ctx.options, ctx.process_group, ctx.inplace = options, process_group, inplace_backward
+        return losses, z_losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor, grad_z_losses: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the logits; z_losses are in losses already, and have none."""
+        logits, labels, lse = ctx.saved_tensors
+        dlogits = kernel.backward(
+            grad_losses, logits, labels, lse, ctx.options, ctx.process_group, ctx.inplace
+        )
+        return dlogits, None, None, None, None, None, None, None, None
+
+
+def cross_entropy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    precomputed_lse: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each row, optionally with a penalty on its normalizer.
+
+    With x = logit_scale * logits, lse = logsumexp(x) and s = label_smoothing, a row's loss is
+    lse - (1 - s) * x[label] - s * mean(x) + z_loss, where z_loss = lse_square_scale * lse ** 2.
+
+    Args:
+        logits: (batch, vocab), any floating dtype, any strides; float32 inside (float64 for
+            float64), also under autocast.
+        labels: (batch,), any integer dtype: 0 to vocab - 1, or ignore_index.
+        precomputed_lse: (batch,), taken for lse; no gradient flows into it.
+        label_smoothing: s, how much of the target is spread evenly over all classes.
+        logit_scale: multiplies the logits.
+        lse_square_scale: weight of z_loss.
+        ignore_index: rows with this label have loss 0, z_loss 0 and gradient 0.
+        inplace_backward: write the gradient over the logits, which are lost, also where they
+            are a view or a leaf. What was saved for another backward is guarded by autograd as
+            ever: it raises. Without effect under torch.compile, and on expanded logits.
+        process_group: rank r of it holds classes r * vocab to (r + 1) * vocab - 1; vocab is the
+            same in every rank, labels are global indices, and lse, mean and the results are
+            those of all classes, the same in every rank. The gradient is that of the rank's own
+            logits; every rank is to pass the same gradient of losses.
+
+    Returns:
+        (losses, z_losses), both (batch,) and float32 (float64 for float64 logits). z_losses are
+        part of losses already, and carry no gradient.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit, or a label is not a class. Labels on
+            a device, or under torch.compile, are not looked at: there the loss of such a row is
+            nan.
+        ArgumentTypeError: an argument is an object of the wrong type.
+        UnsupportedError: a second derivative with a process_group.
+
+    Contract: flash-attention 2.8, `cross_entropy_loss`. Wider: devices, float64, strides, second
+    derivatives (of lse as it depends on the logits, also if it was passed).
+    Different: labels that are not a class are refused.
+    """
+    # fmt: off
+    options = kernel.check(
+        logits, labels, precomputed_lse, label_smoothing, logit_scale, lse_square_scale,
+        ignore_index, process_group,
+    )
+    # fmt: on
+    problem = Loss(
+        function="cross_entropy_loss",
+        device=logits.device,
+        dtype=logits.dtype,
+        empty=logits.numel() == 0,
+        rows=logits.shape[0],
+        label_smoothing=options.smoothing,
+        logit_scale=options.logit_scale,
+        lse_square_scale=options.lse_square_scale,
+        precomputed=precomputed_lse is not None,
+        parallel=process_group is not None,
+        inplace_backward=bool(inplace_backward),
+    )
+    if choose(problem) != TORCH:
+        return fused.losses(logits, labels, options.ignore_index)
+    losses, z_losses = CrossEntropyLoss.apply(  # type: ignore[no-untyped-call]
+        logits,
+        labels,
+        precomputed_lse,
+        label_smoothing,
+        logit_scale,
+        lse_square_scale,
+        ignore_index,
+        inplace_backward,
+        process_group,
+    )
+    return losses, z_losses

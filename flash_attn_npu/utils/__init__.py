@@ -1,0 +1,1 @@
+"""Mirror of `flash_attn.utils`: what several modules of the package need."""
