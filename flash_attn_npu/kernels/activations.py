@@ -1,0 +1,129 @@
+"""SwiGLU and its gradients: torch_npu's where it serves, else in float32 and rounded once.
+
+Every SwiGLU of this package comes through these functions, outside of autograd. Float64 is
+computed in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from ..attention.checks import require_tensors
+from ..errors import ArgumentError, explain
+from ..rowwise.dispatch import choose, serves
+from ..rowwise.problem import Gate
+from ..rowwise.support import TORCH
+from . import fused
+
+__all__ = ["require_floating", "swiglu_bwd", "swiglu_fwd", "widened"]
+
+
+def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) * y: x is the gate.
+
+    Args:
+        x, y: one shape, any strides, floating; they may differ in dtype.
+
+    Returns:
+        Contiguous, of their shape, in the dtype they promote to.
+
+    Raises:
+        ArgumentError: the shapes differ, or a dtype is not floating.
+
+    Contract: flash-attention 2.8, `swiglu_fwd`. Wider: differentiable by itself.
+    """
+    _check(x=x, y=y)
+    if choose(_problem(x, y)) != TORCH:
+        return fused.gate(x)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (silu(x.to(wide)) * y).to(dtype).contiguous()
+
+
+def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `swiglu_fwd`.
+
+    Args:
+        x, y: as in `swiglu_fwd`.
+        g: the gradient of its result, of the same shape.
+
+    Returns:
+        (dx, dy): contiguous, each in the dtype of its tensor.
+
+    Raises:
+        ArgumentError: as `swiglu_fwd`.
+
+    Contract: flash-attention 2.8, `swiglu_bwd`.
+    """
+    _check(x=x, y=y, g=g)
+    if serves(_problem(x, y)):
+        return fused.gate_backward(g, x)
+    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    gate, g = x.to(wide), g.to(wide)
+    # not aten.silu_backward, which has no derivative of its own
+    chance = torch.sigmoid(gate)
+    dx = g * y * chance * (1 + gate * (1 - chance))
+    dy = silu(gate) * g
+    return dx.to(x.dtype).contiguous(), dy.to(y.dtype).contiguous()
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or as it is if it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def require_floating(**tensors: Tensor) -> None:
+    """Raise unless every argument is a tensor of a floating dtype."""
+    require_tensors(**tensors)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ArgumentError(
+                explain(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")
+            )
+
+
+def _problem(x: Tensor, y: Tensor) -> Gate:
+    compiling = torch.compiler.is_compiling()
+    return Gate(
+        function="swiglu",
+        device=x.device,
+        dtype=torch.promote_types(x.dtype, y.dtype),
+        empty=x.numel() == 0,
+        # a gradient of the fused call itself would go to x alone
+        halves=not (compiling or _is_differentiated(x, y)) and _are_halves(x, y),
+        row_bytes=x.shape[-1] * x.element_size() if x.dim() else 0,
+        compiling=compiling,
+    )
+
+
+def _is_differentiated(x: Tensor, y: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+
+
+def _are_halves(x: Tensor, y: Tensor) -> bool:
+    """Whether the rows of x and y lie behind each other in one contiguous tensor."""
+    if x.device.type != "npu" or x.dim() == 0 or x.dtype != y.dtype or x.stride() != y.stride():
+        return False
+    width = x.shape[-1]
+    whole = torch.empty((*x.shape[:-1], 2 * width), device="meta")
+    return (
+        x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+        and y.storage_offset() == x.storage_offset() + width
+        and x.stride() == whole.stride()
+    )
+
+
+def _check(x: Tensor, **others: Tensor) -> None:
+    require_floating(x=x, **others)
+    for name, tensor in others.items():
+        if tensor.shape != x.shape:
+            raise ArgumentError(
+                explain(
+                    name,
+                    f"shape {tuple(tensor.shape)}",
+                    f"{tuple(x.shape)}, the shape of x",
+                    "pass tensors of one shape; expand what is to be shared",
+                )
+            )

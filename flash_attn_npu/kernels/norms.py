@@ -1,0 +1,376 @@
+"""Layer norm and RMS norm of a sum of tensors, composed of torch operations; no autograd.
+
+With s = dropout(rowscale * x) * layerscale + dropout(x1) + residual:
+
+    y = standardised(s) * weight + bias,   y1 = standardised(s) * weight1 + bias1
+
+Everything is computed in float32, or in float64 if an addend has it, and each result is rounded
+once. The gradient starts from s as it was rounded for the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..attention.checks import real, require_tensors
+from ..errors import ArgumentError, explain
+from ..rowwise.problem import Norm
+
+__all__ = [
+    "NormCall",
+    "Normed",
+    "Saved",
+    "Terms",
+    "affine",
+    "backward",
+    "check",
+    "check_tensor",
+    "draw_masks",
+    "forward",
+    "out_dtype",
+    "problem_of",
+    "standardised",
+    "tensors_of",
+    "terms_of",
+    "total_dtype",
+    "wide_dtype",
+]
+
+
+class NormCall(NamedTuple):
+    """One call: the arguments of `layer_norm_fn`, and what its older sisters have besides.
+
+    x, x1, residual, out, residual_out are (..., hidden); rowscale is (...); the other tensors are
+    (hidden,). The tensors come first.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    x1: Tensor | None = None
+    weight1: Tensor | None = None
+    bias1: Tensor | None = None
+    rowscale: Tensor | None = None
+    layerscale: Tensor | None = None
+    out: Tensor | None = None
+    residual_out: Tensor | None = None
+    eps: float = 1e-6
+    dropout_p: float = 0.0
+    prenorm: bool = False
+    residual_in_fp32: bool = False
+    zero_centered_weight: bool = False
+    is_rms_norm: bool = False
+    out_dtype: torch.dtype | None = None
+    rowscale_const: float = 1.0
+
+
+TENSORS = NormCall._fields[: NormCall._fields.index("eps")]
+LIKE_WEIGHT = ("weight", "bias", "weight1", "bias1", "layerscale")
+
+
+class Normed(NamedTuple):
+    """The results: y and y1 in the output's dtype, `total` the rounded s, statistics per row.
+
+    `total` is x itself where nothing is added to it, its dtype stays, and it is not returned.
+    """
+
+    y: Tensor
+    y1: Tensor | None
+    total: Tensor
+    mean: Tensor | None
+    rstd: Tensor
+
+
+class Saved(NamedTuple):
+    """The tensors that the gradient is computed from; x is needed with layerscale only."""
+
+    total: Tensor
+    mean: Tensor | None
+    rstd: Tensor
+    weight: Tensor
+    weight1: Tensor | None
+    rowscale: Tensor | None
+    layerscale: Tensor | None
+    mask: Tensor | None
+    mask1: Tensor | None
+    x: Tensor | None
+
+
+class Terms(NamedTuple):
+    """What else the gradient depends on: kept values are multiplied by `scale`."""
+
+    wide: torch.dtype
+    scale: float
+    zero_centered_weight: bool
+
+
+def tensors_of(call: NormCall) -> dict[str, Tensor]:
+    """The tensors that are given, by field."""
+    values = ((field, getattr(call, field)) for field in TENSORS)
+    return {field: value for field, value in values if value is not None}
+
+
+def wide_dtype(call: NormCall) -> torch.dtype:
+    """The dtype to compute in."""
+    addends = (call.x, call.x1, call.residual)
+    double = any(addend is not None and addend.dtype == torch.float64 for addend in addends)
+    return torch.float64 if double else torch.float32
+
+
+def total_dtype(call: NormCall) -> torch.dtype:
+    """The dtype that s is rounded to."""
+    if call.residual is not None:
+        return call.residual.dtype
+    return torch.float32 if call.residual_in_fp32 else call.x.dtype
+
+
+def out_dtype(call: NormCall) -> torch.dtype:
+    """The dtype of y."""
+    return call.x.dtype if call.out_dtype is None else call.out_dtype
+
+
+def problem_of(function: str, call: NormCall) -> Norm:
+    """What the table is asked about `call`."""
+    given = (getattr(call, field) for field in TENSORS)
+    tensors = [tensor for tensor in given if tensor is not None]
+    return Norm(
+        function=function,
+        device=call.x.device,
+        dtype=call.x.dtype,
+        out_dtype=out_dtype(call),
+        weight_dtype=call.weight.dtype,
+        bias_dtype=None if call.bias is None else call.bias.dtype,
+        residual_dtype=None if call.residual is None else call.residual.dtype,
+        empty=call.x.numel() == 0,
+        rms=call.is_rms_norm,
+        zero_centered=call.zero_centered_weight,
+        branches=1 if call.x1 is None else 2,
+        outputs=1 if call.weight1 is None else 2,
+        scaled=call.rowscale is not None or call.layerscale is not None,
+        dropout=call.dropout_p > 0,
+        buffers=call.out is not None or call.residual_out is not None,
+        needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+        compiling=torch.compiler.is_compiling(),
+    )
+
+
+def terms_of(call: NormCall) -> Terms:
+    """The terms of the gradient of `call`."""
+    kept = 1.0 - call.dropout_p
+    # nothing is kept at dropout_p = 1, so the scale does not matter there
+    scale = call.rowscale_const / kept if kept else 0.0
+    return Terms(wide_dtype(call), scale, call.zero_centered_weight)
+
+
+def draw_masks(call: NormCall) -> tuple[Tensor | None, Tensor | None]:
+    """Which values of x and x1 are kept: bool, of their shape; None where all are."""
+    if call.dropout_p == 0:
+        return None, None
+    kept = 1.0 - call.dropout_p
+    mask, mask1 = (
+        None
+        if addend is None
+        else torch.empty(addend.shape, dtype=torch.bool, device=addend.device).bernoulli_(kept)
+        for addend in (call.x, call.x1)
+    )
+    return mask, mask1
+
+
+def forward(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed:
+    """The norm, with dropout by the given masks."""
+    terms = terms_of(call)
+    s = _kept(call.x, mask, call.rowscale, terms)
+    if call.layerscale is not None:
+        s = s * call.layerscale.to(terms.wide)
+    if call.x1 is not None:
+        s = s + _kept(call.x1, mask1, None, terms)
+    if call.residual is not None:
+        s = s + call.residual.to(terms.wide)
+    total = _rounded_total(call, mask, s)
+    mean = None if call.is_rms_norm else s.mean(-1, keepdim=True)
+    centred = s if mean is None else s - mean
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + call.eps)
+    normal = centred * rstd
+    dtype = out_dtype(call)
+    y = affine(normal, call.weight, call.bias, call.zero_centered_weight).to(dtype).contiguous()
+    y1 = None
+    if call.weight1 is not None:
+        y1 = affine(normal, call.weight1, call.bias1, call.zero_centered_weight)
+        y1 = y1.to(dtype).contiguous()
+    return Normed(y, y1, total, mean, rstd)
+
+
+def standardised(s: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
+    """s without weight and bias; for RMS norm there is no mean."""
+    return s * rstd if mean is None else (s - mean) * rstd
+
+
+def affine(
+    normal: Tensor, weight: Tensor, bias: Tensor | None, zero_centered_weight: bool
+) -> Tensor:
+    """normal * weight + bias, in the dtype of `normal`."""
+    y = normal * _effective(weight, normal.dtype, zero_centered_weight)
+    return y if bias is None else y + bias.to(normal.dtype)
+
+
+def backward(
+    saved: Saved,
+    terms: Terms,
+    wanted: Iterable[str],
+    dy: Tensor,
+    dy1: Tensor | None,
+    dtotal: Tensor | None,
+) -> dict[str, Tensor]:
+    """The gradients of the arguments named in `wanted`, in terms.wide and not yet rounded.
+
+    Args:
+        dy, dy1, dtotal: those of y, y1 and the rounded s; None for zero.
+        wanted: among weight, bias, weight1, bias1, residual, x1, layerscale and x.
+    """
+    wide = terms.wide
+    normal = standardised(saved.total.to(wide), saved.mean, saved.rstd)
+    grads: dict[str, Tensor] = {}
+    dy = dy.to(wide)
+    if "weight" in wanted:
+        grads["weight"] = _over_rows(dy * normal)
+    if "bias" in wanted:
+        grads["bias"] = _over_rows(dy)
+    pulled = dy * _effective(saved.weight, wide, terms.zero_centered_weight)
+    if dy1 is not None and saved.weight1 is not None:
+        dy1 = dy1.to(wide)
+        if "weight1" in wanted:
+            grads["weight1"] = _over_rows(dy1 * normal)
+        if "bias1" in wanted:
+            grads["bias1"] = _over_rows(dy1)
+        pulled = pulled + dy1 * _effective(saved.weight1, wide, terms.zero_centered_weight)
+    along = (pulled * normal).mean(-1, keepdim=True)
+    if saved.mean is not None:
+        pulled = pulled - pulled.mean(-1, keepdim=True)
+    ds = (pulled - normal * along) * saved.rstd
+    if dtotal is not None:
+        ds = ds + dtotal.to(wide)
+    if "residual" in wanted:
+        grads["residual"] = ds
+    if "x1" in wanted:
+        grads["x1"] = _kept(ds, saved.mask1, None, terms)
+    if "layerscale" in wanted and saved.x is not None:
+        grads["layerscale"] = _over_rows(ds * _kept(saved.x, saved.mask, saved.rowscale, terms))
+    if "x" in wanted:
+        if saved.layerscale is not None:
+            ds = ds * saved.layerscale.to(wide)
+        grads["x"] = _kept(ds, saved.mask, saved.rowscale, terms)
+    return grads
+
+
+def _rounded_total(call: NormCall, mask: Tensor | None, s: Tensor) -> Tensor:
+    more = (mask, call.rowscale, call.layerscale, call.x1, call.residual)
+    alone = all(given is None for given in more) and call.rowscale_const == 1
+    dtype = total_dtype(call)
+    if not alone or dtype != call.x.dtype:
+        return s.to(dtype).contiguous()
+    # a returned x would be one tensor with two histories
+    return call.x.clone(memory_format=torch.contiguous_format) if call.prenorm else call.x
+
+
+def _kept(values: Tensor, mask: Tensor | None, rowscale: Tensor | None, terms: Terms) -> Tensor:
+    """Scaling and dropout; it is linear and its own transpose, so it serves both directions."""
+    values = values.to(terms.wide)
+    if rowscale is not None:
+        values = values * rowscale.to(terms.wide)[..., None]
+    if terms.scale != 1:
+        values = values * terms.scale
+    return values if mask is None else values.masked_fill(mask.logical_not(), 0.0)
+
+
+def _effective(weight: Tensor, wide: torch.dtype, zero_centered_weight: bool) -> Tensor:
+    weight = weight.to(wide)
+    return weight + 1.0 if zero_centered_weight else weight
+
+
+def _over_rows(values: Tensor) -> Tensor:
+    return values.flatten(0, -2).sum(0) if values.dim() > 1 else values
+
+
+def check(call: NormCall, renamed: Mapping[str, str]) -> None:
+    """Raise for the first argument that does not fit.
+
+    Args:
+        renamed: the names of the caller's arguments where they are not those of NormCall.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value does not fit the others.
+        ArgumentTypeError: an argument is an object of the wrong type.
+    """
+    x, of_x = call.x, renamed.get("x", "x")
+    require_tensors(**{of_x: x, renamed.get("weight", "weight"): call.weight})
+    if x.dim() == 0:
+        _refuse(of_x, "a tensor without dimensions", "(..., hidden)", f"reshape {of_x}")
+    whole, hidden = x.shape, x.shape[-1:]
+    for field, tensor in tensors_of(call).items():
+        shape = hidden if field in LIKE_WEIGHT else whole
+        if field == "rowscale":
+            shape = whole[:-1]
+        check_tensor(renamed.get(field, field), tensor, shape, x, of_x)
+    if call.bias1 is not None and call.weight1 is None:
+        _refuse(
+            renamed.get("bias1", "bias1"), "a tensor", "None without weight1", "pass weight1 too"
+        )
+    if call.rowscale is not None and call.x1 is not None:
+        _refuse("rowscale", "a tensor", "None with x1", f"multiply {of_x} by it before the call")
+    _check_options(call, renamed)
+    if call.out is not None and call.out is call.residual_out:
+        _refuse("out", "residual_out too", "a tensor of its own", "pass two tensors")
+    if call.out is not None:
+        _check_buffer("out", call.out, call.out_dtype or x.dtype)
+    if call.residual_out is not None:
+        _check_buffer("residual_out", call.residual_out, total_dtype(call))
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, of_x: str = "x"
+) -> None:
+    """Raise unless `tensor` is floating, of this shape, and on x's device; x is called of_x."""
+    if not isinstance(tensor, Tensor):
+        require_tensors(**{name: tensor})
+    if tensor.shape != shape:
+        allowed = f"{tuple(shape)}, to fit {of_x} of shape {tuple(x.shape)}"
+        _refuse(name, f"shape {tuple(tensor.shape)}", allowed, f"reshape or expand {name}")
+    if not tensor.is_floating_point():
+        _refuse(name, tensor.dtype, "a floating dtype", f"convert {name}, e.g. by .float()")
+    if tensor.device != x.device:
+        allowed = f"{x.device}, as {of_x}"
+        _refuse(name, tensor.device, allowed, f"move {name} by .to({of_x}.device)")
+
+
+def _check_options(call: NormCall, renamed: Mapping[str, str]) -> None:
+    for field, value in (("eps", call.eps), ("dropout_p", call.dropout_p)):
+        # asked first because torch.compile has no Real for its symbols
+        if not isinstance(value, float):
+            real(renamed.get(field, field), value)
+    if not 0.0 <= call.dropout_p <= 1.0:
+        name = renamed.get("dropout_p", "dropout_p")
+        _refuse(name, call.dropout_p, "a probability, 0 to 1", "pass the share to drop")
+    dtype = call.out_dtype
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        _refuse("out_dtype", dtype, "None or a floating torch.dtype", "pass e.g. torch.float32")
+
+
+def _check_buffer(name: str, buffer: Tensor, dtype: torch.dtype) -> None:
+    if buffer.dtype != dtype:
+        allowed = f"{dtype}, the dtype of what is written"
+        _refuse(name, buffer.dtype, allowed, f"allocate it with dtype={dtype}")
+    if buffer.requires_grad:
+        allowed = "a tensor that requires no gradient: the result that is returned has one"
+        _refuse(name, "a tensor that requires a gradient", allowed, f"pass {name}.detach()")
+    if any(step == 0 < size - 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True)):
+        allowed = "a tensor with memory for each element"
+        _refuse(name, f"strides {buffer.stride()}", allowed, "pass torch.empty_like(x)")
+
+
+def _refuse(name: str, came: object, allowed: str, remedy: str) -> NoReturn:
+    raise ArgumentError(explain(name, came, allowed, remedy))

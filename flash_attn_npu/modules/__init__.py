@@ -1,0 +1,1 @@
+"""Mirror of `flash_attn.modules`: attention, MLPs, embeddings and blocks as torch modules."""
