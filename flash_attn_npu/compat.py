@@ -1,11 +1,21 @@
-"""compat_matrix.md, printed from the table by `python -m flash_attn_npu.compat`."""
+"""compat_matrix.md, printed by `python -m flash_attn_npu.compat`.
+
+The kernels' parts come from the tables of `attention.support` and `rowwise.support`, the
+namespace's from the comparison of `surface`. What is written out here cannot be computed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from ._version import FLASH_ATTN_VERSION
 from .attention.support import BLOCKWISE, FUSION, INFER, TABLE, Row
+from .rowwise import support as rowwise
+from .surface import compared
+from .surface.comparison import Module
+from .surface.exceptions import RULES
 
-__all__ = ["matrix"]
+__all__ = ["matrix", "namespace"]
 
 _HEAD = f"""\
 # Compatibility matrix
@@ -29,13 +39,33 @@ confirmed any of this: it holds for the real torch_npu 2.13.0 over a simulated c
 The API level is that of flash-attention {FLASH_ATTN_VERSION}.
 """
 
-_NOT_SERVED = """\
-## Not served yet
+_ROWWISE = """\
+## Rotary, norms, gates and losses
 
-| name | answer |
-| --- | --- |
-| `.ops` but `.triton.rotary`, `.losses`, `.modules`, `.utils`, `.models` | absent: no spec |
+What torch_npu's other fused operators refuse, from the second table
+(`flash_attn_npu/rowwise/support.py`). What no line names is fused on Ascend; the rest is composed
+of torch operations, exactly, with one logged reason. `layer_norm` is torch's own operator, one
+kernel on Ascend. A residual of the same 16-bit dtype is added before the norm in that dtype;
+composed, and with a residual in float32, the norm sees the sum as it was before rounding.
 
+| a problem with | refused by | because |
+| --- | --- | --- |
+"""
+
+_NAMESPACE = """\
+## Namespace
+
+Every name of every module of flash-attention, compared with the upstream surface frozen in
+`flash_attn_npu/surface/flash_attn.json`. A name counts as served if it is there with upstream's
+parameters, their kinds and defaults, and upstream's base classes; a test fails for every other
+one that has no reason here. A name or module that is absent raises `ImportError` when it is
+imported, on which clients fall back.
+
+| module | served | absent, and why |
+| --- | --- | --- |
+"""
+
+_DIFFERENCES = """\
 ## Differences from flash-attention
 
 | where | here |
@@ -51,6 +81,14 @@ _NOT_SERVED = """\
 | `max_seqlen_*` as a tensor on the device | not read; the longest sequence counts instead |
 | forward-mode derivatives | refused; upstream has none either |
 | rows past the last sequence | zeros and +inf; upstream leaves them unwritten |
+| `softmax_lse` in a backward | read by its memory, as upstream does, where it is a permuted view |
+| `bert_padding.rearrange`, `repeat` | there if einops is installed |
+| dropout of norms | masks are stored; upstream repeats them from seeds |
+| `cross_entropy_loss` | a label that is no class is refused on the host, nan on a device |
+| `utils.distributed.all_reduce_raw` | leaves its argument alone; upstream may write it |
+| `utils.generation`, `cg=True` | runs without a graph: the same numbers, one warning |
+| MHA while decoding | keeps its window; refuses what it would otherwise have to ignore |
+| asserts on `is_cuda` and 16-bit dtypes | none |
 
 Not a difference, though it surprises: as in flash-attention, a side of the window at least as long
 as seqlen_k (max_seqlen_k for packed sequences) is unlimited, and beside a limited side an unlimited
@@ -66,7 +104,65 @@ def matrix() -> str:
         f"| a problem with | {FUSION} | {BLOCKWISE} | {INFER} | on Ascend |\n"
         "| --- | --- | --- | --- | --- |"
     )
-    return f"{_HEAD}\n## Attention\n\n{head}\n{rows}\n\n{_NOT_SERVED}"
+    return f"{_HEAD}\n## Attention\n\n{head}\n{rows}\n\n{_ROWWISE}{_rules()}\n\n{namespace()}\n{_DIFFERENCES}"
+
+
+def _rules() -> str:
+    lines = []
+    for rule in rowwise.TABLE:
+        whose = "all" if rule.operators == rowwise.ALL else _listed(rule.operators)
+        lines.append(f"| {rule.name} | {whose} | {rule.refusal} |")
+    return "\n".join(lines)
+
+
+def namespace() -> str:
+    """The section about modules and names, as text."""
+    modules = compared().modules.values()
+    rows = "\n".join(_module(module) for module in modules)
+    ours = [
+        f"| `{_full(rule.module)}` | {_listed(rule.names)} | {rule.reason} |"
+        for rule in RULES.added
+    ] + [
+        f"| `{_full(rule.module)}.{rule.function}` | {_listed(rule.parameters)} | {rule.reason} |"
+        for rule in RULES.different
+    ]
+    return (
+        f"{_NAMESPACE}{rows}\n\nNames and parameters of ours that upstream has not, or has "
+        "otherwise:\n\n| where | what | why |\n| --- | --- | --- |\n" + "\n".join(ours) + "\n"
+    )
+
+
+def _module(module: Module) -> str:
+    count = f"{len(module.served)} of {len(module.upstream)}"
+    if not module.upstream:
+        count = "package" if module.present else "no"
+    return f"| `{_full(module.name)}` | {count} | {_absent(module)} |"
+
+
+def _absent(module: Module) -> str:
+    if module.reason is not None:
+        return f"all: {module.reason}"
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in _reasons(module).items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{_listed(names)}: {reason}" for reason, names in by_reason.items())
+
+
+def _reasons(module: Module) -> Mapping[str, str]:
+    wrong = {
+        name: "not as upstream has it, a defect"
+        for name in module.upstream
+        if name not in module.served and name not in module.absent
+    }
+    return {**module.absent, **wrong}
+
+
+def _full(module: str) -> str:
+    return f"flash_attn.{module}".rstrip(".")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def outcome(row: Row) -> str:

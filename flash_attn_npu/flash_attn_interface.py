@@ -13,6 +13,14 @@ from torch import Tensor
 from . import extension as flash_attn_gpu
 from .attention import call, decode
 from .attention.call import Answer
+from .autograd_classes import (
+    FlashAttnFunc,
+    FlashAttnKVPackedFunc,
+    FlashAttnQKVPackedFunc,
+    FlashAttnVarlenFunc,
+    FlashAttnVarlenKVPackedFunc,
+    FlashAttnVarlenQKVPackedFunc,
+)
 from .low_level import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -23,12 +31,38 @@ from .low_level import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
+from .operator_wrappers import (
+    USE_TRITON_ROCM,
+    _flash_attn_backward_fake,
+    _flash_attn_forward_fake,
+    _flash_attn_varlen_backward_fake,
+    _flash_attn_varlen_forward_fake,
+    _torch_custom_op_wrapper,
+    _torch_register_fake_wrapper,
+    maybe_contiguous,
+    noop_custom_op_wrapper,
+    noop_register_fake_wrapper,
+    round_multiple,
+)
 
 __all__ = [
+    "USE_TRITON_ROCM",
+    "FlashAttnFunc",
+    "FlashAttnKVPackedFunc",
+    "FlashAttnQKVPackedFunc",
+    "FlashAttnVarlenFunc",
+    "FlashAttnVarlenKVPackedFunc",
+    "FlashAttnVarlenQKVPackedFunc",
     "_flash_attn_backward",
+    "_flash_attn_backward_fake",
     "_flash_attn_forward",
+    "_flash_attn_forward_fake",
     "_flash_attn_varlen_backward",
+    "_flash_attn_varlen_backward_fake",
     "_flash_attn_varlen_forward",
+    "_flash_attn_varlen_forward_fake",
+    "_torch_custom_op_wrapper",
+    "_torch_register_fake_wrapper",
     "_wrapped_flash_attn_backward",
     "_wrapped_flash_attn_forward",
     "_wrapped_flash_attn_varlen_backward",
@@ -41,6 +75,10 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "maybe_contiguous",
+    "noop_custom_op_wrapper",
+    "noop_register_fake_wrapper",
+    "round_multiple",
 ]
 
 
