@@ -6,6 +6,7 @@ Signatures are those of flash-attention 2.8's low-level functions, with `sink`, 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, explain
@@ -141,13 +142,16 @@ def _run_backward(
     checks.require_tensors(dq=dq, dk=dk, dv=dv)
     q, k, v, out, lse = saved
     rows = (found.problem.rows_q,) if found.problem.varlen else (q.shape[0], q.shape[1])
+    lse_shape = torch.Size((*rows[:-1], q.shape[-2], rows[-1]))
+    lse = _as_it_lies(lse, lse_shape)
+    saved = Saved(q, k, v, out, lse)
     expected = {
         "dout": (dout, q.shape, q.dtype),
         "out": (out, q.shape, q.dtype),
         "dq": (dq, q.shape, q.dtype),
         "dk": (dk, k.shape, q.dtype),
         "dv": (dv, v.shape, q.dtype),
-        "softmax_lse": (lse, (*rows[:-1], q.shape[-2], rows[-1]), accumulator(q.dtype)),
+        "softmax_lse": (lse, lse_shape, accumulator(q.dtype)),
     }
     for argument, (tensor, shape, dtype) in expected.items():
         facts = (tensor.shape, tensor.dtype, tensor.device) if tensor is not None else None
@@ -163,6 +167,15 @@ def _run_backward(
     permit(found)
     found.tally.calls += 1
     found.kernel.backward(found.problem, dout, saved, grads, slopes, rng_state)
+
+
+def _as_it_lies(lse: Tensor, shape: torch.Size) -> Tensor:
+    """softmax_lse by its memory, as upstream reads it: diffusers passes it permuted."""
+    if lse is None or lse.dim() != len(shape):
+        return lse
+    turned = lse.transpose(-1, -2)
+    permuted = lse.shape != shape or not lse.is_contiguous()
+    return turned if permuted and turned.shape == shape and turned.is_contiguous() else lse
 
 
 def _mask_from(dropout_p: float, rng_state: Tensor | None) -> str | None:

@@ -1,0 +1,50 @@
+"""flash_attn is installed for every test here, and gone after it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import flash_attn_npu
+
+
+@pytest.fixture(autouse=True)
+def flash_attn() -> Iterator[ModuleType]:
+    """The module that clients get."""
+    torch.manual_seed(0)
+    with flash_attn_npu.install():
+        yield importlib.import_module("flash_attn")
+    assert not [name for name in sys.modules if name.split(".")[0] == "flash_attn"]
+
+
+@pytest.fixture
+def einops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """einops, of which bert_padding shows two functions; three patterns where not installed."""
+    if importlib.util.find_spec("einops") is None:
+        module = ModuleType("einops")
+        module.rearrange = _rearrange  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "einops", module)
+
+
+def _rearrange(x: Tensor, pattern: str) -> Tensor:
+    if pattern == "b s ... -> (b s) ...":
+        return x.flatten(0, 1)
+    if pattern == "c b s ... -> (b s) c ...":
+        return x.flatten(1, 2).transpose(0, 1)
+    assert pattern == "... 1 -> 1 ..."
+    return x.movedim(-1, 0)
+
+
+@pytest.fixture
+def process_group() -> Iterator[dist.ProcessGroup]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
