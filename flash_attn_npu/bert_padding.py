@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from . import rearranging
 from .attention.checks import require_tensors
 from .attention.lengths import remember_lengths
 from .errors import ArgumentError, explain
@@ -32,12 +33,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`rearrange` and `repeat` of einops, where it is installed: clients import them from here."""
+    """`rearrange` and `repeat` of einops, which clients import from here; ours if it is missing."""
     if name in ("rearrange", "repeat"):
         try:
             return getattr(importlib.import_module("einops"), name)
         except ModuleNotFoundError:
-            pass
+            if name == "rearrange":
+                return rearranging.rearrange
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -82,7 +82,7 @@ _DIFFERENCES = """\
 | forward-mode derivatives | refused; upstream has none either |
 | rows past the last sequence | zeros and +inf; upstream leaves them unwritten |
 | `softmax_lse` in a backward | read by its memory, as upstream does, where it is a permuted view |
-| `bert_padding.rearrange`, `repeat` | there if einops is installed |
+| `bert_padding.rearrange`, `repeat` | einops' if it is installed; else our own, and no `repeat` |
 | dropout of norms | masks are stored; upstream repeats them from seeds |
 | `cross_entropy_loss` | a label that is no class is refused on the host, nan on a device |
 | `utils.distributed.all_reduce_raw` | leaves its argument alone; upstream may write it |
@@ -104,7 +104,8 @@ def matrix() -> str:
         f"| a problem with | {FUSION} | {BLOCKWISE} | {INFER} | on Ascend |\n"
         "| --- | --- | --- | --- | --- |"
     )
-    return f"{_HEAD}\n## Attention\n\n{head}\n{rows}\n\n{_ROWWISE}{_rules()}\n\n{namespace()}\n{_DIFFERENCES}"
+    attention = f"## Attention\n\n{head}\n{rows}\n"
+    return "\n".join((_HEAD, attention, f"{_ROWWISE}{_rules()}\n", namespace(), _DIFFERENCES))
 
 
 def _rules() -> str:

@@ -140,6 +140,8 @@ def apply_rotary_emb(
 
     Contract: flash-attention 2.8, `apply_rotary_emb`, whose alias is `apply_rotary_emb_func`.
     """
+    if not _is_differentiated(x):
+        return rotate(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
     out: Tensor = ApplyRotaryEmb.apply(  # type: ignore[no-untyped-call]
         x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen
     )
@@ -245,6 +247,12 @@ def apply_rotary_emb_qkv_(
     if cos_k is cos and sin_k is sin:
         # one rotation instead of two, and torch.compile refuses to pass a tensor twice
         cos_k = sin_k = None
+    if not _is_differentiated(qkv):
+        # fmt: off
+        return _apply_rotary_emb_qkv(
+            qkv, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
+        )
+        # fmt: on
     out: Tensor = ApplyRotaryEmbQKV_.apply(  # type: ignore[no-untyped-call]
         qkv, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q
     )
@@ -314,10 +322,19 @@ def apply_rotary_emb_kv_(
 
     Contract: flash-attention 2.8, `apply_rotary_emb_kv_`.
     """
+    if not _is_differentiated(kv):
+        check_kv(kv)
+        rotate(kv[:, :, 0], cos, sin, seqlen_offsets, None, None, interleaved, inplace=True)
+        return kv
     out: Tensor = ApplyRotaryEmbKV_.apply(  # type: ignore[no-untyped-call]
         kv, cos, sin, interleaved, seqlen_offsets
     )
     return out
+
+
+def _is_differentiated(x: object) -> bool:
+    # torch.compile would inline an autograd.Function that is not needed, and not its mark_dirty
+    return torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
 
 
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...], seqlen_offsets: int | Tensor) -> None:

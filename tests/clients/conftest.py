@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import flash_attn_npu
 
@@ -22,24 +21,6 @@ def flash_attn() -> Iterator[ModuleType]:
     with flash_attn_npu.install():
         yield importlib.import_module("flash_attn")
     assert not [name for name in sys.modules if name.split(".")[0] == "flash_attn"]
-
-
-@pytest.fixture
-def einops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """einops, of which bert_padding shows two functions; three patterns where not installed."""
-    if importlib.util.find_spec("einops") is None:
-        module = ModuleType("einops")
-        module.rearrange = _rearrange  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "einops", module)
-
-
-def _rearrange(x: Tensor, pattern: str) -> Tensor:
-    if pattern == "b s ... -> (b s) ...":
-        return x.flatten(0, 1)
-    if pattern == "c b s ... -> (b s) c ...":
-        return x.flatten(1, 2).transpose(0, 1)
-    assert pattern == "... 1 -> 1 ..."
-    return x.movedim(-1, 0)
 
 
 @pytest.fixture

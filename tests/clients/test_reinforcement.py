@@ -23,7 +23,7 @@ def minus(logits: Tensor, labels: Tensor) -> Tensor:
     return -cross_entropy(logits, labels)
 
 
-def test_verl_padding(device: torch.device, einops: None) -> None:
+def test_verl_padding(device: torch.device) -> None:
     """verl/workers/actor/dp_actor.py: index_first_axis, pad_input, rearrange, unpad_input."""
     from flash_attn.bert_padding import index_first_axis, pad_input, rearrange, unpad_input
 
@@ -100,7 +100,7 @@ def test_verl_packed_attention(device: torch.device) -> None:
     assert_gradients(torch.autograd.grad(out, leaves, dout), dout, packed, q, k, v, **options)
 
 
-def test_openrlhf_padding(device: torch.device, einops: None) -> None:
+def test_openrlhf_padding(device: torch.device) -> None:
     """openrlhf/models/ring_attn_utils.py: bert_padding, and cu_seqlens that it writes into."""
     from flash_attn import flash_attn_varlen_func
     from flash_attn.bert_padding import index_first_axis, pad_input, rearrange, unpad_input

@@ -252,6 +252,25 @@ def test_compiles_in_one_graph(name: str) -> None:
             torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+IN_PLACE: dict[str, tuple[tuple[int, ...], Callable[..., Tensor]]] = {
+    "emb": ((2, 4, 3, 6), lambda x, cos, sin: rotary.apply_rotary_emb(x, cos, sin, inplace=True)),
+    "qkv": ((2, 4, 3, 2, 6), rotary.apply_rotary_emb_qkv_),
+    "kv": ((2, 4, 2, 2, 6), rotary.apply_rotary_emb_kv_),
+}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_without_gradient_compiles_in_one_graph(name: str) -> None:
+    shape, function = IN_PLACE[name]
+    cos, sin = tables(9, 2)
+    x = torch.randn(shape)
+    mine = x.clone()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert compiled(mine, cos, sin).data_ptr() == mine.data_ptr()
+    torch.testing.assert_close(mine, function(x.clone(), cos, sin))
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 @dynamo_instantiates
 def test_packed_sequences_compile_in_one_graph() -> None:
