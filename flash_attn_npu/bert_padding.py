@@ -158,8 +158,9 @@ def unpad_input(
 
     Args:
         hidden_states: (batch, seqlen, ...).
-        attention_mask: (batch, seqlen), nonzero for a token.
-        unused_mask: (batch, seqlen), nonzero for a row that is kept but holds no token.
+        attention_mask: (batch, seqlen), nonzero for a token. On the host it costs no copy to it.
+        unused_mask: (batch, seqlen), nonzero for a row that is kept but holds no token; on the
+            device of attention_mask.
 
     Returns:
         packed (total, ...), where total counts both masks; indices (total,) int64 of the packed
@@ -169,8 +170,8 @@ def unpad_input(
     Raises:
         ArgumentError: shapes or devices do not fit.
 
-    Contract: flash-attention 2.8, `unpad_input`. In one graph under torch.compile if
-    `torch._dynamo.config` captures scalar outputs and dynamic output shapes.
+    Contract: flash-attention 2.8, `unpad_input`. Wider: masks on the host. In one graph under
+    torch.compile if `torch._dynamo.config` captures scalar outputs and dynamic output shapes.
     """
     require_tensors(hidden_states=hidden_states)
     _check_mask("attention_mask", attention_mask, hidden_states)
@@ -179,6 +180,7 @@ def unpad_input(
     seqlens = seqused
     if unused_mask is not None:
         _check_mask("unused_mask", unused_mask, hidden_states)
+        _check_device("unused_mask", unused_mask, attention_mask.device, "attention_mask")
         kept = kept | (unused_mask != 0)
         seqlens = kept.sum(dim=-1, dtype=torch.int32)
     if torch.compiler.is_compiling():
@@ -187,8 +189,10 @@ def unpad_input(
     else:
         lengths = seqlens.tolist()
         indices, longest = _kept_rows(kept, sum(lengths)), max(lengths, default=0)
+    device = hidden_states.device
+    indices = indices.to(device)
     packed = index_first_axis(hidden_states.flatten(0, 1), indices)
-    return packed, indices, _cumulative(seqlens, lengths), longest, seqused
+    return packed, indices, _cumulative(seqlens.to(device), lengths), longest, seqused.to(device)
 
 
 def unpad_input_for_concatenated_sequences(
@@ -200,7 +204,7 @@ def unpad_input_for_concatenated_sequences(
         hidden_states: (batch, seqlen, ...).
         attention_mask_in_length: (batch, seqlen), int: the lengths of the sequences of each row,
             zeros elsewhere. A row [2, 3, 0, 0, 0, 0] holds a sequence of 2 tokens, one of 3, and
-            one token of padding.
+            one token of padding. On the host it costs no copy to it.
 
     Returns:
         packed (total, ...); indices (total,) int64 of the packed rows in the flattened batch;
@@ -210,7 +214,8 @@ def unpad_input_for_concatenated_sequences(
         ArgumentError: shapes or devices do not fit, or lengths are not integers, are negative, or
             exceed seqlen together.
 
-    Contract: flash-attention 2.8, `unpad_input_for_concatenated_sequences`.
+    Contract: flash-attention 2.8, `unpad_input_for_concatenated_sequences`. Wider: lengths on the
+    host.
     """
     require_tensors(hidden_states=hidden_states)
     _check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states)
@@ -221,9 +226,9 @@ def unpad_input_for_concatenated_sequences(
     lengths = [length for row in rows for length in row if length]
     used = attention_mask_in_length.sum(dim=-1, keepdim=True)
     kept = torch.arange(seqlen, device=used.device) < used
-    indices = _kept_rows(kept, sum(lengths))
+    indices = _kept_rows(kept, sum(lengths)).to(hidden_states.device)
     packed = index_first_axis(hidden_states.flatten(0, 1), indices)
-    seqlens = torch.tensor(lengths, dtype=torch.int32).to(used.device)
+    seqlens = torch.tensor(lengths, dtype=torch.int32).to(hidden_states.device)
     return packed, indices, _cumulative(seqlens, lengths), max(lengths, default=0)
 
 
@@ -297,13 +302,18 @@ def _check_mask(argument: str, mask: Tensor, hidden_states: Tensor) -> None:
                 "pass one entry for each token of hidden_states",
             )
         )
-    if mask.device != hidden_states.device:
+    if mask.device.type != "cpu":
+        _check_device(argument, mask, hidden_states.device, "hidden_states")
+
+
+def _check_device(argument: str, mask: Tensor, device: torch.device, other: str) -> None:
+    if mask.device != device:
         raise ArgumentError(
             explain(
                 argument,
                 mask.device,
-                f"{hidden_states.device}, as hidden_states",
-                f"pass {argument}.to(hidden_states.device)",
+                f"{device}, as {other}",
+                f"pass {argument}.to({other}.device)",
             )
         )
 

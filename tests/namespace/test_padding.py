@@ -118,6 +118,29 @@ def test_concatenated_sequences(
     assert gradient.sum().item() == 4 * sum(kept)
 
 
+def test_masks_and_lengths_on_the_host_cost_no_copy(npu: torch.device) -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    lengths = torch.tensor([[2, 1, 0], [1, 0, 0]])
+    hidden = torch.randn(2, 3, 4).to(npu)
+    for unpad, masks in (
+        (unpad_input, (mask, 1 - mask)),
+        (unpad_input_for_concatenated_sequences, (lengths,)),
+    ):
+        with virtual_ascend.record() as rec:
+            got = unpad(hidden, *masks)
+            host_lengths("cu_seqlens", got[2])
+        assert not rec.device_to_host
+        want = unpad(hidden, *(tensor.to(npu) for tensor in masks))
+        for mine, theirs in zip(got, want, strict=True):
+            if isinstance(mine, Tensor):
+                assert mine.device == npu
+                assert torch.equal(mine, theirs)
+            else:
+                assert mine == theirs
+    with pytest.raises(ArgumentError, match="unused_mask"):
+        unpad_input(hidden, mask, mask.to(npu))
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_one_host_copy_there_and_none_back(npu: torch.device, inference: bool) -> None:
     forget_lengths()
