@@ -24,6 +24,7 @@ def test_overhead(npu: object, run_python: Callable[..., str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.sweep
 def test_memory(run_python: Callable[..., str]) -> None:
     memory, window = run_python(str(BENCHMARKS / "memory.py"), "--quick").split("window of")
     for table in (memory, window):

@@ -48,5 +48,6 @@ assert counter.frame_count <= 2, counter.frame_count
 """
 
 
+@pytest.mark.sweep
 def test_llama_compiles_in_one_graph(run_python: Callable[..., str]) -> None:
     run_python("-c", SCRIPT)

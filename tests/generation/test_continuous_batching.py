@@ -38,7 +38,9 @@ from transformers.generation.continuous_batching import utils as cb_utils
 import flash_attn_npu
 
 FULL, HALF = torch.float32, torch.bfloat16
-DTYPES = pytest.mark.parametrize("dtype", [FULL, HALF], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [FULL, pytest.param(HALF, marks=pytest.mark.sweep)], ids=["float32", "bfloat16"]
+)
 PACKED = "flash_attn_varlen_func"
 PAGED = "flash_attn_with_kvcache"
 STEPS = LAYERS * (NEW_TOKENS - 1)
