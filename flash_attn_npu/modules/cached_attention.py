@@ -264,9 +264,11 @@ class CachedAttention(nn.Module):
         if inference_params is None:
             return self._inner(self.inner_cross_attn, q, kv, **options)
         _refuse_options(options)
-        if inference_params.seqlen_offset > 0 and self.use_flash_attn:
+        self._require_layer_idx()
+        decoding = inference_params.seqlen_offset > 0
+        if decoding and self.use_flash_attn:
             return self._decode(q, kv, inference_params)
-        if inference_params.seqlen_offset > 0 and inference_params.lengths_per_sample is not None:
+        if decoding and inference_params.lengths_per_sample is not None:
             raise UnsupportedError(
                 explain(
                     "inference_params.lengths_per_sample",
@@ -275,6 +277,9 @@ class CachedAttention(nn.Module):
                     "construct the module with use_flash_attn=True",
                 )
             )
+        if decoding:
+            # one that was made now would hold nothing before kv
+            self._cache(q.shape[0], inference_params)
         kv = self._update_kv_cache(kv, inference_params)
         return self.inner_cross_attn(q, kv)  # type: ignore[no-any-return]
 
@@ -284,7 +289,7 @@ class CachedAttention(nn.Module):
             return out
         return attention(*tensors, **options)  # type: ignore[no-any-return]
 
-    def _update_kv_cache(self, kv: Tensor, inference_params: InferenceParams) -> Tensor:
+    def _require_layer_idx(self) -> None:
         if self.layer_idx is None:
             raise ArgumentError(
                 explain(
@@ -294,6 +299,8 @@ class CachedAttention(nn.Module):
                     "construct the module with layer_idx",
                 )
             )
+
+    def _update_kv_cache(self, kv: Tensor, inference_params: InferenceParams) -> Tensor:
         out: Tensor = registry()._update_kv_cache(kv, inference_params, self.layer_idx)
         return out
 

@@ -8,6 +8,7 @@ clients replace names there, so whatever calls one of its names looks it up ther
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -60,7 +61,20 @@ def _geometric(count: int) -> list[float]:
     return [2.0 ** (-8 * i / count) for i in range(1, count + 1)]
 
 
-class FlashSelfAttention(nn.Module):
+class _WithSlopes(nn.Module):
+    alibi_slopes: Tensor | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _WithSlopes:
+        """Go where fn moves a module, but keep the slopes' dtype: rounded, they are others."""
+        slopes = self.alibi_slopes
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = self.alibi_slopes
+        if slopes is not None and moved is not None and moved.dtype != slopes.dtype:
+            self.alibi_slopes = slopes.to(moved.device)
+        return self
+
+
+class FlashSelfAttention(_WithSlopes):
     """`flash_attn_qkvpacked_func` or `flash_attn_varlen_qkvpacked_func` as a module.
 
     Args:
@@ -74,8 +88,6 @@ class FlashSelfAttention(nn.Module):
     Contract: flash-attention 2.8, `FlashSelfAttention`. Wider: any device, and the dtypes of the
     functions.
     """
-
-    alibi_slopes: Tensor | None
 
     def __init__(
         self,
@@ -126,7 +138,7 @@ class FlashSelfAttention(nn.Module):
         return out
 
 
-class FlashCrossAttention(nn.Module):
+class FlashCrossAttention(_WithSlopes):
     """`flash_attn_kvpacked_func` or `flash_attn_varlen_kvpacked_func` as a module.
 
     Its arguments are those of `FlashSelfAttention`, in another order.
@@ -134,8 +146,6 @@ class FlashCrossAttention(nn.Module):
     Contract: flash-attention 2.8, `FlashCrossAttention`. Wider: any device, and the dtypes of the
     functions.
     """
-
-    alibi_slopes: Tensor | None
 
     def __init__(
         self,
@@ -308,7 +318,6 @@ def _flash_options(module: FlashSelfAttention | FlashCrossAttention, causal: Any
         "softmax_scale": module.softmax_scale,
         "causal": module.causal if causal is None else causal,
         "window_size": module.window_size,
-        # a module cast to half precision has rounded them, and the functions take float32
         "alibi_slopes": None if slopes is None else slopes.float(),
         "deterministic": module.deterministic,
     }

@@ -55,26 +55,24 @@ def as_weight(x: Tensor, norm: Any) -> Tensor:
 
 def check_fusible(block: nn.Module, norms: tuple[type[nn.Module], ...]) -> None:
     """Raise ArgumentTypeError unless the norms and dropouts of the block are what can be fused."""
-    for name, kinds in (
-        ("norm1", norms),
-        ("norm2", norms),
-        ("dropout1", (nn.Dropout,)),
-        ("dropout2", (nn.Dropout,)),
+    known = " or ".join(kind.__name__ for kind in norms)
+    for name, kinds, allowed in (
+        ("norm", norms, f"{known}, with a weight and without dropout of its own"),
+        ("dropout", (nn.Dropout,), "Dropout"),
     ):
-        part = getattr(block, name, None)
-        plain = not name.startswith("norm") or (
-            getattr(part, "weight", None) is not None and getattr(part, "drop", None) is None
-        )
-        if part is not None and not (isinstance(part, kinds) and plain):
-            raise ArgumentTypeError(
-                explain(
-                    f"{name[:-1]}_cls",
-                    f"what makes a {type(part).__name__}, with fused_dropout_add_ln",
-                    f"{' or '.join(kind.__name__ for kind in kinds)}, a norm with a weight and "
-                    "without dropout of its own",
-                    "pass fused_dropout_add_ln=False",
-                )
+        for part in (getattr(block, f"{name}{half}", None) for half in (1, 2)):
+            plain = name == "dropout" or (
+                getattr(part, "weight", None) is not None and getattr(part, "drop", None) is None
             )
+            if part is not None and not (isinstance(part, kinds) and plain):
+                raise ArgumentTypeError(
+                    explain(
+                        f"{name}_cls",
+                        f"what makes a {type(part).__name__}, with fused_dropout_add_ln",
+                        allowed,
+                        "pass fused_dropout_add_ln=False",
+                    )
+                )
 
 
 def mark_norms(block: nn.Module, sequence_parallel: bool, shared: bool) -> None:

@@ -146,10 +146,10 @@ def update_graph_cache(
         )
     assert cache.inference_params is not None
     for length in decoding_seqlens:
-        if (batch_size, length) not in cache.callables:
-            cache.callables[batch_size, length] = capture_graph(
-                model, cache.inference_params, batch_size, max_seqlen, length, None, n_warmups
-            )
+        # anew each time: those of a copied model's cache run the model that it was copied from
+        cache.callables[batch_size, length] = capture_graph(
+            model, cache.inference_params, batch_size, max_seqlen, length, None, n_warmups
+        )
     callables = cache.callables
 
     def run(input_ids: Tensor, position_ids: Tensor | None, seqlen: int) -> Tensor:

@@ -78,7 +78,8 @@ def _finder(model_name: str | os.PathLike[str]) -> Callable[[str], Path | None]:
 
         return find
     hub = _package("huggingface_hub", f"to download {os.fspath(model_name)}")
-    absent = _package("huggingface_hub.errors", "to download").EntryNotFoundError
+    errors = _package("huggingface_hub.errors", "to download")
+    absent = errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError
 
     def download(name: str) -> Path | None:
         try:

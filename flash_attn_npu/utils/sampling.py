@@ -26,8 +26,13 @@ def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
         logits: (..., vocab_size); entries equal to the top_k-th largest all stay.
         top_k: at least 1; everything stays if it exceeds vocab_size.
 
+    Raises:
+        ArgumentError: top_k is smaller.
+
     Contract: flash-attention 2.8, `modify_logits_for_top_k_filtering`.
     """
+    if top_k < 1:
+        raise ArgumentError(explain("top_k", top_k, "at least 1", "leave this filter out"))
     smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
     logits.masked_fill_(logits < smallest, float("-inf"))
 
@@ -45,6 +50,8 @@ def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
         return
     ascending, order = logits.sort(dim=-1, descending=False)
     unlikely = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    # where top_p is lost in rounding, the most likely entry is left
+    unlikely[..., -1:] = False
     logits.masked_fill_(unlikely.scatter(-1, order, unlikely), float("-inf"))
 
 
@@ -145,11 +152,11 @@ def _distribution(logits: Tensor, top_k: int, top_p: float, temperature: float) 
 
 
 def _check(top_p: float, temperature: float) -> None:
-    if top_p > 1.0:
+    if not top_p <= 1.0:
         raise ArgumentError(
             explain("top_p", top_p, "at most 1", "pass a probability, or 0 for no limit")
         )
-    if temperature <= 0.0:
+    if not temperature > 0.0:
         raise ArgumentError(
             explain("temperature", temperature, "a positive number", "pass top_k=1 to be greedy")
         )

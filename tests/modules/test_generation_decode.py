@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from types import SimpleNamespace
@@ -241,6 +242,18 @@ def test_caches_are_kept_between_generations(caplog, monkeypatch):
         tensors = cache.inference_params.key_value_memory_dict
         assert tensors[1].dtype == (dtype or torch.float64)
         assert tensors[1].shape == (2, length, 2, HEADS, SIZE // HEADS)
+
+
+# torch_npu's storages say so when they are copied
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_a_copied_model_runs_itself():
+    model, prompt = Model(), _prompt()
+    decode(prompt, model, 8, cg=True)
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(Model(seed=1).state_dict())
+    expected, _ = _greedy(copied, prompt, 8)
+    assert not torch.equal(expected, _greedy(model, prompt, 8)[0])
+    assert torch.equal(decode(prompt, copied, 8, cg=True).sequences, expected)
 
 
 def test_running_a_captured_graph_by_hand():

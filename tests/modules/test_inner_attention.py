@@ -195,8 +195,9 @@ def test_functions_are_looked_up_in_mha_and_get_every_option(
 
 
 def test_slopes_are_a_buffer_that_is_not_saved_and_stay_float32(device):
-    slopes = torch.tensor(oracle.slopes_of(2), device=device)
-    qkv = torch.randn(1, 4, 3, 2, 16).to(device, torch.bfloat16)
+    # no bfloat16 number, so that a slope which was rounded on the way is another one
+    slopes = torch.tensor([0.7071, 0.0442], device=device)
+    qkv = torch.randn(1, 64, 3, 2, 16).to(device, torch.bfloat16)
     for kind in (FlashSelfAttention, FlashCrossAttention):
         module = kind(alibi_slopes=slopes)
         assert module.state_dict() == {}
@@ -204,6 +205,8 @@ def test_slopes_are_a_buffer_that_is_not_saved_and_stay_float32(device):
         arguments = (qkv,) if kind is FlashSelfAttention else (qkv[:, :, 0], qkv[:, :, 1:])
         expected = module(*arguments)
         assert torch.equal(module.to(torch.bfloat16)(*arguments), expected)
+        assert torch.equal(module.alibi_slopes, slopes)
+        assert module.to("meta", torch.float16).alibi_slopes.is_meta
         assert not torch.equal(kind()(*arguments), expected)
 
 

@@ -186,9 +186,10 @@ def test_allocate_inference_cache(device):
     assert module.allocate_inference_cache(3, 7, torch.float16).dtype == torch.float16
 
 
+@pytest.mark.parametrize("flash", [False, True])
 @torch.no_grad()
-def test_decoding_without_a_prompt_is_refused():
-    module = _make({}, use_flash_attn=True)
+def test_decoding_without_a_prompt_is_refused(flash):
+    module = _make({}, use_flash_attn=flash)
     token = torch.ones(2, 1, SIZE, dtype=torch.float64)
     empty = InferenceParams(8, 2, seqlen_offset=3)
     narrow = InferenceParams(8, 2, 3, key_value_memory_dict=_poisoned(module, 1, 8))
@@ -196,6 +197,11 @@ def test_decoding_without_a_prompt_is_refused():
         with pytest.raises(ArgumentError, match=r"^inference_params.key_value_memory_dict: "):
             module(token, inference_params=params)
     full = InferenceParams(8, 2, 8, key_value_memory_dict=_poisoned(module, 2, 8))
-    with pytest.raises(ArgumentError, match=r"^cache_seqlens: "):
+    argument = "cache_seqlens" if flash else "inference_params.seqlen_offset"
+    with pytest.raises(ArgumentError, match=rf"^{argument}: "):
         module(token, inference_params=full)
+    assert empty.key_value_memory_dict == {}
+    nameless = MHA(SIZE, HEADS, causal=True, use_flash_attn=flash, dtype=torch.float64)
+    with pytest.raises(ArgumentError, match=r"^layer_idx: got None"):
+        nameless(token, inference_params=empty)
     assert full.key_value_memory_dict[3].isnan().all()

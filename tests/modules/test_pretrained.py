@@ -82,7 +82,8 @@ def test_an_empty_folder_is_named(tmp_path):
 
 def _hub(monkeypatch, download):
     hub, errors = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.errors")
-    errors.EntryNotFoundError = type("EntryNotFoundError", (Exception,), {})
+    for error in ("EntryNotFoundError", "RepositoryNotFoundError", "HFValidationError"):
+        setattr(errors, error, type(error, (Exception,), {}))
     hub.hf_hub_download = lambda name, file: download(name, file, errors.EntryNotFoundError)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
@@ -108,6 +109,16 @@ def test_what_is_no_folder_is_asked_for_from_the_hub(tmp_path, monkeypatch):
         file.unlink()
     with pytest.raises(ArgumentError, match=r"^model_name: got some/model; allowed: "):
         state_dict_from_pretrained("some/model")
+
+
+@pytest.mark.parametrize("error", ["RepositoryNotFoundError", "HFValidationError"])
+def test_a_name_that_the_hub_does_not_know_is_named(monkeypatch, error):
+    def download(name, file, absent):
+        raise getattr(sys.modules["huggingface_hub.errors"], error)(name)
+
+    _hub(monkeypatch, download)
+    with pytest.raises(ArgumentError, match=r"^model_name: got /no/folder; allowed: .*; to fix"):
+        state_dict_from_pretrained("/no/folder")
 
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):

@@ -48,6 +48,17 @@ def test_top_p_filter_does_nothing_at_its_ends():
         assert torch.equal(logits, P.log())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_top_p_that_rounding_loses_keeps_the_most_likely(dtype):
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[:, 7] = 5.0
+    for top_k in (0, 9):
+        assert sample(logits, top_k=top_k, top_p=1e-9).tolist() == [7, 7, 7]
+    drafts = torch.full((1, 2), 7)
+    tokens, counts = sample_speculative(logits[None], logits[None, :2], drafts, 0, 1e-9)
+    assert (tokens.tolist(), counts.tolist()) == ([[7, 7, 7]], [3])
+
+
 def _renormalised(p, kept):
     out = torch.zeros_like(p)
     out[kept] = p[kept]
@@ -128,6 +139,9 @@ def test_bad_input_is_named():
     for argument, call in (
         ("top_p", lambda: sample(logits[0], 2, 1.5)),
         ("temperature", lambda: sample(logits[0], 2, 0.5, -1.0)),
+        ("temperature", lambda: sample(logits[0], 2, 0.5, float("nan"))),
+        ("top_p", lambda: sample(logits[0], 2, float("nan"))),
+        ("top_k", lambda: modify_logits_for_top_k_filtering(logits, 0)),
         ("logits", lambda: sample_speculative(logits[:, 1:], logits[:, 1:], draft)),
         ("logits_draft", lambda: sample_speculative(logits, logits, draft)),
         ("logits", lambda: sample_speculative(logits, logits[:, 1:], draft[0])),
