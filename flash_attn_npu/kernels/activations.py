@@ -58,7 +58,8 @@ def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     Contract: flash-attention 2.8, `swiglu_bwd`.
     """
     _check(x=x, y=y, g=g)
-    if serves(_problem(x, y)):
+    # the operator takes a gradient of the dtype of its result only
+    if g.dtype == x.dtype and serves(_problem(x, y)):
         return fused.gate_backward(g, x)
     wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     gate, g = x.to(wide), g.to(wide)

@@ -1,18 +1,56 @@
 """torch_npu's fused operators other than attention, one function for each kind of problem.
 
 `rowwise.support` has admitted the call before. Gradients are those of torch_npu's own autograd,
-except where a function says that it is called outside of autograd.
+except where a function says that it is called outside of autograd. Losses have a first derivative
+only.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..errors import UnsupportedError, explain
 from ..rowwise.support import ADD_LAYER_NORM, ADD_RMS_NORM, RMS_NORM
 
 __all__ = ["add_and_norm", "gate", "gate_backward", "losses", "rotation"]
+
+
+class _Once(torch.autograd.Function):
+    """The tensor itself, whose gradient is refused a derivative; autograd would drop that term."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return grad
+        return _Refused.apply(grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient of `tensor`: a node between both, which autograd cannot pass over."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, tensor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise UnsupportedError(
+            explain(
+                "create_graph",
+                "a second derivative of a fused operator",
+                "first derivatives; composed operations have second ones",
+                "leave create_graph out, or for cross entropy pass inplace_backward=True",
+            )
+        )
 
 
 def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -62,7 +100,9 @@ def add_and_norm(
             rows = rows.float()
         total = rows if added is None else rows + added
         normed = _norm(operator, total, weight, bias, eps)
-    return normed.to(out_dtype).view(x.shape), total.to(total_dtype).view(x.shape)
+    # a sum of strided rows has their strides
+    total = total.to(total_dtype).contiguous()
+    return normed.to(out_dtype).view(x.shape), total.view(x.shape)
 
 
 def _norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -122,6 +162,8 @@ def losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, T
     """The cross entropy of each row, 0 where the label is ignore_index, and zeros as z-losses."""
     import torch_npu
 
+    if torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
+        logits = _Once.apply(logits)  # type: ignore[no-untyped-call]
     labels = labels.long()
     known = (labels >= 0) & (labels < logits.shape[1])
     # a negative ignore_index is documented to ignore nothing, so every label must be a class

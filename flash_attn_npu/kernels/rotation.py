@@ -16,7 +16,7 @@ from ..rowwise.problem import Rotation
 from ..rowwise.support import TORCH
 from . import fused
 
-__all__ = ["rotate"]
+__all__ = ["check_dense", "rotate"]
 
 Rows = slice | Tensor
 """Which rows of the tables: a range shared by the batch, or one index for every token."""
@@ -35,12 +35,11 @@ def rotate(
     function: str = "apply_rotary",
 ) -> Tensor:
     """What `apply_rotary` promises, reported under the name `function`."""
-    checks.require_tensors(x=x, cos=cos, sin=sin)
-    _check_rank(x, 4 if cu_seqlens is None else 3)
-    _check_tables(x, cos, sin)
     if cu_seqlens is None:
-        rows = _dense_rows(x, cos.shape[0], seqlen_offsets)
+        check_dense(x, cos, sin, seqlen_offsets)
+        rows = _dense_rows(x, seqlen_offsets)
     else:
+        _check_kinds(x, cos, sin, 3)
         rows = _packed_rows(x, cos.shape[0], seqlen_offsets, cu_seqlens, max_seqlen)
     tokens = 2 if cu_seqlens is None else 1
     heads = x.dim() - tokens - 1
@@ -51,7 +50,11 @@ def rotate(
     rotary_dim = 2 * cos.shape[-1]
     out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if fused_serves:
-        out[..., :rotary_dim].copy_(_fuse(x[..., :rotary_dim], cos, sin, tokens, interleaved))
+        head = x[..., :rotary_dim]
+        if inplace and torch.is_grad_enabled() and x.requires_grad:
+            # autograd keeps what the operator got, also to differentiate a gradient
+            head = head.clone()
+        out[..., :rotary_dim].copy_(_fuse(head, cos, sin, tokens, interleaved))
     else:
         _compose(x, cos, sin, interleaved, out)
     if not inplace:
@@ -110,17 +113,26 @@ def _lookup(table: Tensor, rows: Rows, heads: int) -> Tensor:
     return found[(..., *(None,) * heads, slice(None))]
 
 
-def _dense_rows(x: Tensor, seqlen_ro: int, seqlen_offsets: int | Tensor) -> Rows:
-    batch, seqlen = x.shape[:2]
+def check_dense(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor) -> None:
+    """Raise what `rotate` raises for a padded batch, before a caller writes something else."""
+    _check_kinds(x, cos, sin, 4)
+    seqlen_ro, (batch, seqlen) = cos.shape[0], x.shape[:2]
     if not isinstance(seqlen_offsets, Tensor):
         start = _checked_offset(seqlen_offsets)
         _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
-        return slice(start, start + seqlen)
+        return
     _check_offsets(seqlen_offsets, batch)
     _check_reach("x", 0, seqlen, seqlen_ro)
     if _readable(seqlen_offsets):
         for start in seqlen_offsets.tolist():
             _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+
+
+def _dense_rows(x: Tensor, seqlen_offsets: int | Tensor) -> Rows:
+    seqlen = x.shape[1]
+    if not isinstance(seqlen_offsets, Tensor):
+        start = _checked_offset(seqlen_offsets)
+        return slice(start, start + seqlen)
     starts = seqlen_offsets.to(x.device, torch.int64)
     return starts[:, None] + torch.arange(seqlen, device=x.device)
 
@@ -159,6 +171,12 @@ def _packed_rows(
 
 def _readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_kinds(x: Tensor, cos: Tensor, sin: Tensor, least: int) -> None:
+    checks.require_tensors(x=x, cos=cos, sin=sin)
+    _check_rank(x, least)
+    _check_tables(x, cos, sin)
 
 
 def _check_rank(x: Tensor, least: int) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
+from ..kernels.rotation import check_dense
 from ..ops.triton.rotary import apply_rotary
 from .rotary_functions import (
     ApplyRotaryEmb,
@@ -113,7 +114,9 @@ class RotaryEmbedding(nn.Module):
         if max_seqlen is not None:
             self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
         elif not isinstance(seqlen_offset, Tensor):
-            self._update_cos_sin_cache(seqlen + seqlen_offset, qkv.device, qkv.dtype)
+            # a negative offset is refused below, by its positions
+            reach = seqlen + max(seqlen_offset, 0)
+            self._update_cos_sin_cache(reach, qkv.device, qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached
         cos_k, sin_k = self._cos_k_cached, self._sin_k_cached
         if cos is None or sin is None:
@@ -129,8 +132,10 @@ class RotaryEmbedding(nn.Module):
             return apply_rotary_emb_qkv_(
                 qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q
             )
-        q = apply_rotary_emb_func(qkv, cos, sin, self.interleaved, True, seqlen_offset)
         cos_k, sin_k = (cos if cos_k is None else cos_k), (sin if sin_k is None else sin_k)
+        # before q is written, so that a wrong kv has no effect
+        check_dense(kv[:, :, 0], cos_k, sin_k, seqlen_offset)
+        q = apply_rotary_emb_func(qkv, cos, sin, self.interleaved, True, seqlen_offset)
         return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
 
     def _compute_inv_freq(self, device: torch.device | str | None = None) -> Tensor:
@@ -157,10 +162,10 @@ class RotaryEmbedding(nn.Module):
             and (known.device, known.dtype) == (device, dtype)
         ):
             return
-        self._seq_len_cached = seqlen
         # tables made in inference mode could not be saved for a backward later
         with torch.inference_mode(False), torch.no_grad():
             self._compute_tables(seqlen, device, dtype)
+        self._seq_len_cached = seqlen
 
     def _compute_tables(
         self, seqlen: int, device: torch.device | str | None, dtype: torch.dtype | None

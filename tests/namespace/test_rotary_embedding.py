@@ -190,6 +190,41 @@ def test_bad_input_is_named_and_has_no_effect() -> None:
     assert bool((q == 1).all())
 
 
+@pytest.mark.parametrize(
+    ("argument", "shape", "options"),
+    [
+        ("cos", (2, 4, 2, 2, 4), {}),
+        ("seqlen_offsets", (2, 8, 2, 2, 8), {"max_seqlen": 4}),
+        (
+            "seqlen_offsets",
+            (3, 4, 2, 2, 8),
+            {"seqlen_offset": torch.tensor([0, 1]), "max_seqlen": 8},
+        ),
+        ("seqlen_offsets", (2, 4, 2, 2, 8), {"seqlen_offset": -9}),
+    ],
+    ids=["narrow", "long", "batch", "negative"],
+)
+def test_queries_are_not_turned_when_keys_are_refused(
+    argument: str, shape: tuple[int, ...], options: dict[str, int | Tensor]
+) -> None:
+    q = torch.ones(2, 4, 2, 8)
+    with pytest.raises(ArgumentError, match=f"^{argument}: got "):
+        RotaryEmbedding(DIM)(q, torch.ones(shape), **options)
+    assert bool((q == 1).all())
+
+
+def test_tables_that_could_not_be_made_are_made_at_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, qkv = RotaryEmbedding(DIM), torch.ones(1, 5, 3, 1, 8)
+    module(qkv[:, :2].clone())
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "outer", lambda *_: pytest.fail("out of memory"))
+        with pytest.raises(pytest.fail.Exception):
+            module(qkv.clone())
+    assert module(qkv).shape == qkv.shape
+
+
 def test_keys_may_be_longer_than_queries() -> None:
     module = RotaryEmbedding(DIM)
     _, kv = module(torch.randn(1, 2, 1, 8), torch.randn(1, 9, 2, 1, 8))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from flash_attn_npu import fallback, policy, reporting
 from flash_attn_npu.errors import UnsupportedError
-from flash_attn_npu.layers.rotary import apply_rotary_emb
-from flash_attn_npu.ops.activations import swiglu, swiglu_fwd
+from flash_attn_npu.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
+from flash_attn_npu.ops.activations import swiglu, swiglu_bwd, swiglu_fwd
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 
@@ -170,6 +170,20 @@ def test_a_norm_without_gradient_adds_in_the_same_launch(npu: torch.device) -> N
         close(got, plain, want)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("fn", [rms_norm_fn, layer_norm_fn])
+def test_results_of_strided_rows_are_contiguous(
+    npu: torch.device, fn: Callable[..., Any], added: bool, grad: bool
+) -> None:
+    x = torch.randn(8, 4).to(npu).t().requires_grad_(grad)
+    for wide in (False, True):
+        residual = x.detach() if added else None
+        results = fn(x, torch.ones(8).to(npu), None, residual, prenorm=True, residual_in_fp32=wide)
+        assert all(result.is_contiguous() for result in results)
+        assert torch.equal(results[1].cpu(), (2 * x if added else x).detach().cpu())
+
+
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_gate(npu: torch.device, dtype: torch.dtype) -> None:
     host, dout = torch.randn(3, 5, 64, dtype=dtype), torch.randn(3, 5, 32, dtype=dtype)
@@ -202,6 +216,16 @@ def test_a_gate_that_is_differentiated_by_itself(npu: torch.device) -> None:
     torch.testing.assert_close(got.cpu(), torch.cat(want, dim=-1))
 
 
+def test_a_gate_with_a_gradient_of_another_dtype(npu: torch.device) -> None:
+    halves, g = torch.randn(4, 64, dtype=torch.bfloat16), torch.randn(4, 32)
+    exact = [half.double().requires_grad_() for half in halves.chunk(2, dim=-1)]
+    (torch.nn.functional.silu(exact[0]) * exact[1]).backward(g.double())
+    for mine, leaf in zip(
+        swiglu_bwd(*halves.to(npu).chunk(2, dim=-1), g.to(npu)), exact, strict=True
+    ):
+        assert torch.equal(mine.cpu(), leaf.grad.to(torch.bfloat16))
+
+
 def test_loss(npu: torch.device) -> None:
     logits, labels = torch.randn(6, 11), torch.tensor([3, -100, 0, 10, -100, 7])
     mine = logits.to(npu).requires_grad_()
@@ -216,6 +240,29 @@ def test_loss(npu: torch.device) -> None:
     torch.testing.assert_close(losses.detach().cpu().double(), want.detach(), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(mine.grad.cpu().double(), exact.grad, atol=1e-6, rtol=1e-6)
     assert not z_losses.any()
+
+
+def second_derivative(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.requires_grad_()
+    (first,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.pow(3).sum() + x.square().sum(), x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered:UserWarning")
+def test_a_second_derivative_of_the_loss_is_refused(npu: torch.device) -> None:
+    labels = torch.tensor([3, 1]).to(npu)
+    with pytest.raises(UnsupportedError, match=r"^create_graph: got "):
+        second_derivative(lambda x: cross_entropy_loss(x, labels)[0], torch.randn(2, 64).to(npu))
+
+
+def test_a_second_derivative_of_rotations_in_place(npu: torch.device) -> None:
+    angle, qkv = torch.randn(5, 4), torch.randn(1, 5, 3, 2, 8)
+
+    def run(x: Tensor) -> Tensor:
+        return apply_rotary_emb_qkv_(x * x, angle.cos().to(x), angle.sin().to(x))
+
+    mine, exact = second_derivative(run, qkv.to(npu)), second_derivative(run, qkv.double())
+    torch.testing.assert_close(mine.cpu().double(), exact, rtol=1e-4, atol=1e-3)
 
 
 def test_a_label_that_is_no_class_is_nan(npu: torch.device) -> None:

@@ -111,10 +111,10 @@ def cross_entropy_loss(
             a device, or under torch.compile, are not looked at: there the loss of such a row is
             nan.
         ArgumentTypeError: an argument is an object of the wrong type.
-        UnsupportedError: a second derivative with a process_group.
+        UnsupportedError: a second derivative with a process_group, or of the fused operator.
 
     Contract: flash-attention 2.8, `cross_entropy_loss`. Wider: devices, float64, strides, second
-    derivatives (of lse as it depends on the logits, also if it was passed).
+    derivatives (of lse as it depends on the logits, also if it was passed) where it is composed.
     Different: labels that are not a class are refused.
     """
     # fmt: off
