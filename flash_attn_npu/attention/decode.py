@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError, explain
-from ..kernels.rotation import rotate
+from ..rowwise.rotation import rotate
 from . import checks
 from .cache import Cache, Span, host_values, pages_of
 from .dispatch import Plan, lookup, permit

@@ -95,8 +95,8 @@ def add_and_norm(
     if operator in (ADD_RMS_NORM, ADD_LAYER_NORM):
         normed, total = _added_norm(operator, rows, weight, bias, added, eps)
     else:
-        if out_dtype != x.dtype:
-            # what is returned in float32 must not be rounded before
+        if out_dtype != x.dtype or (added is not None and x.dtype == torch.float16):
+            # what is returned in float32 must not be rounded before, and a sum not overflow
             rows = rows.float()
         total = rows if added is None else rows + added
         normed = _norm(operator, total, weight, bias, eps)

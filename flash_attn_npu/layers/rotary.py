@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
-from ..kernels.rotation import check_dense
 from ..ops.triton.rotary import apply_rotary
+from ..rowwise.rotation import check_dense
 from .rotary_functions import (
     ApplyRotaryEmb,
     ApplyRotaryEmbKV_,

@@ -1,6 +1,6 @@
 """Rotary embedding as differentiable functions, under the names of `flash_attn.layers.rotary`.
 
-The rotation itself is `kernels.rotation`. Its gradient is the rotation back; cos and sin get
+The rotation itself is `rowwise.rotation`. Its gradient is the rotation back; cos and sin get
 none, as upstream. A trailing underscore means: in place, and what is returned is the argument.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
-from ..kernels.rotation import rotate
+from ..rowwise.rotation import rotate
 
 __all__ = [
     "ApplyRotaryEmb",

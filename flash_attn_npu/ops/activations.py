@@ -2,7 +2,7 @@
 
 GELU means its tanh approximation, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), everywhere.
 Everything is computed in float32 at least and rounded once; autocast changes nothing. SwiGLU
-itself is `kernels.activations`.
+itself is `rowwise.gates`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, relu
 
 from ..errors import ArgumentError, explain
-from ..kernels.activations import require_floating, swiglu_bwd, swiglu_fwd, widened
+from ..kernels.gates import widened
+from ..rowwise.gates import require_floating, swiglu_bwd, swiglu_fwd
 
 __all__ = [
     "FastGeLUFunction",
@@ -139,7 +140,7 @@ fast_gelu_impl = FastGeLUFunction.apply
 def relu_bwd(g: Tensor, x: Tensor) -> Tensor:
     """The gradient of relu: contiguous, x's shape and dtype; g has x's shape.
 
-    It is 0 at 0, as torch's.
+    It passes at 0, where torch's own is 0.
 
     Raises:
         ArgumentError: the shapes differ, or a dtype is not floating.
@@ -147,7 +148,7 @@ def relu_bwd(g: Tensor, x: Tensor) -> Tensor:
     Contract: flash-attention 2.8, `relu_bwd`.
     """
     _check_gradient(g, x=x)
-    return torch.where(x <= 0, 0.0, g).to(x.dtype).contiguous()
+    return torch.where(x >= 0, g, 0.0).to(x.dtype).contiguous()
 
 
 def sqrelu_fwd(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..errors import ArgumentError, UnsupportedError, explain
-from ..kernels.activations import require_floating
+from ..rowwise.gates import require_floating
 from ..utils.distributed import (
     all_gather_raw,
     all_reduce_raw,

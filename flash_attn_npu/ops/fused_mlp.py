@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, relu
 
 from ..errors import ArgumentError, explain
-from .activations import gelu_bwd, gelu_fwd, relu_bwd, sqrelu_bwd, sqrelu_fwd
+from .activations import gelu_bwd, gelu_fwd, sqrelu_bwd, sqrelu_fwd
 from .dense_steps import (
     begin_gather,
     bias_gradient,
@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["FusedMLPFunc", "check_options", "fused_mlp_func"]
 
 
+def _relu_bwd(g: Tensor, hidden: Tensor) -> Tensor:
+    """The gradient of relu from its result; at 0 it is 0, as torch's."""
+    return torch.where(hidden > 0, g, 0.0)
+
+
 class _Activation(NamedTuple):
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -45,7 +50,7 @@ class _Activation(NamedTuple):
 
 ACTIVATIONS = {
     "gelu_approx": _Activation(gelu_fwd, gelu_bwd),
-    "relu": _Activation(relu, relu_bwd),
+    "relu": _Activation(relu, _relu_bwd),
     "sqrelu": _Activation(sqrelu_fwd, sqrelu_bwd),
 }
 

@@ -15,7 +15,7 @@ from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
 from ..kernels import norms
 from ..kernels.norms import NormCall, Saved
-from .triton.layer_norm_functions import Answer, gradients, keep, normalize, serve
+from .triton.layer_norm_functions import Answer, compose, gradients, keep, normalize, serve
 
 __all__ = [
     "DropoutAddLayerNormFn",
@@ -74,6 +74,7 @@ class DropoutAddLayerNormFn(torch.autograd.Function):
         )
         # fmt: on
         norms.check(call, GAMMA)
+        compose("DropoutAddLayerNormFn", call)
         ctx.prenorm = prenorm
         return _arranged(call, serve(ctx, call), return_dmask)
 
@@ -113,6 +114,7 @@ class DropoutAddLayerNormParallelResidualFn(torch.autograd.Function):
         )
         # fmt: on
         norms.check(call, GAMMA_PARALLEL)
+        compose("DropoutAddLayerNormParallelResidualFn", call)
         ctx.prenorm = prenorm
         return _arranged_parallel(call, serve(ctx, call), return_dmask)
 
@@ -159,6 +161,7 @@ class DropoutAddLayerNormSubsetFn(torch.autograd.Function):
         )
         # fmt: on
         norms.check(call, GAMMA)
+        compose("DropoutAddLayerNormSubsetFn", call)
         mask, _ = norms.draw_masks(call._replace(x=x0))
         spread = mask if mask is None or x0_subset is None else _spread(mask, x0_subset)
         normed = norms.forward(call, spread, None)

@@ -30,6 +30,7 @@ class Norm(NamedTuple):
     outputs: how many pairs of weight and bias are applied.
     scaled: rowscale or layerscale.
     buffers: out or residual_out.
+    within: part of a function with a backward of its own.
     """
 
     function: str
@@ -49,6 +50,7 @@ class Norm(NamedTuple):
     buffers: bool
     needs_grad: bool
     compiling: bool
+    within: bool = False
 
 
 class Gate(NamedTuple):

@@ -127,6 +127,18 @@ TABLE: tuple[Rule, ...] = (
     Rule(NORMS, "norm with weight1", lambda p: p.outputs > 1, "it applies one weight"),
     Rule(NORMS, "norm with rowscale or layerscale", lambda p: p.scaled, "it scales nothing"),
     Rule(NORMS, "norm with dropout_p", lambda p: p.dropout, "it has no dropout"),
+    Rule(
+        NORMS,
+        "norm in layer_norm_linear_fn, of a subset of rows, or by an autograd class",
+        lambda p: p.within,
+        "the function around it has a backward of its own",
+    ),
+    Rule(
+        ADDING,
+        "float16",
+        lambda p: p.dtype == torch.float16,
+        "a sum above 65504 would be lost before the norm",
+    ),
     Rule(NORMS, "norm with out or residual_out", lambda p: p.buffers, "it returns new tensors"),
     Rule(
         (SWIGLU,),

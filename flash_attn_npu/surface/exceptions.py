@@ -12,7 +12,7 @@ __all__ = ["RULES"]
 _TRITON = "Triton kernels, with their launchers and tables"
 _EXTENSION = "launchers of upstream's CUDA extension"
 _UPSTREAM_FAILS = "cannot be imported on an ordinary installation of upstream either"
-_MODELS = "whole models, and key maps of their checkpoints: no small composition of these parts"
+_NO_ORACLE = "a model that is remote code only, so that nothing is at hand to check a key map with"
 
 _ABSENT = (
     Absent("flash_attn_triton*", _UPSTREAM_FAILS),
@@ -22,8 +22,19 @@ _ABSENT = (
     Absent(
         "ops.triton.mlp", "built on ops.triton.linear; `FusedMLP` has the same activation, sqrelu"
     ),
-    Absent("models", _MODELS),
-    Absent("models.*", _MODELS),
+    Absent("models.baichuan", _NO_ORACLE),
+    Absent("models.btlm", _NO_ORACLE),
+    Absent(
+        "models.gpt",
+        "built on ops.triton.linear; `FusedMLP` has the same parameters and activation, sqrelu",
+        ("FusedDenseSqreluDense",),
+    ),
+    Absent(
+        "models.gpt",
+        "the names that Megatron-LM gave its weights depend on its version, and none is at hand "
+        "to check a key map with",
+        ("remap_state_dict_megatron",),
+    ),
     Absent(
         "flash_attn_interface",
         "tells the block size of a CUDA kernel, by which nothing is laid out here",

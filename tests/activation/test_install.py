@@ -60,7 +60,7 @@ def test_what_is_not_mirrored_is_absent(script: Script) -> None:
         flash_attn_npu.install()
         for name in MIRRORED:
             assert importlib.util.find_spec(f"flash_attn.{name}".rstrip(".")) is not None, name
-        for name in ("cute", "flash_attention", "models"):
+        for name in ("cute", "flash_attention", "models.btlm"):
             assert importlib.util.find_spec(f"flash_attn.{name}") is None
         for name in ("cute", "errors", "activation", "_version", "__main__"):
             try:
@@ -321,12 +321,12 @@ def test_a_second_install_evicts_placeholders_that_came_after_the_first(script: 
         import flash_attn_npu
         flash_attn_npu.install()
         import flash_attn
-        dummy = types.ModuleType("flash_attn.models")
-        sys.modules["flash_attn.models"] = flash_attn.models = dummy
+        dummy = types.ModuleType("flash_attn.flash_attention")
+        sys.modules["flash_attn.flash_attention"] = flash_attn.flash_attention = dummy
         flash_attn_npu.install()
-        assert "flash_attn.models" not in sys.modules
-        assert not hasattr(flash_attn_npu, "models")
-        assert importlib.util.find_spec("flash_attn.models") is None
+        assert "flash_attn.flash_attention" not in sys.modules
+        assert not hasattr(flash_attn_npu, "flash_attention")
+        assert importlib.util.find_spec("flash_attn.flash_attention") is None
 
         sys.modules["flash_attn"] = types.ModuleType("flash_attn")
         flash_attn_npu.install()

@@ -26,6 +26,11 @@ def positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, torch.zeros_like(x))
 
 
+def not_negative(x: Tensor) -> Tensor:
+    """`positive` whose derivative at 0 is 1."""
+    return torch.where(x >= 0, x, torch.zeros_like(x))
+
+
 def squared_positive(x: Tensor) -> Tensor:
     return positive(x) * positive(x)
 

@@ -19,7 +19,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SINGLE: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], reference.Formula]] = {
     "gelu": (activations.gelu_fwd, activations.gelu_bwd, reference.gelu_tanh),
     "sqrelu": (activations.sqrelu_fwd, activations.sqrelu_bwd, reference.squared_positive),
-    "relu": (torch.relu, activations.relu_bwd, reference.positive),
+    "relu": (torch.relu, activations.relu_bwd, reference.not_negative),
 }
 
 
@@ -159,9 +159,9 @@ def test_first_and_second_derivatives() -> None:
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_relu_has_no_gradient_at_zero() -> None:
+def test_the_gradient_of_relu_passes_at_zero() -> None:
     x = torch.tensor([-1.0, -0.0, 0.0, 1.0, float("nan")])
-    assert activations.relu_bwd(torch.full((5,), 7.0), x).tolist() == [0.0, 0.0, 0.0, 7.0, 7.0]
+    assert activations.relu_bwd(torch.full((5,), 7.0), x).tolist() == [0.0, 7.0, 7.0, 7.0, 0.0]
 
 
 def test_large_values_do_not_overflow_before_they_are_rounded() -> None:

@@ -29,6 +29,10 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "norm with weight1": lambda p: p._replace(outputs=2),
     "norm with rowscale or layerscale": lambda p: p._replace(scaled=True),
     "norm with dropout_p": lambda p: p._replace(dropout=True),
+    "norm in layer_norm_linear_fn, of a subset of rows, or by an autograd class": (
+        lambda p: p._replace(within=True)
+    ),
+    "float16": lambda p: p._replace(dtype=torch.float16),
     "norm with out or residual_out": lambda p: p._replace(buffers=True),
     "swiglu of other than halves of one tensor": lambda p: p._replace(halves=False),
     "swiglu under torch.compile": lambda p: p._replace(compiling=True),

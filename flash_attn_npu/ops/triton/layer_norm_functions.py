@@ -26,6 +26,7 @@ __all__ = [
     "LayerNormFn",
     "LayerNormLinearFn",
     "arranged",
+    "compose",
     "gradients",
     "keep",
     "normalize",
@@ -74,6 +75,11 @@ def normalize(function: str, call: NormCall) -> Answer:
     )
     answer = Answer(*_Normalize.apply(*inner))  # type: ignore[no-untyped-call]
     return in_buffers(call, answer)
+
+
+def compose(function: str, call: NormCall) -> None:
+    """Ask the table about a norm in a function with a backward of its own: it will be composed."""
+    choose(norms.problem_of(function, call)._replace(within=True))
 
 
 def _fused(operator: str, call: NormCall) -> Answer:
@@ -223,6 +229,7 @@ class LayerNormFn(torch.autograd.Function):
         )
         # fmt: on
         norms.check(call, {})
+        compose("LayerNormFn", call)
         ctx.two, ctx.prenorm = weight1 is not None, prenorm
         answer = in_buffers(call, serve(ctx, call))
         return arranged(answer, ctx.two, prenorm, return_dropout_mask)
@@ -264,6 +271,7 @@ class LayerNormLinearFn(torch.autograd.Function):
         # fmt: on
         norms.check(call, RENAMED["layer_norm_linear_fn"])
         _check_linear(x, linear_weight, linear_bias)
+        compose("layer_norm_linear_fn", call)
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
         call = call._replace(out_dtype=torch.get_autocast_dtype(kind) if autocast else x.dtype)

@@ -1,14 +1,14 @@
 """Mirror of `flash_attn.ops.triton.rotary`: one function; the Triton kernel itself is absent.
 
 MindSpeed replaces `apply_rotary`, in every module that holds it, by a function that raises. Nothing
-in this package calls it for that reason: the rotation is `kernels.rotation`.
+in this package calls it for that reason: the rotation is `rowwise.rotation`.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ...kernels.rotation import rotate
+from ...rowwise.rotation import rotate
 
 __all__ = ["apply_rotary"]
 

@@ -1,23 +1,22 @@
-"""SwiGLU and its gradients: torch_npu's where it serves, else in float32 and rounded once.
+"""SwiGLU and its gradients: arguments checked, and the operation that serves.
 
-Every SwiGLU of this package comes through these functions, outside of autograd. Float64 is
-computed in float64.
+Every SwiGLU of this package comes through these functions, outside of autograd.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
-from ..rowwise.dispatch import choose, serves
-from ..rowwise.problem import Gate
-from ..rowwise.support import TORCH
-from . import fused
+from ..kernels import fused
+from ..kernels import gates as composed
+from .dispatch import choose, serves
+from .problem import Gate
+from .support import TORCH
 
-__all__ = ["require_floating", "swiglu_bwd", "swiglu_fwd", "widened"]
+__all__ = ["require_floating", "swiglu_bwd", "swiglu_fwd"]
 
 
 def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
@@ -37,9 +36,7 @@ def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
     _check(x=x, y=y)
     if choose(_problem(x, y)) != TORCH:
         return fused.gate(x)
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return (silu(x.to(wide)) * y).to(dtype).contiguous()
+    return composed.swiglu(x, y)
 
 
 def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,18 +58,7 @@ def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     # the operator takes a gradient of the dtype of its result only
     if g.dtype == x.dtype and serves(_problem(x, y)):
         return fused.gate_backward(g, x)
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    gate, g = x.to(wide), g.to(wide)
-    # not aten.silu_backward, which has no derivative of its own
-    chance = torch.sigmoid(gate)
-    dx = g * y * chance * (1 + gate * (1 - chance))
-    dy = silu(gate) * g
-    return dx.to(x.dtype).contiguous(), dy.to(y.dtype).contiguous()
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32, or as it is if it is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return composed.swiglu_backward(x, y, g)
 
 
 def require_floating(**tensors: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Mirror of `flash_attn.models`: whole models out of the modules of this package."""
