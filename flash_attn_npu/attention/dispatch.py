@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import kernels, policy, usage
 from ..errors import UnsupportedError, explain
+from ..rowwise.dispatch import forget_choices
 from . import checks
 from .describe import dense_problem, varlen_problem
 from .lengths import Lengths
@@ -118,6 +119,7 @@ def forget_plans() -> None:
     """Drop every remembered plan, and what kernels keep; the next calls decide again."""
     _plans.clear()
     forget_places()
+    forget_choices()
     kernels.forget()
 
 

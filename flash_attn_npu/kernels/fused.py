@@ -18,6 +18,9 @@ from ..rowwise.support import ADD_LAYER_NORM, ADD_RMS_NORM, RMS_NORM
 
 __all__ = ["add_and_norm", "gate", "gate_backward", "losses", "rotation"]
 
+MOST_DIMS = 8
+"""A norm's backward takes two to eight dimensions."""
+
 
 class _Once(torch.autograd.Function):
     """The tensor itself, whose gradient is refused a derivative; autograd would drop that term."""
@@ -88,8 +91,11 @@ def add_and_norm(
 
     Where dtypes are mixed, the sum and the norm are computed in float32.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    added = None if residual is None else residual.reshape(rows.shape)
+    if not 1 < x.dim() <= MOST_DIMS:
+        rows = x.reshape(-1, x.shape[-1])
+        added = None if residual is None else residual.reshape(rows.shape)
+    else:
+        rows, added = x, residual
     if zero_centered_weight:
         weight = weight.float() + 1
     if operator in (ADD_RMS_NORM, ADD_LAYER_NORM):
@@ -102,7 +108,10 @@ def add_and_norm(
         normed = _norm(operator, total, weight, bias, eps)
     # a sum of strided rows has their strides
     total = total.to(total_dtype).contiguous()
-    return normed.to(out_dtype).view(x.shape), total.view(x.shape)
+    normed = normed.to(out_dtype).contiguous()
+    if total.shape != x.shape:
+        return normed.view(x.shape), total.view(x.shape)
+    return normed, total
 
 
 def _norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

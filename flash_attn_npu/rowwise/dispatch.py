@@ -6,6 +6,7 @@ counted or logged, so that tracing leaves no trace in the graph.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from .. import policy, usage
 from .problem import Problem
 from .support import TORCH, candidates, refusals
 
-__all__ = ["choose", "forget_choices", "serves"]
+__all__ = ["choose", "forget_choices", "recall", "remember", "serves"]
 
 CHOICES = 1024
 """Choices that are remembered; at the next one all are dropped."""
@@ -27,6 +28,7 @@ class _Choice(NamedTuple):
 
 
 _choices: dict[Problem, _Choice] = {}
+_recalled: dict[Hashable, _Choice] = {}
 
 
 def choose(problem: Problem) -> str:
@@ -50,9 +52,32 @@ def serves(problem: Problem) -> bool:
     return found[0] != TORCH
 
 
+def recall(key: Hashable) -> str | None:
+    """The fused operator that was remembered for a key, None if there is none; counts the call."""
+    choice = _recalled.get(key)
+    if choice is None:
+        return None
+    choice.tally.calls += 1
+    return choice.operator
+
+
+def remember(key: Hashable, problem: Problem) -> None:
+    """Let `recall(key)` answer, if a fused operator serves.
+
+    The key must hold all that the problem and the checks before it depend on.
+    """
+    choice = _choice(problem)
+    if choice.operator == TORCH:
+        return
+    if len(_recalled) >= CHOICES:
+        _recalled.clear()
+    _recalled[key] = choice
+
+
 def forget_choices() -> None:
     """Drop every remembered choice; the next calls decide again."""
     _choices.clear()
+    _recalled.clear()
 
 
 def _first(problem: Problem) -> tuple[str, tuple[str, ...]]:

@@ -5,6 +5,9 @@ Every SwiGLU of this package comes through these functions, outside of autograd.
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import mul
+
 import torch
 from torch import Tensor
 
@@ -94,12 +97,16 @@ def _are_halves(x: Tensor, y: Tensor) -> bool:
     if x.device.type != "npu" or x.dim() == 0 or x.dtype != y.dtype or x.stride() != y.stride():
         return False
     width = x.shape[-1]
-    whole = torch.empty((*x.shape[:-1], 2 * width), device="meta")
     return (
         x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
         and y.storage_offset() == x.storage_offset() + width
-        and x.stride() == whole.stride()
+        and x.stride() == _contiguous_strides((*x.shape[:-1], 2 * width))
     )
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of this shape."""
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1]
 
 
 def _check(x: Tensor, **others: Tensor) -> None:

@@ -52,6 +52,8 @@ def rotate(
         sin = -sin
     fused_serves = _is_fused(function, x, cos, heads, interleaved)
     rotary_dim = 2 * cos.shape[-1]
+    if fused_serves and not inplace and rotary_dim == x.shape[-1]:
+        return _fuse(x, cos, sin, tokens, interleaved)
     out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if fused_serves:
         head = x[..., :rotary_dim]

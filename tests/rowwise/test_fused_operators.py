@@ -12,7 +12,7 @@ import virtual_ascend
 from torch import Tensor
 
 from flash_attn_npu import fallback, policy, reporting
-from flash_attn_npu.errors import UnsupportedError
+from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from flash_attn_npu.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
 from flash_attn_npu.ops.activations import swiglu, swiglu_bwd, swiglu_fwd
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
@@ -171,6 +171,25 @@ def test_a_norm_without_gradient_adds_in_the_same_launch(npu: torch.device) -> N
     exact = norm_of({key: value.double() for key, value in leaves.items()}, True)
     for got, plain, want in zip((y, total), norm_of(leaves, True), exact, strict=True):
         close(got, plain, want)
+
+
+def test_a_remembered_norm_is_counted_and_still_checked(npu: torch.device) -> None:
+    x, weight = torch.randn(2, 8, device=npu), torch.ones(8, device=npu)
+    with reporting() as report:
+        for _ in range(3):
+            rms_norm_fn(x, weight, None)
+    (tally,) = report.tallies
+    assert (tally.function, tally.kernel, tally.calls) == ("rms_norm_fn", "npu_rms_norm", 3)
+    for bad in (weight[:4], weight.cpu(), weight.int(), None):
+        with pytest.raises((ArgumentError, ArgumentTypeError), match=r"^weight: got "):
+            rms_norm_fn(x, bad, None)
+    with pytest.raises(ArgumentError, match=r"^out_dtype: got "):
+        rms_norm_fn(x, weight, None, out_dtype=torch.int32)
+    with reporting() as report:
+        rms_norm_fn(x, weight, None, x1=x)
+        rms_norm_fn(x, weight.requires_grad_(), None, residual=x).sum().backward()
+    assert {tally.kernel for tally in report.tallies} == {"torch", "npu_rms_norm"}
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize("fn", [rms_norm_fn, layer_norm_fn])

@@ -6,7 +6,7 @@ copies in float32. The arithmetic is `kernels.norms`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from ...attention.checks import require_tensors
 from ...kernels import fused, norms
 from ...kernels.norms import NormCall, Normed, Saved
-from ...rowwise.dispatch import choose
+from ...rowwise.dispatch import choose, recall, remember
 from ...rowwise.support import TORCH
 from ...utils.torch import custom_bwd, custom_fwd
 
@@ -66,8 +66,14 @@ def normalize(function: str, call: NormCall) -> Answer:
         ArgumentError, ArgumentTypeError: an argument does not fit, under the function's name for
             it; nothing was written.
     """
-    norms.check(call, RENAMED.get(function, {}))
-    operator = choose(norms.problem_of(function, call))
+    key = _key(function, call)
+    operator = None if key is None else recall(key)
+    if operator is None:
+        norms.check(call, RENAMED.get(function, {}))
+        problem = norms.problem_of(function, call)
+        operator = choose(problem)
+        if key is not None:
+            remember(key, problem)
     if operator != TORCH:
         return _fused(operator, call)
     inner = call._replace(
@@ -75,6 +81,23 @@ def normalize(function: str, call: NormCall) -> Answer:
     )
     answer = Answer(*_Normalize.apply(*inner))  # type: ignore[no-untyped-call]
     return in_buffers(call, answer)
+
+
+def _key(function: str, call: NormCall) -> Hashable:
+    """What `norms.check` and the table look at; None for calls that no fused operator serves."""
+    given, others, options = call[:4], call[4:11], call[11:]
+    plain = type(call.eps) is float and type(call.dropout_p) is float
+    if torch.compiler.is_compiling() or not plain or any(one is not None for one in others):
+        return None
+    facts: list[Any] = [function, torch.is_grad_enabled()]
+    for tensor in given:
+        if isinstance(tensor, Tensor):
+            facts += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+        elif tensor is not None:
+            return None
+        else:
+            facts.append(None)
+    return (*facts, options)
 
 
 def compose(function: str, call: NormCall) -> None:
