@@ -23,6 +23,14 @@ def test_overhead(npu: object, run_python: Callable[..., str]) -> None:
         assert RATIO.search(line), printed
 
 
+@pytest.mark.sweep
+def test_rowwise(npu: object, run_python: Callable[..., str]) -> None:
+    printed = run_python(str(BENCHMARKS / "rowwise.py"), "--quick")
+    for name in ("rms_norm_fn", "layer_norm_fn", "swiglu", "apply_rotary_emb"):
+        line = next(line for line in printed.splitlines() if line.strip().startswith(name))
+        assert RATIO.search(line), printed
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.sweep
 def test_memory(run_python: Callable[..., str]) -> None:

@@ -118,6 +118,18 @@ def test_concatenated_sequences(
     assert gradient.sum().item() == 4 * sum(kept)
 
 
+def test_autocast_changes_nothing(device: torch.device) -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).to(device)
+    hidden = torch.randn(2, 3, 4).to(device).requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        packed, indices, *_ = unpad_input(hidden, mask)
+        padded = pad_input(packed * 2, indices, 2, 3)
+        (grad,) = torch.autograd.grad(padded.sum(), hidden)
+    assert {packed.dtype, padded.dtype, grad.dtype} == {torch.float32}
+    assert torch.equal(padded, 2 * hidden * mask[..., None])
+    assert torch.equal(grad, (2 * mask[..., None]).expand(2, 3, 4).float())
+
+
 def test_masks_and_lengths_on_the_host_cost_no_copy(npu: torch.device) -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     lengths = torch.tensor([[2, 1, 0], [1, 0, 0]])
