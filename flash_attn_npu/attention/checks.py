@@ -42,17 +42,8 @@ def flag(argument: str, value: Any) -> bool:
 
 
 def real(argument: str, value: Any) -> float:
-    """`value` as a finite float; a host tensor with one element is one if it needs no gradient."""
+    """`value` as a finite float; a host tensor with one element is taken too."""
     if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
-        if value.requires_grad and torch.is_grad_enabled():
-            raise ArgumentError(
-                explain(
-                    argument,
-                    "a tensor that requires a gradient",
-                    "a number, into which no gradient flows",
-                    f"pass {argument}.item(), or multiply by it outside of the call",
-                )
-            )
         value = value.item()
     if isinstance(value, Real):
         number = float(value)
