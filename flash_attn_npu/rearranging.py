@@ -42,6 +42,7 @@ def rearrange(tensor: Tensor, pattern: str, **axes_lengths: int) -> Tensor:
     require_tensors(tensor=tensor)
     left, right = _sides(pattern)
     left, right = (_with_ellipsis(side, left, tensor, pattern) for side in (left, right))
+    _check_names(left, pattern, axes_lengths)
     lengths = _lengths(left, tensor, pattern, axes_lengths)
     names = [name for group in left for name in group]
     wanted = [name for group in right for name in group]
@@ -74,6 +75,12 @@ def _with_ellipsis(side: Groups, left: Groups, tensor: Tensor, pattern: str) -> 
         return side
     place = side.index(whole)
     return side[:place] + [(f"...{i}",) for i in range(hidden)] + side[place + 1 :]
+
+
+def _check_names(left: Groups, pattern: str, axes_lengths: dict[str, int]) -> None:
+    names = {name for group in left for name in group}
+    if any(name.isdigit() for name in names) or not names.issuperset(axes_lengths):
+        raise _unfit(pattern, "names, no number but 1, and a length only for a name on the left")
 
 
 def _lengths(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.checks import require_tensors
-from ..errors import ArgumentError, explain
+from ..errors import ArgumentError, ArgumentTypeError, explain
 from .decoding_cache import (
     DecodingCGCache,
     InferenceParams,
@@ -93,7 +94,8 @@ def decode(
     Args:
         input_ids: (batch, seqlen), without padding.
         model: see the top of this module.
-        max_length: length of the sequences returned, the prompt included.
+        max_length: length of the sequences returned, the prompt included; at least one token is
+            made, also for a prompt of this length.
         top_k, top_p, temperature: see `sample`.
         eos_token_id: stop when all sequences get this token in the same step. Sequences that got
             it earlier go on.
@@ -109,11 +111,15 @@ def decode(
         `SampleDecoderOnlyOutput`. scores are logits before top_k, top_p and temperature.
 
     Raises:
-        ArgumentError: a prompt longer than max_length; otherwise as `sample`.
+        ArgumentError: a prompt longer than max_length, or teacher_outputs of another batch;
+            otherwise as `sample`.
+        ArgumentTypeError: eos_token_id is no int.
 
     Contract: flash-attention 2.8, `decode`.
     """
     _check_prompt(input_ids, max_length)
+    _check_end(eos_token_id)
+    _check_teacher(teacher_outputs, input_ids)
     batch, _ = input_ids.shape
     stepper = _Stepper(model, input_ids, max_length, vocab_size, tensor_parallel, cg, (1,))
     params = stepper.params
@@ -168,6 +174,7 @@ def decode_speculative(
     Contract: flash-attention 2.8, `decode_speculative`.
     """
     _check_prompt(input_ids, max_length)
+    _check_end(eos_token_id)
     _check_speculation(input_ids, speculative_lookahead)
     sizes = range(1, speculative_lookahead + 2)
     options = (input_ids, max_length, vocab_size, tensor_parallel)
@@ -312,6 +319,29 @@ def _timed(wanted: bool, tensor_parallel: int, device: torch.device) -> Iterator
     yield
     if wanted:
         print(f"Prompt and decoding took {1000 * (now() - start):.0f} ms")
+
+
+def _check_end(eos_token_id: Any) -> None:
+    one = isinstance(eos_token_id, Integral | None)
+    if not one and not (isinstance(eos_token_id, Tensor) and eos_token_id.numel() == 1):
+        raise ArgumentTypeError(
+            explain("eos_token_id", repr(eos_token_id), "an int or None", "pass one token")
+        )
+
+
+def _check_teacher(teacher_outputs: Tensor | None, input_ids: Tensor) -> None:
+    if teacher_outputs is None:
+        return
+    require_tensors(teacher_outputs=teacher_outputs)
+    if teacher_outputs.dim() != 2 or teacher_outputs.shape[0] != input_ids.shape[0]:
+        raise ArgumentError(
+            explain(
+                "teacher_outputs",
+                f"shape {tuple(teacher_outputs.shape)}",
+                f"({input_ids.shape[0]}, length), one row for each sequence of input_ids",
+                "pass tokens for every sequence",
+            )
+        )
 
 
 def _ended(tokens: Tensor, eos_token_id: int | None) -> bool:

@@ -320,6 +320,7 @@ def test_bad_input_is_named():
         ("input_ids", lambda: decode(prompt[0], model, 5)),
         ("temperature", lambda: decode(prompt, model, 5, top_k=2, temperature=0.0)),
         ("top_p", lambda: decode(prompt, model, 5, top_k=2, top_p=1.5)),
+        ("teacher_outputs", lambda: decode(prompt, model, 5, teacher_outputs=prompt[:1])),
         ("input_ids", lambda: decode_speculative(prompt, model, model, 5)),
         ("speculative_lookahead", lambda: decode_speculative(prompt[:1], model, model, 5, 0)),
     ):
@@ -327,6 +328,8 @@ def test_bad_input_is_named():
             call()
     with pytest.raises(ArgumentTypeError, match=r"^input_ids: got"):
         decode([[1]], model, 5)
+    with pytest.raises(ArgumentTypeError, match=r"^eos_token_id: got \[1, 2\]"):
+        decode(prompt, model, 5, eos_token_id=[1, 2])
 
 
 def test_clients_may_replace_sample(monkeypatch):

@@ -67,6 +67,10 @@ def test_patterns_that_do_not_fit(pattern: str) -> None:
 
 
 def test_lengths_that_do_not_divide() -> None:
+    with pytest.raises(ArgumentError, match="pattern"):
+        rearrange(X, "b s h d -> b s h d", e=4)
+    with pytest.raises(ArgumentError, match="pattern"):
+        rearrange(X, "2 s h d -> s h d 2")
     with pytest.raises(ArgumentError, match="multiply"):
         rearrange(X, "b s h (d e) -> b s h d e", e=4)
     with pytest.raises(ArgumentTypeError, match="tensor"):
