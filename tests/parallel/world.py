@@ -16,7 +16,8 @@ of the function must be importable without one. Do not leave a collective half d
 inside the function (`with pytest.raises(...)`).
 
 If a rank raises, `RankError` carries the traceback of each rank that did. What fails, dies or takes
-longer than `timeout` seconds costs the processes: the next call starts new ones (about 3 s).
+longer than `timeout` seconds costs the processes: the next call starts new ones (about 3 s, which
+do not count; far longer where a machine reads slowly).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 SIZE = 2
+START = 300.0
+"""How long both processes may take to import torch."""
 TIMEOUT = 45.0
 GRACE = 2.0
 """How long a rank may go on after the other has failed: it may wait for it in a collective."""
@@ -61,6 +64,7 @@ def run(function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> l
         _world = _World()
     done = False
     try:
+        _world.start()
         results = _world.call(function, args, timeout)
         done = True
         return results
@@ -84,6 +88,7 @@ class _World:
         self.folder = tempfile.TemporaryDirectory(prefix="world-")
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
+        self.started = False
         environment = dict(os.environ, TORCH_DEVICE_BACKEND_AUTOLOAD="0", OMP_NUM_THREADS="1")
         if sys.platform == "linux":
             environment["GLOO_SOCKET_IFNAME"] = "lo"
@@ -95,6 +100,22 @@ class _World:
                 command = [sys.executable, __file__, str(rank), str(number), self.folder.name]
                 process = subprocess.Popen(command, env=environment, pass_fds=[number])
                 self.processes.append(process)
+
+    def start(self) -> None:
+        """Let both ranks meet, once both can."""
+        if self.started:
+            return
+        deadline = time.monotonic() + START
+        for rank, connection in enumerate(self.connections):
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
+                raise RankError(f"rank {rank}: not started in {START} s")
+            try:
+                connection.recv_bytes()
+            except EOFError:
+                raise RankError(f"rank {rank}: the process ended before it started") from None
+        for connection in self.connections:
+            connection.send_bytes(b"meet")
+        self.started = True
 
     def call(
         self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
@@ -167,6 +188,8 @@ def _serve(rank: int, connection: Connection, folder: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    connection.send_bytes(b"ready")
+    connection.recv_bytes()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
