@@ -214,8 +214,10 @@ class MHA(CachedAttention):
 
         Contract: flash-attention 2.8, `MHA.forward`.
         """
-        require_tensors(x=x)
         packed = cu_seqlens is not None
+        self._check_rows("x", x, packed)
+        if x_kv is not None:
+            self._check_rows("x_kv", x_kv, packed)
         self._check_call(x_kv, key_padding_mask, packed, max_seqlen, mixer_subset, inference_params)
         if self.use_flash_attn:
             options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, **kwargs}
@@ -233,6 +235,20 @@ class MHA(CachedAttention):
             )
         out: Tensor = self.out_proj(context.flatten(-2))
         return (out, x) if self.return_residual else out
+
+    def _check_rows(self, argument: str, x: Tensor, packed: bool) -> None:
+        require_tensors(**{argument: x})
+        if x.dim() == (2 if packed else 3) and x.shape[-1] == self.embed_dim:
+            return
+        padded, flat = f"(batch, seqlen, {self.embed_dim})", f"(total, {self.embed_dim})"
+        raise ArgumentError(
+            explain(
+                argument,
+                f"shape {tuple(x.shape)} {'with' if packed else 'without'} cu_seqlens",
+                f"{flat} with cu_seqlens, {padded} without",
+                "pass cu_seqlens and max_seqlen for packed sequences, a padded batch otherwise",
+            )
+        )
 
     def _check_call(
         self,
