@@ -9,6 +9,7 @@ from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
 from ..ops.triton.rotary import apply_rotary
 from ..rowwise.rotation import check_dense
+from .rotary_checks import check_kv
 from .rotary_functions import (
     ApplyRotaryEmb,
     ApplyRotaryEmbKV_,
@@ -19,7 +20,6 @@ from .rotary_functions import (
     apply_rotary_emb_kv_,
     apply_rotary_emb_qkv_,
     apply_rotary_emb_torch,
-    check_kv,
     rotate_half,
 )
 

@@ -14,6 +14,10 @@ from torch import Tensor
 from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
 from ..rowwise.rotation import rotate
+from .rotary_checks import check_k_tables, check_kv, packed_heads
+
+_creation_meta = torch._C._autograd._get_creation_meta
+_MULTIPLE = torch._C._autograd.CreationMeta.MULTI_OUTPUT_NODE
 
 __all__ = [
     "ApplyRotaryEmb",
@@ -97,9 +101,9 @@ class ApplyRotaryEmb(torch.autograd.Function):
         """Rotate x."""
         _save(ctx, (cos, sin, cu_seqlens), seqlen_offsets)
         ctx.interleaved, ctx.max_seqlen = interleaved, max_seqlen
-        if inplace:
-            ctx.mark_dirty(x)
-        return rotate(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
+        where = _in_place(ctx, x) if inplace else x
+        out = rotate(where, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
+        return x if inplace else out
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,7 +137,9 @@ def apply_rotary_emb(
         max_seqlen: the longest packed sequence at least; not needed.
 
     Returns:
-        x if inplace, else a new contiguous tensor of its shape and dtype.
+        x if inplace, else a new contiguous tensor of its shape and dtype. A leaf that requires a
+        gradient, and one of several views that were made at once, are written as well, but what is
+        returned is another tensor over their memory, and the gradient flows through that one.
 
     Raises:
         ArgumentError, ArgumentTypeError: as `apply_rotary`.
@@ -164,12 +170,12 @@ def _apply_rotary_emb_qkv(
     num_heads_q: int | None = None,
 ) -> Tensor:
     """Rotate q and k of a packed qkv, for `apply_rotary_emb_qkv_` and its gradient."""
-    queries, keys = _sizes(qkv, num_heads_q)
+    queries, keys = packed_heads(qkv, num_heads_q)
     if cos_k is None and sin_k is None:
         turns = [(0, queries + keys, cos, sin)]
     else:
         cos_k, sin_k = (cos if cos_k is None else cos_k), (sin if sin_k is None else sin_k)
-        _check_k_tables(cos, cos_k, sin_k)
+        check_k_tables(cos, cos_k, sin_k)
         turns = [(0, queries, cos, sin), (queries, keys, cos_k, sin_k)]
     out = qkv if inplace else qkv.clone(memory_format=torch.contiguous_format)
     for start, size, c, s in turns:
@@ -196,10 +202,11 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):  # noqa: N801
         """Rotate q and k where they lie."""
         _save(ctx, (cos, sin, cos_k, sin_k), seqlen_offsets)
         ctx.interleaved, ctx.num_heads_q = interleaved, num_heads_q
-        ctx.mark_dirty(qkv)
-        return _apply_rotary_emb_qkv(
-            qkv, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
+        where = _in_place(ctx, qkv)
+        _apply_rotary_emb_qkv(
+            where, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
         )
+        return qkv
 
     @staticmethod
     def backward(ctx: Any, dqkv: Tensor) -> tuple[Tensor | None, ...]:
@@ -275,8 +282,8 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801
         check_kv(kv)
         _save(ctx, (cos, sin), seqlen_offsets)
         ctx.interleaved = interleaved
-        ctx.mark_dirty(kv)
-        rotate(kv[:, :, 0], cos, sin, seqlen_offsets, None, None, interleaved, inplace=True)
+        where = _in_place(ctx, kv)
+        rotate(where[:, :, 0], cos, sin, seqlen_offsets, None, None, interleaved, inplace=True)
         return kv
 
     @staticmethod
@@ -337,6 +344,23 @@ def _is_differentiated(x: object) -> bool:
     return torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
 
 
+def _in_place(ctx: Any, x: Tensor) -> Tensor:
+    """What to write x through; the caller then returns x itself.
+
+    Autograd lets nobody declare a leaf changed, nor one of several views that a function has made
+    at once. Those it takes for unchanged, and what is returned is another tensor over x's memory.
+    """
+    if torch.compiler.is_compiling():
+        ctx.mark_dirty(x)
+    elif x.requires_grad and x.is_leaf:
+        return x
+    elif x._is_view() and _creation_meta(x) == _MULTIPLE:
+        return x.data
+    else:
+        ctx.mark_dirty(x)
+    return x
+
+
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...], seqlen_offsets: int | Tensor) -> None:
     in_tensor = isinstance(seqlen_offsets, Tensor)
     ctx.save_for_backward(*tensors, seqlen_offsets if in_tensor else None)
@@ -346,52 +370,3 @@ def _save(ctx: Any, tensors: tuple[Tensor | None, ...], seqlen_offsets: int | Te
 def _saved(ctx: Any) -> tuple[tuple[Any, ...], int | Tensor]:
     *tensors, offsets = ctx.saved_tensors
     return tuple(tensors), ctx.seqlen_offset if offsets is None else offsets
-
-
-def _sizes(qkv: Tensor, num_heads_q: int | None) -> tuple[int, int]:
-    """How much of axis 2 is q, and how much is k."""
-    require_tensors(qkv=qkv)
-    if qkv.dim() == 5 and qkv.shape[2] == 3:
-        return 1, 1
-    if qkv.dim() == 4 and num_heads_q is not None:
-        rest = qkv.shape[2] - num_heads_q
-        if num_heads_q > 0 and rest > 0 and rest % 2 == 0:
-            return num_heads_q, rest // 2
-    raise ArgumentError(
-        explain(
-            "qkv",
-            f"shape {tuple(qkv.shape)} and num_heads_q={num_heads_q}",
-            "(batch, seqlen, 3, nheads, headdim), or "
-            "(batch, seqlen, num_heads_q + 2 * num_heads_k, headdim) with num_heads_q",
-            "pass num_heads_q for a 4-dimensional qkv, or stack q, k and v along axis 2",
-        )
-    )
-
-
-def _check_k_tables(cos: Tensor, cos_k: Tensor, sin_k: Tensor) -> None:
-    """Before q is written, so that a wrong table for k has no effect."""
-    require_tensors(cos=cos, cos_k=cos_k, sin_k=sin_k)
-    for name, table in (("cos_k", cos_k), ("sin_k", sin_k)):
-        if table.shape != cos.shape or table.dtype != cos.dtype or table.device != cos.device:
-            raise ArgumentError(
-                explain(
-                    name,
-                    f"a {table.dtype} tensor of shape {tuple(table.shape)} on {table.device}",
-                    f"{cos.dtype}, shape {tuple(cos.shape)} and {cos.device}, as cos",
-                    "pass four tables of one kind",
-                )
-            )
-
-
-def check_kv(kv: Tensor) -> None:
-    """Raise ArgumentError unless kv is (batch, seqlen, 2, nheads_k, headdim)."""
-    require_tensors(kv=kv)
-    if kv.dim() != 5 or kv.shape[2] != 2:
-        raise ArgumentError(
-            explain(
-                "kv",
-                f"shape {tuple(kv.shape)}",
-                "(batch, seqlen, 2, nheads_k, headdim)",
-                "stack k and v along axis 2",
-            )
-        )

@@ -88,7 +88,9 @@ def _fuse(x: Tensor, cos: Tensor, sin: Tensor, tokens: int, interleaved: bool) -
     shape = (*x.shape[:tokens], *cos.shape[cos.dim() - x.dim() + tokens :])
     cos, sin = (table.expand(shape).reshape(total, -1) for table in (cos, sin))
     turned = fused.rotation(x.reshape(total, -1, rotary_dim), cos, sin, interleaved)
-    return turned.view(x.shape)
+    # what an autograd.Function returns must be no view, else nobody may write to it
+    whole: Tensor = torch.ops.aten._unsafe_view.default(turned, x.shape)
+    return whole
 
 
 def _lookup(table: Tensor, rows: Rows, heads: int) -> Tensor:
