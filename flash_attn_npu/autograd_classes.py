@@ -22,6 +22,7 @@ from .attention import checks
 from .attention.call import Answer, unpacked
 from .attention.problem import default_scale
 from .errors import ArgumentError, UnsupportedError, explain
+from .first_order import first_order
 from .settings import fallback, fallback_policy
 
 __all__ = [
@@ -280,7 +281,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
                 deterministic=deterministic,
                 rng_state=rng_state,
             )
-    return grads
+    return first_order("attention", grads, dout, *inputs)
 
 
 def _require_backward(ctx: Any) -> None:

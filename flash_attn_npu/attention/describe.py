@@ -87,6 +87,8 @@ def _problem(
     _check_options(options, len(seqlens[0]), q)
     left, right = _normalised_window(options.causal, options.window_size, max_seqlens[1])
     scale = options.softmax_scale
+    # 1e-30 is what clients pass to ask for softmax_lse: it drops nothing
+    dropout_p = options.dropout_p if 1.0 - options.dropout_p < 1.0 else 0.0
     return Problem(
         function=function,
         dtype=q.dtype,
@@ -107,12 +109,13 @@ def _problem(
         right=right,
         softcap=max(options.softcap, 0.0),
         alibi=options.alibi_slopes is not None,
-        # 1e-30 is what clients pass to ask for softmax_lse: it drops nothing
-        dropout_p=options.dropout_p if 1.0 - options.dropout_p < 1.0 else 0.0,
+        dropout_p=dropout_p,
         deterministic=options.deterministic,
-        s_dmask=options.return_attn_probs and 1.0 - options.dropout_p < 1.0,
+        s_dmask=options.return_attn_probs and dropout_p > 0,
         uses_lse=options.uses_lse,
-        needs_grad=options.needs_grad,
+        # checkpointing runs a forward twice, without and with gradients: one kernel must serve
+        # both, as each draws masks of its own
+        needs_grad=options.needs_grad or dropout_p > 0,
         sink=options.sink is not None,
         mask_from=options.mask_from,
         pages=options.pages,

@@ -141,7 +141,7 @@ TABLE: tuple[Row, ...] = (
     Row("causal", lambda p: p.causal),
     Row("window_size", lambda p: p.windowed),
     Row(
-        "varlen, window_size (0, 0), with gradient",
+        "varlen, window_size (0, 0), with gradient or dropout",
         lambda p: p.varlen and p.left == p.right == 0 and p.needs_grad,
         fusion=Cell("its packed backward demands left + right > 0"),
     ),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError, explain
+from ..first_order import first_order
 from ..settings import fallback, fallback_policy
 from .result import ROUNDING, accumulator, rounded_up
 
@@ -120,7 +121,8 @@ def differentiate(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
             f"{function} (backward)",
         )
     dsink = None if sink is None else _sink_grad(sink, dout, out, lse.transpose(1, 2))
-    return _positioned(inputs, grads, sink, dsink)
+    once = first_order(function, (*grads, dsink), dout, q, k, v, sink)
+    return _positioned(inputs, once, sink)
 
 
 def differentiate_varlen(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -136,7 +138,8 @@ def differentiate_varlen(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
             *(rng_state, False, f"{function} (backward)"),
         )
     dsink = None if sink is None else _sink_grad(sink, dout, out, lse.t())
-    return _positioned(inputs, grads, sink, dsink)
+    once = first_order(function, (*grads, dsink), dout, q, k, v, sink)
+    return _positioned(inputs, once, sink)
 
 
 def _refuse_parts(**parts: Tensor | None) -> None:
@@ -163,9 +166,11 @@ def _restored(ctx: Any) -> tuple[list[Any], Tensor, Tensor, Tensor]:
 
 
 def _positioned(
-    inputs: list[Any], grads: list[Tensor], sink: Tensor | None, dsink: Tensor | None
+    inputs: list[Any], grads: tuple[Tensor | None, ...], sink: Tensor | None
 ) -> tuple[Any, ...]:
-    return (*grads, *(dsink if value is sink else None for value in inputs[3:]))
+    """The gradients of q, k, v and sink at the places of `inputs`."""
+    *first, dsink = grads
+    return (*first, *(dsink if value is sink else None for value in inputs[3:]))
 
 
 def _sink_grad(sink: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:

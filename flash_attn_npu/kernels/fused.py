@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import UnsupportedError, explain
+from ..first_order import refuse_second
 from ..rowwise.support import ADD_LAYER_NORM, ADD_RMS_NORM, RMS_NORM
 
 __all__ = ["add_and_norm", "gate", "gate_backward", "losses", "rotation"]
@@ -34,26 +34,7 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         if not torch.is_grad_enabled():
             return grad
-        return _Refused.apply(grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-
-
-class _Refused(torch.autograd.Function):
-    """A gradient of `tensor`: a node between both, which autograd cannot pass over."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, tensor: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise UnsupportedError(
-            explain(
-                "create_graph",
-                "a second derivative of a fused operator",
-                "first derivatives; composed operations have second ones",
-                "leave create_graph out, or for cross entropy pass inplace_backward=True",
-            )
-        )
+        return refuse_second("a fused cross entropy", grad, *ctx.saved_tensors)
 
 
 def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

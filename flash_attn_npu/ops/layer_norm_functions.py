@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
+from ..first_order import first_order
 from ..kernels import norms
 from ..kernels.norms import NormCall, Saved
 from .triton.layer_norm_functions import Answer, compose, gradients, keep, normalize, serve
@@ -79,11 +79,10 @@ class DropoutAddLayerNormFn(torch.autograd.Function):
         return _arranged(call, serve(ctx, call), return_dmask)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         """The gradients of the tensors, none of rowscale."""
         order = ("x", "residual", "weight", "bias", "rowscale", "layerscale")
-        return gradients(ctx, order, dz, None, args[0] if ctx.prenorm else None)
+        return gradients(ctx, ctx.saved_tensors, order, dz, None, args[0] if ctx.prenorm else None)
 
 
 class DropoutAddLayerNormParallelResidualFn(torch.autograd.Function):
@@ -119,11 +118,10 @@ class DropoutAddLayerNormParallelResidualFn(torch.autograd.Function):
         return _arranged_parallel(call, serve(ctx, call), return_dmask)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz0: Tensor, dz1: Any, *args: Any) -> tuple[Tensor | None, ...]:
         """The gradients of the tensors."""
         order = ("x", "x1", "residual", "weight", "bias", "weight1", "bias1")
-        return gradients(ctx, order, dz0, dz1, args[0] if ctx.prenorm else None)
+        return gradients(ctx, ctx.saved_tensors, order, dz0, dz1, args[0] if ctx.prenorm else None)
 
 
 class DropoutAddLayerNormSubsetFn(torch.autograd.Function):
@@ -172,27 +170,32 @@ class DropoutAddLayerNormSubsetFn(torch.autograd.Function):
         return _arranged(call._replace(x=x0), answer, return_dmask)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         """The gradients of the tensors."""
-        *tensors, x0_subset, out_subset = ctx.saved_tensors
-        saved = Saved(*tensors)
-        dy = dz if out_subset is None else _spread(dz, out_subset).view(saved.total.shape)
-        order = ("x", "residual", "weight", "bias", "layerscale")
-        needs = zip(order, ctx.needs_input_grad, strict=False)
-        wanted = [field for field, needed in needs if needed]
-        dtotal = args[0] if ctx.prenorm else None
-        grads = norms.backward(saved, ctx.terms, wanted, dy, None, dtotal)
-        if "x" in grads and x0_subset is not None:
-            absent_and_rows = grads["x"].new_zeros(1 + ctx.x0_shape[:-1].numel(), dz.shape[-1])
-            absent_and_rows.index_add_(0, x0_subset.flatten().long(), grads["x"])
-            grads["x"] = absent_and_rows[1:].view(ctx.x0_shape)
-        if "residual" in grads:
-            grads["residual"] = grads["residual"].view(ctx.residual_shape)
-        rounded = (
-            grads[field].to(ctx.dtypes[field]) if field in grads else None for field in order
-        )
-        return *rounded, *(None for _ in ctx.needs_input_grad[len(order) :])
+        saved_tensors, dtotal = ctx.saved_tensors, args[0] if ctx.prenorm else None
+        with torch.no_grad():
+            grads = _subset_gradients(ctx, saved_tensors, dz, dtotal)
+        once = first_order("dropout_add_layer_norm_subset", grads, dz, dtotal, *saved_tensors)
+        return *once, *(None for _ in ctx.needs_input_grad[len(once) :])
+
+
+def _subset_gradients(
+    ctx: Any, saved_tensors: tuple[Tensor, ...], dz: Tensor, dtotal: Tensor | None
+) -> list[Tensor | None]:
+    *tensors, x0_subset, out_subset = saved_tensors
+    saved = Saved(*tensors)
+    dy = dz if out_subset is None else _spread(dz, out_subset).view(saved.total.shape)
+    order = ("x", "residual", "weight", "bias", "layerscale")
+    needs = zip(order, ctx.needs_input_grad, strict=False)
+    wanted = [field for field, needed in needs if needed]
+    grads = norms.backward(saved, ctx.terms, wanted, dy, None, dtotal)
+    if "x" in grads and x0_subset is not None:
+        absent_and_rows = grads["x"].new_zeros(1 + ctx.x0_shape[:-1].numel(), dz.shape[-1])
+        absent_and_rows.index_add_(0, x0_subset.flatten().long(), grads["x"])
+        grads["x"] = absent_and_rows[1:].view(ctx.x0_shape)
+    if "residual" in grads:
+        grads["residual"] = grads["residual"].view(ctx.residual_shape)
+    return [grads[field].to(ctx.dtypes[field]) if field in grads else None for field in order]
 
 
 def _arranged(call: NormCall, answer: Answer, return_dropout_mask: bool) -> Any:

@@ -205,10 +205,20 @@ def test_manual_seed_repeats_the_mask(device, function, problem, shown):
         assert not torch.equal(first[name], second[name])
 
 
-@both_layouts
+CHECKPOINTED = [
+    (flash_attn_func, DENSE, {}),
+    (flash_attn_varlen_func, VARLEN, {}),
+    # the fused kernel serves their forward, and its gradient does not
+    (flash_attn_varlen_func, VARLEN, {"window_size": (0, 0)}),
+    (flash_attn_varlen_func, VARLEN, {"causal": True, "window_size": (3, 0)}),
+    (flash_attn_varlen_func, VARLEN, {"deterministic": True, "alibi_slopes": torch.ones(4) / 8}),
+]
+
+
+@pytest.mark.parametrize(("function", "problem", "options"), CHECKPOINTED, ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_recomputes_the_same_mask(device, function, problem, reentrant):
-    call = harness.arguments_for(function, problem) | {"dropout_p": P}
+def test_checkpoint_recomputes_the_same_mask(device, function, problem, options, reentrant):
+    call = harness.arguments_for(function, problem) | {"dropout_p": P} | options
 
     there = {x: y.to(device) if isinstance(y, Tensor) else y for x, y in call.items()}
     rest = {name: there[name] for name in harness.parameters(function)[3:]}

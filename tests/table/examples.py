@@ -150,7 +150,9 @@ EXAMPLES: dict[str, Example] = {
     f"headdim above {MAX_HEADDIM}": dense(headdim=MAX_HEADDIM + 1),
     "causal": dense(causal=True),
     "window_size": dense(window_size=(2, 1)),
-    "varlen, window_size (0, 0), with gradient": packed([4, 6], window_size=(0, 0), grad=True),
+    "varlen, window_size (0, 0), with gradient or dropout": packed(
+        [4, 6], window_size=(0, 0), grad=True
+    ),
     "softmax_lse (return_attn_probs)": packed([4, 6], return_attn_probs=True),
     "dropout_p": dense(dropout_p=0.5),
     "S_dmask (dropout_p with return_attn_probs)": dense(dropout_p=0.5, return_attn_probs=True),

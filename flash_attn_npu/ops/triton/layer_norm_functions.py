@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from ...attention.checks import require_tensors
+from ...first_order import first_order
 from ...kernels import fused, norms
 from ...kernels.norms import NormCall, Normed, Saved
 from ...rowwise.dispatch import choose, recall, remember
@@ -127,9 +127,8 @@ class _Normalize(torch.autograd.Function):
         return serve(ctx, NormCall(*fields))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dy1: Any, dtotal: Any, *masks: Any) -> Any:
-        return gradients(ctx, norms.TENSORS, dy, dy1, dtotal)
+        return gradients(ctx, ctx.saved_tensors, norms.TENSORS, dy, dy1, dtotal)
 
 
 def serve(ctx: Any, call: NormCall, *others: Tensor | None) -> Answer:
@@ -165,6 +164,7 @@ def keep(
 
 def gradients(
     ctx: Any,
+    saved_tensors: tuple[Tensor, ...],
     order: tuple[str, ...],
     dy: Tensor,
     dy1: Tensor | None,
@@ -173,14 +173,17 @@ def gradients(
     """What `backward` returns, in the dtypes of the arguments.
 
     Args:
+        saved_tensors: those of ctx, which may be read once only: checkpointing forgets them then.
         order: the fields of NormCall that are the first arguments of `forward`.
     """
     needed = ctx.needs_input_grad
     wanted = [field for field, needs in zip(order, needed, strict=False) if needs]
-    saved = Saved(*ctx.saved_tensors[: len(Saved._fields)])
-    grads = norms.backward(saved, ctx.terms, wanted, dy, dy1, dtotal)
-    rounded = [grads[field].to(ctx.dtypes[field]) if field in grads else None for field in order]
-    return *rounded, *(None for _ in needed[len(order) :])
+    with torch.no_grad():
+        saved = Saved(*saved_tensors[: len(Saved._fields)])
+        grads = norms.backward(saved, ctx.terms, wanted, dy, dy1, dtotal)
+        rounded = [grads[name].to(ctx.dtypes[name]) if name in grads else None for name in order]
+    once = first_order("a norm", rounded, dy, dy1, dtotal, *saved_tensors)
+    return *once, *(None for _ in needed[len(order) :])
 
 
 def in_buffers(call: NormCall, answer: Answer) -> Answer:
@@ -258,13 +261,12 @@ class LayerNormFn(torch.autograd.Function):
         return arranged(answer, ctx.two, prenorm, return_dropout_mask)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         """The gradients of the tensors, none of rowscale."""
         dy1 = args[0] if ctx.two else None
         dtotal = args[int(ctx.two)] if ctx.prenorm else None
         order = ("x", "weight", "bias", "residual", "x1", "weight1", "bias1")
-        return gradients(ctx, order, dy, dy1, dtotal)
+        return gradients(ctx, ctx.saved_tensors, order, dy, dy1, dtotal)
 
 
 class LayerNormLinearFn(torch.autograd.Function):
@@ -308,25 +310,34 @@ class LayerNormLinearFn(torch.autograd.Function):
 
     @staticmethod
     @custom_bwd
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         """The gradients of the tensors; y is computed again."""
-        *saved, norm_bias, linear_weight = ctx.saved_tensors
-        total, mean, rstd, norm_weight = saved[:4]
-        rows = dout.flatten(0, -2) if dout.dim() > 1 else dout[None]
-        dy = (rows @ linear_weight.to(dout.dtype)).view(total.shape)
-        order = ("x", "weight", "bias", "linear_weight", "linear_bias", "residual")
-        needs = dict(zip(order, ctx.needs_input_grad, strict=False))
-        grads = gradients(ctx, order, dy, None, args[0] if ctx.prenorm else None)
-        wide = ctx.terms.wide
-        dweight = dbias = None
-        if needs["linear_weight"]:
-            normal = norms.standardised(total.to(wide), mean, rstd)
-            y = norms.affine(normal, norm_weight, norm_bias, False).to(ctx.out_dtype)
-            dweight = (rows.t() @ y.reshape(-1, y.shape[-1])).to(linear_weight.dtype)
-        if needs["linear_bias"]:
-            dbias = rows.sum(0, dtype=wide).to(ctx.linear_bias_dtype)
-        return *grads[:3], dweight, dbias, *grads[5:]
+        saved_tensors = ctx.saved_tensors
+        dtotal = args[0] if ctx.prenorm else None
+        with torch.no_grad():
+            grads = _linear_gradients(ctx, saved_tensors, dout, dtotal)
+        return first_order("layer_norm_linear_fn", grads, dout, dtotal, *saved_tensors)
+
+
+def _linear_gradients(
+    ctx: Any, saved_tensors: tuple[Tensor, ...], dout: Tensor, dtotal: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *saved, norm_bias, linear_weight = saved_tensors
+    total, mean, rstd, norm_weight = saved[:4]
+    rows = dout.flatten(0, -2) if dout.dim() > 1 else dout[None]
+    dy = (rows @ linear_weight.to(dout.dtype)).view(total.shape)
+    order = ("x", "weight", "bias", "linear_weight", "linear_bias", "residual")
+    needs = dict(zip(order, ctx.needs_input_grad, strict=False))
+    grads = gradients(ctx, saved_tensors, order, dy, None, dtotal)
+    wide = ctx.terms.wide
+    dweight = dbias = None
+    if needs["linear_weight"]:
+        normal = norms.standardised(total.to(wide), mean, rstd)
+        y = norms.affine(normal, norm_weight, norm_bias, False).to(ctx.out_dtype)
+        dweight = (rows.t() @ y.reshape(-1, y.shape[-1])).to(linear_weight.dtype)
+    if needs["linear_bias"]:
+        dbias = rows.sum(0, dtype=wide).to(ctx.linear_bias_dtype)
+    return *grads[:3], dweight, dbias, *grads[5:]
 
 
 def _check_linear(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
