@@ -44,8 +44,8 @@ __all__ = [
 class NormCall(NamedTuple):
     """One call: the arguments of `layer_norm_fn`, and what its older sisters have besides.
 
-    x, x1, residual, out, residual_out are (..., hidden); rowscale is (...); the other tensors are
-    (hidden,). The tensors come first.
+    x, x1, residual, out, residual_out are (..., hidden); rowscale is (...), or as many values in
+    another shape; the other tensors are (hidden,). The tensors come first.
     """
 
     x: Tensor
@@ -281,7 +281,7 @@ def _kept(values: Tensor, mask: Tensor | None, rowscale: Tensor | None, terms: T
     """Scaling and dropout; it is linear and its own transpose, so it serves both directions."""
     values = values.to(terms.wide)
     if rowscale is not None:
-        values = values * rowscale.to(terms.wide)[..., None]
+        values = values * rowscale.to(terms.wide).reshape(*values.shape[:-1], 1)
     if terms.scale != 1:
         values = values * terms.scale
     return values if mask is None else values.masked_fill(mask.logical_not(), 0.0)
@@ -314,7 +314,9 @@ def check(call: NormCall, renamed: Mapping[str, str]) -> None:
     for field, tensor in tensors_of(call).items():
         shape = hidden if field in LIKE_WEIGHT else whole
         if field == "rowscale":
-            shape = whole[:-1]
+            # flattened rows, and rows with a last dimension of 1, are as good
+            known = isinstance(tensor, Tensor) and tensor.numel() == whole[:-1].numel()
+            shape = tensor.shape if known else whole[:-1]
         check_tensor(renamed.get(field, field), tensor, shape, x, of_x)
     if call.bias1 is not None and call.weight1 is None:
         _refuse(

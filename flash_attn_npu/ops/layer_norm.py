@@ -76,7 +76,7 @@ def dropout_add_layer_norm(
         weight, bias: (hidden,), of any floating dtype; bias may be None.
         dropout_p: the probability to drop a value; what is kept is scaled by 1 / (1 - dropout_p).
         epsilon: added to the variance.
-        rowscale: x0's shape without the last dimension.
+        rowscale: a factor for each row: x0's shape without the last dimension, or flattened.
         layerscale: (hidden,).
         prenorm: return s too.
         residual_in_fp32: s is float32; it counts without a residual only.

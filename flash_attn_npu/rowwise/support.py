@@ -54,6 +54,13 @@ def _mixed(norm: Norm) -> bool:
     return (half and norm.zero_centered) or any(d not in (None, norm.dtype) for d in given)
 
 
+def _in_float64(problem: Problem) -> bool:
+    dtypes: set[torch.dtype | None] = {problem.dtype}
+    if isinstance(problem, Norm):
+        dtypes |= {problem.residual_dtype, problem.out_dtype}
+    return torch.float64 in dtypes
+
+
 TABLE: tuple[Rule, ...] = (
     Rule(
         ALL,
@@ -71,7 +78,7 @@ TABLE: tuple[Rule, ...] = (
     Rule(
         ALL,
         "float64",
-        lambda p: p.dtype == torch.float64,
+        _in_float64,
         "it takes float16, bfloat16 and float32",
     ),
     Rule(

@@ -24,6 +24,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bias residual", {}),
     ("bias residual", {"prenorm": True}),
     ("residual:float32", {"prenorm": True, "residual_in_fp32": True}),
+    ("residual:float64", {"prenorm": True}),
     ("bias:float32 weight:float32 residual:float32", {"prenorm": True}),
     ("bias residual:bfloat16", {"prenorm": True}),
     ("bias x1", {"prenorm": True}),
@@ -94,6 +95,23 @@ def test_values_and_gradients_of_every_combination(dtype: torch.dtype, rms: bool
             for option in itertools.compress(EVERY_OPTION, taken):
                 options.update(option)
             check(torch.device("cpu"), dtype, rms, wishes, options)
+
+
+@pytest.mark.parametrize("dims", [1, 3], ids=["flattened", "with-a-last-dimension"])
+def test_rowscale_has_a_value_for_each_row(device: torch.device, dims: int) -> None:
+    leaves = draw("bias rowscale", device, torch.float32)
+    expected = layer_norm.layer_norm_fn(**leaves)
+    scale = leaves["rowscale"]
+    shape = (-1,) if dims == 1 else (*scale.shape, 1)
+    got = layer_norm.layer_norm_fn(**leaves | {"rowscale": scale.reshape(shape)})
+    assert torch.equal(got, expected)
+    douts = torch.randn(expected.shape).to(device)
+    for one, other in zip(
+        torch.autograd.grad(got, [leaves["x"], leaves["weight"]], douts),
+        torch.autograd.grad(expected, [leaves["x"], leaves["weight"]], douts),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
 
 
 def test_the_reference_is_torch_layer_norm_and_rms_norm() -> None:

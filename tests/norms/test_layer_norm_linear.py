@@ -8,7 +8,9 @@ from norm_cases import SHAPE, draw, each_place
 from norm_reference import EPS, Options, assert_close, gradients, solve
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
+from flash_attn_npu.errors import UnsupportedError
 from flash_attn_npu.ops.triton import layer_norm
 
 OUT = 24
@@ -137,6 +139,24 @@ def test_the_norm_is_not_kept_for_the_gradient() -> None:
     of_size_of_x = [tensor for tensor in kept if tensor.numel() == leaves["x"].numel()]
     assert [tensor.dtype for tensor in of_size_of_x] == [torch.bfloat16]
     assert torch.equal(of_size_of_x[0], leaves["x"] + leaves["residual"])
+
+
+def test_checkpointed(device: torch.device) -> None:
+    leaves = drawn("bias residual", device, torch.float32)
+    expected = call(leaves, True, False)["out"]
+    wanted = torch.autograd.grad(expected.square().sum(), list(leaves.values()))
+    out = checkpoint(lambda: call(leaves, True, False)["out"], use_reentrant=False)
+    got = torch.autograd.grad(out.square().sum(), list(leaves.values()))
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+
+
+def test_second_derivatives_are_refused() -> None:
+    leaves = drawn("bias", torch.device("cpu"), torch.float32)
+    out = call(leaves, False, False)["out"]
+    grads = torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=True)
+    for grad in grads:
+        with pytest.raises(UnsupportedError, match=r"^create_graph: got a second derivative of "):
+            torch.autograd.grad(grad.sum(), leaves["x"], retain_graph=True)
 
 
 def test_the_result_may_be_changed_in_place() -> None:

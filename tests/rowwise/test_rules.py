@@ -126,6 +126,13 @@ def test_the_rule_refuses(rule: Rule, plain: dict[str, Problem]) -> None:
         assert rule.refusal in refusals(operator, changed)
 
 
+@pytest.mark.parametrize("field", ["residual_dtype", "out_dtype"])
+def test_float64_by_every_route(field: str, plain: dict[str, Problem]) -> None:
+    for operator in support.NORMS:
+        changed = plain[operator]._replace(**{field: torch.float64})
+        assert "it takes float16, bfloat16 and float32" in refusals(operator, changed)
+
+
 def test_mixed_dtypes_by_every_route(plain: dict[str, Problem]) -> None:
     norm = plain[support.ADD_LAYER_NORM]
     for change in (

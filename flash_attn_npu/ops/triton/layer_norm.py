@@ -152,7 +152,8 @@ def layer_norm_fn(
         eps: added to the variance.
         dropout_p: the probability to drop a value of x, and independently one of x1; what is kept
             is scaled by 1 / (1 - dropout_p).
-        rowscale: x's shape without the last dimension; not with x1.
+        rowscale: a factor for each row: x's shape without the last dimension, or flattened; not
+            with x1.
         prenorm: return the sum too.
         residual_in_fp32: round the sum to float32; it counts without a residual only.
         zero_centered_weight: add 1 to weight and weight1.
