@@ -126,7 +126,9 @@ def total_dtype(call: NormCall) -> torch.dtype:
     """The dtype that s is rounded to."""
     if call.residual is not None:
         return call.residual.dtype
-    return torch.float32 if call.residual_in_fp32 else call.x.dtype
+    return (
+        torch.promote_types(call.x.dtype, torch.float32) if call.residual_in_fp32 else call.x.dtype
+    )
 
 
 def out_dtype(call: NormCall) -> torch.dtype:

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ..modules.block import Block
 from ..modules.embedding import BertEmbeddings
 from ..modules.mha import MHA
 from ..modules.mlp import FusedMLP, Mlp
+from ..modules.residual import widened
 from ..ops.fused_dense import FusedDense
 from ..ops.triton.layer_norm import layer_norm_fn
 from ..utils.pretrained import state_dict_from_pretrained
@@ -40,6 +41,7 @@ from .bert_heads import (
     BertPreTrainingHeads,
     normed,
 )
+from .bert_outputs import BertForPreTrainingOutput, BertModelOutput
 from .config_values import padded_size
 
 __all__ = [
@@ -77,21 +79,6 @@ logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound="BertPreTrainedModel")
 _TRUNK = re.compile(r"(bert\.)?(embeddings|emb_ln|encoder)\.")
 """What no checkpoint of a BERT lacks; pooler and heads may be new."""
-
-
-class _ModelOutput(NamedTuple):
-    """What `BertModel` returns."""
-
-    last_hidden_state: Tensor
-    pooler_output: Tensor | None
-
-
-class _PreTrainingOutput(NamedTuple):
-    """What `BertForPreTraining` returns."""
-
-    loss: Tensor | None
-    prediction_logits: Tensor
-    seq_relationship_logits: Tensor
 
 
 def _init_weights(module: nn.Module, initializer_range: float = 0.02) -> None:
@@ -199,7 +186,7 @@ class BertModel(BertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         masked_tokens_mask: Tensor | None = None,
-    ) -> _ModelOutput:
+    ) -> BertModelOutput:
         """Encode.
 
         Args:
@@ -209,17 +196,18 @@ class BertModel(BertPreTrainedModel):
             masked_tokens_mask: (batch, seqlen) bool, True for the tokens that are wanted.
 
         Returns:
-            A named tuple: last_hidden_state, (batch, seqlen, hidden_size), or with
-            masked_tokens_mask (total, hidden_size), those of its tokens that are no padding, row
-            by row; pooler_output, (batch, hidden_size), None without a pooler.
+            An output of transformers, or without it a named tuple: last_hidden_state,
+            (batch, seqlen, hidden_size), or with masked_tokens_mask (total, hidden_size), those of
+            its tokens that are no padding, row by row; pooler_output, (batch, hidden_size), None
+            without a pooler.
 
         Raises:
             ArgumentError: a mask has another shape or is floating; attention_mask masks the first
                 token, which is to be pooled, beside masked_tokens_mask; or as
                 `BertEncoder.forward`.
 
-        Contract: flash-attention 2.8, `BertModel.forward`. Different: a named tuple, not a class
-        of transformers. Wider: integers for attention_mask.
+        Contract: flash-attention 2.8, `BertModel.forward`. Wider: integers for attention_mask,
+        and no transformers.
         """
         hidden = self.embeddings(input_ids, position_ids, token_type_ids)
         hidden = self.emb_drop(normed(self.emb_ln, hidden, self.fused_dropout_add_ln))
@@ -227,7 +215,8 @@ class BertModel(BertPreTrainedModel):
         wanted = as_mask("masked_tokens_mask", masked_tokens_mask, hidden)
         if wanted is None:
             sequence = self.encoder(hidden, key_padding_mask=mask)
-            return _ModelOutput(sequence, None if self.pooler is None else self.pooler(sequence))
+            pooled = None if self.pooler is None else self.pooler(sequence)
+            return BertModelOutput(last_hidden_state=sequence, pooler_output=pooled)
         first = torch.zeros_like(wanted)
         first[:, :1] = True
         subset = wanted | first if mask is None else (wanted | first) & mask
@@ -237,7 +226,7 @@ class BertModel(BertPreTrainedModel):
             chosen = sequence[first[subset]]
             check_first(chosen, first.shape[0])
             pooled = self.pooler(chosen, pool=False)
-        return _ModelOutput(sequence[wanted[subset]], pooled)
+        return BertModelOutput(last_hidden_state=sequence[wanted[subset]], pooler_output=pooled)
 
 
 class BertForPreTraining(BertPreTrainedModel):
@@ -300,7 +289,7 @@ class BertForPreTraining(BertPreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
-    ) -> _PreTrainingOutput:
+    ) -> BertForPreTrainingOutput:
         """Logits, and the loss if both labels are given.
 
         Args:
@@ -310,7 +299,8 @@ class BertForPreTraining(BertPreTrainedModel):
             next_sentence_label: (batch,) int64, 0 or 1; -1 is ignored.
 
         Returns:
-            A named tuple: loss, the sum of both losses in float32 at least, or None;
+            An output of transformers, or without it a named tuple: loss, the sum of both losses in
+            float32 at least, or None;
             prediction_logits, (batch, seqlen, vocab_size), with dense_seq_output and labels
             (total, vocab_size) of the tokens whose label is positive, row by row;
             seq_relationship_logits, (batch, 2).
@@ -318,8 +308,7 @@ class BertForPreTraining(BertPreTrainedModel):
         Raises:
             ArgumentError: as `BertModel.forward`, or labels on padding with last_layer_subset.
 
-        Contract: flash-attention 2.8, `BertForPreTraining.forward`. Different: a named tuple, not
-        a class of transformers.
+        Contract: flash-attention 2.8, `BertForPreTraining.forward`. Wider: no transformers.
         """
         wanted = None
         if labels is not None:
@@ -339,8 +328,10 @@ class BertForPreTraining(BertPreTrainedModel):
         if labels is not None and next_sentence_label is not None:
             words = self.mlm_loss(scores.flatten(0, -2), labels.flatten())
             sentences = self.nsp_loss(relationship, next_sentence_label.flatten())
-            loss = _widened(words) + _widened(sentences)
-        return _PreTrainingOutput(loss, scores, relationship)
+            loss = widened(words) + widened(sentences)
+        return BertForPreTrainingOutput(
+            loss=loss, prediction_logits=scores, seq_relationship_logits=relationship
+        )
 
 
 def _require_trunk(model_name: str | os.PathLike[str], missing: list[str]) -> None:
@@ -354,7 +345,3 @@ def _require_trunk(model_name: str | os.PathLike[str], missing: list[str]) -> No
                 "pass the config of the checkpoint",
             )
         )
-
-
-def _widened(loss: Tensor) -> Tensor:
-    return loss.to(torch.promote_types(loss.dtype, torch.float32))

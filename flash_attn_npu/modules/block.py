@@ -17,7 +17,7 @@ from ..attention.checks import require_tensors
 from ..ops.triton.layer_norm import RMSNorm, layer_norm_fn
 from .mha import MHA
 from .mlp import Mlp
-from .residual import StochasticDepth, as_weight, check_fusible, mark_norms, refuse
+from .residual import StochasticDepth, as_weight, check_fusible, mark_norms, refuse, widened
 
 __all__ = ["MHA", "Block", "Mlp", "ParallelBlock", "RMSNorm", "layer_norm_fn"]
 
@@ -39,7 +39,7 @@ class Block(nn.Module):
         fused_dropout_add_ln: `layer_norm_fn` does the dropout, the addition and the norm. The norms
             must be nn.LayerNorm or `RMSNorm`, the dropouts nn.Dropout.
         return_residual: mixer and mlp return (out, what to add it to); for prenorm=False.
-        residual_in_fp32: the residual is float32 whatever the dtype; needs prenorm.
+        residual_in_fp32: the residual is float32 at least; needs prenorm.
         sequence_parallel: mark the norms' parameters for `allreduce_sequence_parallel_grad`.
         mark_shared_params: mark them for `sync_shared_params`.
 
@@ -156,7 +156,7 @@ class Block(nn.Module):
             return self._fused(half, hidden, residual, True)  # type: ignore[no-any-return]
         dropped = drop_path(dropout(hidden))
         total = dropped if residual is None else dropped + residual
-        return norm(as_weight(total, norm)), total.float() if self.residual_in_fp32 else total
+        return norm(as_weight(total, norm)), widened(total) if self.residual_in_fp32 else total
 
     def _leave(self, half: int, out: Tensor, hidden: Tensor) -> Tensor:
         """The norm of out plus hidden."""
@@ -293,7 +293,7 @@ class ParallelBlock(nn.Module):
         first = second = self.norm1(as_weight(total, self.norm1))
         if not self.tied_norm:
             second = self.norm2(as_weight(total, self.norm2))
-        return first, second, total.float() if self.residual_in_fp32 else total
+        return first, second, widened(total) if self.residual_in_fp32 else total
 
     def _fused(
         self, first: Tensor, second: Tensor | None, residual: Tensor | None

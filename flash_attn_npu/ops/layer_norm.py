@@ -79,7 +79,7 @@ def dropout_add_layer_norm(
         rowscale: a factor for each row: x0's shape without the last dimension, or flattened.
         layerscale: (hidden,).
         prenorm: return s too.
-        residual_in_fp32: s is float32; it counts without a residual only.
+        residual_in_fp32: s is float32 at least; it counts without a residual only.
         return_dropout_mask: return what was kept.
 
     Returns:

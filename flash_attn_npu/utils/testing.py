@@ -225,7 +225,7 @@ def attention_ref(
             the mask (batch, nheads, seqlen_q, seqlen_k) is False; without a mask none is.
         causal: sets the right side of the window to 0.
         qv: (batch, seqlen_q, nheads, headdim_v), scored against v.
-        q_descale, k_descale, v_descale: (batch, nheads_k), factors of q, k and v.
+        q_descale, k_descale, v_descale: (batch, nheads_k), factors of q (and qv), k and v.
         window_size, sink_token_length, attention_chunk: see `construct_local_mask` and
             `construct_chunk_mask`; a chunk of 0 is none.
         learnable_sink: (nheads,), one more score of each row, which has no value.
@@ -251,7 +251,7 @@ def attention_ref(
         for x, descale in ((k, k_descale), (v, v_descale))
     )
     if qv is not None:
-        qv = _prepared(qv, query_padding_mask, None, dtype, 1)
+        qv = _prepared(qv, query_padding_mask, q_descale, dtype, group)
         q, k = torch.cat((q, qv), dim=-1), torch.cat((k, v), dim=-1)
     scale = q.shape[-1] ** -0.5
     q, k = (q, k * scale) if reorder_ops else (q * scale, k)

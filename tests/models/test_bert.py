@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import bert_oracle
@@ -119,6 +123,35 @@ def test_labels_are_optional():
     assert none.loss is None
     assert none.prediction_logits.shape == (3, 7, bert_oracle.WORDS)
     _close(none.prediction_logits[batch()["labels"] > 0], both.prediction_logits)
+
+
+def test_outputs_are_those_of_transformers():
+    oracle, given = make_oracle(), inputs()
+    got, expected = _ours(oracle)(**given), oracle(**given)
+    assert type(got) is type(expected)
+    assert list(got) == ["prediction_logits", "seq_relationship_logits"]
+    _close(got[0], expected[0])
+    _close(got["seq_relationship_logits"], expected[1])
+    encoded = BertModel(make_config(), add_pooling_layer=False).double().eval()(**given)
+    assert encoded.to_tuple() == (encoded["last_hidden_state"],)
+
+
+def test_outputs_without_transformers():
+    script = """
+import json
+import sys
+from types import SimpleNamespace
+sys.modules["transformers"] = None
+import torch
+from flash_attn_npu.models.bert import BertForPreTraining, BertModel
+config, ids = SimpleNamespace(**json.loads(sys.argv[1])), torch.ones(1, 4, dtype=torch.long)
+sequence, pooled = BertModel(config)(ids)
+assert pooled.shape == (1, sequence.shape[-1])
+assert BertForPreTraining(config)(ids).loss is None
+"""
+    config = json.dumps(make_config().to_dict())
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", script, config], cwd=root, check=True)
 
 
 def test_positions_and_bool_masks_and_no_pooler():

@@ -110,6 +110,17 @@ def test_postnorm(residual, norm, fused):
 
 
 @fused
+@pytest.mark.parametrize("kind", [Block, ParallelBlock])
+def test_a_residual_in_fp32_is_not_rounded_in_float64(kind, fused):
+    module = kind(DIM, Layer, Layer, fused_dropout_add_ln=fused, residual_in_fp32=True).double()
+    hidden = _stream()
+    for residual in (None, _stream()):
+        got = module(hidden, residual=residual, mixer_kwargs={"shift": 0.5})[-1]
+        assert got.dtype == torch.float64
+        assert (got != got.float()).any()
+
+
+@fused
 def test_without_an_mlp_and_for_a_subset_of_positions(fused):
     torch.manual_seed(0)
     module = Block(DIM, Layer, nn.Identity, NORMS["layer norm"], fused_dropout_add_ln=fused)

@@ -64,7 +64,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor
                         continue
                     score = (q[b, i, h] * q_factor) @ (k[b, j, g] * k_factor)
                     if qv is not None:
-                        score = score + qv[b, i, h] @ (v[b, j, g] * v_factor)
+                        score = score + (qv[b, i, h] * q_factor) @ (v[b, j, g] * v_factor)
                     score = score * scale
                     if cap:
                         score = cap * torch.tanh(score / cap)
@@ -124,6 +124,10 @@ CASES: dict[str, dict[str, Any]] = {
         "q_descale": random(BATCH, HEADS_K),
         "k_descale": random(BATCH, HEADS_K) + 1,
         "v_descale": random(BATCH, HEADS_K) + 2,
+    },
+    "descaled qv": {
+        "q_descale": random(BATCH, HEADS_K) + 1,
+        "qv": random(BATCH, SEQLEN_Q, HEADS, HEADDIM_V),
     },
     "sink": {"learnable_sink": random(HEADS), "window_size": (0, 0)},
     "k is scaled": {"reorder_ops": True, "softcap": 2.0},
