@@ -222,7 +222,7 @@ def _forward(
     return_softmax: bool,
     is_grad_enabled: bool,
 ) -> Answer:
-    q, k, v = _parts(inputs)
+    q, k, v = _parts(inputs, lengths is not None)
     low = _low_level_options(options, q)
     s_dmask_too = return_softmax and options.dropout_p > 0
     if lengths is None:
@@ -265,12 +265,13 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
     _require_backward(ctx)
     slopes, cu_seqlens_q, cu_seqlens_k, out, lse, rng_state, *inputs = ctx.saved_tensors
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
-    q, k, v = _parts(tuple(inputs))
+    varlen = ctx.longest is not None
+    q, k, v = _parts(tuple(inputs), varlen)
     low = _low_level_options(ctx.options._replace(alibi_slopes=slopes), q)
-    saved = (dout, q, k, v, out, lse, *_parts(grads))
+    saved = (dout, q, k, v, out, lse, *_parts(grads, varlen))
     deterministic: bool = ctx.options.deterministic
     with nullcontext() if ctx.policy is None else fallback(ctx.policy):
-        if ctx.longest is None:
+        if not varlen:
             low_level._flash_attn_backward(
                 *saved, *low, deterministic=deterministic, rng_state=rng_state
             )
@@ -305,12 +306,13 @@ def _require_backward(ctx: Any) -> None:
         )
 
 
-def _parts(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(tensors: tuple[Tensor, ...], varlen: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, or their gradients, as views of (q, k, v), (q, kv) or (qkv,)."""
+    dims = 4 if varlen else 5
     if len(tensors) == 1:
-        tensors = unpacked("qkv", tensors[0], 3)
+        tensors = unpacked("qkv", tensors[0], 3, dims)
     elif len(tensors) == 2:
-        tensors = (tensors[0], *unpacked("kv", tensors[1], 2))
+        tensors = (tensors[0], *unpacked("kv", tensors[1], 2, dims))
     q, k, v = tensors
     return q, k, v
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import rearranging
-from .attention.checks import require_tensors
+from .attention.checks import at_least, require_tensors
 from .attention.lengths import remember_lengths
 from .errors import ArgumentError, explain
 
@@ -228,7 +228,7 @@ def unpad_input_for_concatenated_sequences(
     kept = torch.arange(seqlen, device=used.device) < used
     indices = _kept_rows(kept, sum(lengths)).to(hidden_states.device)
     packed = index_first_axis(hidden_states.flatten(0, 1), indices)
-    seqlens = torch.tensor(lengths, dtype=torch.int32).to(hidden_states.device)
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device="cpu").to(hidden_states.device)
     return packed, indices, _cumulative(seqlens, lengths), max(lengths, default=0)
 
 
@@ -243,10 +243,13 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         (batch, seqlen, ...), with zeros where there was padding.
 
     Raises:
-        ArgumentError: as `index_put_first_axis`.
+        ArgumentError: as `index_put_first_axis`, or a negative size.
+        IndexError: on the host, an index outside the batch.
 
     Contract: flash-attention 2.8, `pad_input`.
     """
+    if not torch.compiler.is_compiling():
+        at_least(0, batch=batch, seqlen=seqlen)
     whole = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return whole.view(batch, seqlen, *whole.shape[1:])
 

@@ -196,7 +196,7 @@ def flash_attn_qkvpacked_func(
 
     Contract: flash-attention 2.8, `flash_attn_qkvpacked_func`.
     """
-    q, k, v = call.unpacked("qkv", qkv, 3)
+    q, k, v = call.unpacked("qkv", qkv, 3, 5)
     # fmt: off
     return call.attend(
         "flash_attn_qkvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
@@ -221,7 +221,7 @@ def flash_attn_kvpacked_func(
 
     Contract: flash-attention 2.8, `flash_attn_kvpacked_func`.
     """
-    k, v = call.unpacked("kv", kv, 2)
+    k, v = call.unpacked("kv", kv, 2, 5)
     # fmt: off
     return call.attend(
         "flash_attn_kvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
@@ -247,7 +247,7 @@ def flash_attn_varlen_qkvpacked_func(
 
     Contract: flash-attention 2.8, `flash_attn_varlen_qkvpacked_func`.
     """
-    q, k, v = call.unpacked("qkv", qkv, 3)
+    q, k, v = call.unpacked("qkv", qkv, 3, 4)
     # fmt: off
     return call.attend(
         "flash_attn_varlen_qkvpacked_func", True, q, k, v, cu_seqlens, cu_seqlens,
@@ -277,7 +277,7 @@ def flash_attn_varlen_kvpacked_func(
 
     Contract: flash-attention 2.8, `flash_attn_varlen_kvpacked_func`.
     """
-    k, v = call.unpacked("kv", kv, 2)
+    k, v = call.unpacked("kv", kv, 2, 4)
     # fmt: off
     return call.attend(
         "flash_attn_varlen_kvpacked_func", True, q, k, v, cu_seqlens_q, cu_seqlens_k,

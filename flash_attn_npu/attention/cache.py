@@ -180,7 +180,7 @@ def _check_shapes(k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
                 f"{v.dtype} {tuple(v.shape)} on {v.device}",
                 "two tensors alike, (batch_cache, seqlen_cache, nheads_k, headdim) or "
                 "(num_blocks, page_block_size, nheads_k, headdim)",
-                "lay both caches out in the same way",
+                "give both four dimensions, and lay them out in the same way",
             )
         )
 

@@ -125,16 +125,22 @@ def _refuse_tangents(**tensors: Tensor | None) -> None:
             )
 
 
-def unpacked(argument: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """The parts of a (..., parts, nheads, headdim) tensor, as views."""
+def unpacked(argument: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
+    """The parts of a (batch, seqlen, parts, nheads, headdim) or (total, ...) tensor, as views.
+
+    Args:
+        dims: 5 for a padded batch, 4 for packed sequences.
+    """
     checks.require_tensors(**{argument: packed})
-    if packed.dim() not in (4, 5) or packed.shape[-3] != parts:
+    if packed.dim() != dims or packed.shape[-3] != parts:
+        tokens = "(batch, seqlen" if dims == 5 else "(total"
         raise ArgumentError(
             explain(
                 argument,
                 f"shape {tuple(packed.shape)}",
-                f"(batch, seqlen, {parts}, nheads, headdim) or (total, {parts}, nheads, headdim)",
-                f"stack the {parts} tensors along dimension -3",
+                f"{tokens}, {parts}, nheads, headdim)",
+                f"stack the {parts} tensors along dimension -3; packed sequences go to the varlen "
+                "functions, padded batches to the others",
             )
         )
     return packed.unbind(-3)

@@ -14,7 +14,17 @@ import torch
 
 from ..errors import ArgumentError, ArgumentTypeError, explain
 
-__all__ = ["Plain", "flag", "longest", "plain", "real", "require_tensors", "window"]
+__all__ = [
+    "Plain",
+    "at_least",
+    "flag",
+    "longest",
+    "plain",
+    "real",
+    "require_tensors",
+    "same",
+    "window",
+]
 
 
 LARGEST_WINDOW = (1 << 31) - 1
@@ -55,6 +65,29 @@ def real(argument: str, value: Any) -> float:
     raise ArgumentTypeError(
         explain(argument, _named(value), "a number", f"pass {argument} as a Python float")
     )
+
+
+def at_least(least: int, **sizes: Any) -> None:
+    """Raise ArgumentError for the first that is no integer, or a smaller one."""
+    for argument, value in sizes.items():
+        if not hasattr(value, "__index__") or value < least:
+            raise ArgumentError(
+                explain(
+                    argument,
+                    _named(value),
+                    f"an int of at least {least}",
+                    f"pass another {argument}",
+                )
+            )
+
+
+def same(argument: str, what: str, came: object, expected: object) -> None:
+    """Raise ArgumentError unless the dtype, device or headdim of the argument is that of q."""
+    if came != expected:
+        remedy = f"{argument} = {argument}.to(q.{what})" if what != "headdim" else "pad the shorter"
+        raise ArgumentError(
+            explain(argument, f"{what} {came}", f"the {what} of q, {expected}", remedy)
+        )
 
 
 def window(argument: str, value: Any) -> tuple[int, int]:

@@ -245,6 +245,8 @@ def with_kvcache(
         )
     batch = q.shape[0]
     cache = Cache(*caches, batch, block_table, cache_batch_idx)
+    checks.same("k_cache", "dtype", cache.k.dtype, q.dtype)
+    checks.same("k_cache", "device", cache.k.device, q.device)
     appended = _new_keys(q, cache, *new)
     if appended is not None and cache_seqlens is None:
         raise _missing("cache_seqlens", "k and v", "the lengths before the new keys")

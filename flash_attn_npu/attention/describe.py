@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import ArgumentError, explain
+from . import checks
 from .lengths import Lengths
 from .problem import DTYPES, Facts, Options, Problem, default_scale
 
@@ -151,9 +152,9 @@ def _check_tensors(q: Facts, k: Facts, v: Facts, layout: str, rank: int) -> None
                     "batches to the others",
                 )
             )
-        _check_same(argument, "dtype", facts.dtype, q.dtype)
-        _check_same(argument, "device", facts.device, q.device)
-        _check_same(argument, "headdim", facts.shape[-1], q.shape[-1])
+        checks.same(argument, "dtype", facts.dtype, q.dtype)
+        checks.same(argument, "device", facts.device, q.device)
+        checks.same(argument, "headdim", facts.shape[-1], q.shape[-1])
     if q.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         raise ArgumentError(
@@ -177,14 +178,6 @@ def _check_tensors(q: Facts, k: Facts, v: Facts, layout: str, rank: int) -> None
                 f"a number of heads that divides the {nheads} heads of q",
                 "use as many key heads as query heads, or a divisor of it (GQA, MQA)",
             )
-        )
-
-
-def _check_same(argument: str, what: str, came: object, expected: object) -> None:
-    if came != expected:
-        remedy = f"{argument} = {argument}.to(q.{what})" if what != "headdim" else "pad the shorter"
-        raise ArgumentError(
-            explain(argument, f"{what} {came}", f"the {what} of q, {expected}", remedy)
         )
 
 
@@ -230,7 +223,7 @@ def _check_options(options: Options, batch: int, q: Facts) -> None:
                     "pass one sink logit for each query head",
                 )
             )
-        _check_same("sink", "device", options.sink.device, q.device)
+        checks.same("sink", "device", options.sink.device, q.device)
     slopes = options.alibi_slopes
     if slopes is None:
         return
@@ -243,4 +236,4 @@ def _check_options(options: Options, batch: int, q: Facts) -> None:
                 "pass one float32 slope for each query head",
             )
         )
-    _check_same("alibi_slopes", "device", slopes.device, q.device)
+    checks.same("alibi_slopes", "device", slopes.device, q.device)

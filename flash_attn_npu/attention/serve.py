@@ -77,8 +77,8 @@ def backward(
         (window_size_left, window_size_right), softcap, alibi_slopes, deterministic, False,
         True, True, None, _mask_from(dropout_p, rng_state),
     )
-    _run_backward(found, dout, Saved(q, k, v, out, softmax_lse), (dq, dk, dv), alibi_slopes,
-                  rng_state)
+    _run_backward(found, dout, Saved(q, k, v, out, softmax_lse), _written(dq, dk, dv),
+                  alibi_slopes, rng_state)
     delta = _row_sums(dout, out).transpose(1, 2)
     rounded = delta.new_zeros(*delta.shape[:2], rounded_up(delta.shape[2]))
     rounded[..., : delta.shape[2]] = delta
@@ -104,8 +104,8 @@ def varlen_backward(
         softmax_scale, causal, (window_size_left, window_size_right), softcap, alibi_slopes,
         deterministic, False, True, True, None, _mask_from(dropout_p, rng_state),
     )
-    _run_backward(found, dout, Saved(q, k, v, out, softmax_lse), (dq, dk, dv), alibi_slopes,
-                  rng_state)
+    _run_backward(found, dout, Saved(q, k, v, out, softmax_lse), _written(dq, dk, dv),
+                  alibi_slopes, rng_state)
     delta = _row_sums(dout, out).t()
     spread = delta.new_zeros(delta.shape[0], delta.shape[1] + ROUNDING * len(lengths_q.seqlens))
     for i, (start, seqlen) in enumerate(zip(lengths_q.cumulative, lengths_q.seqlens, strict=False)):
@@ -134,13 +134,12 @@ def _run_backward(
     found: Plan,
     dout: Tensor,
     saved: Saved,
-    grads: tuple[Tensor | None, ...],
+    grads: tuple[Tensor, Tensor, Tensor],
     slopes: Tensor | None,
     rng_state: Tensor | None,
 ) -> None:
-    dq, dk, dv = grads
-    checks.require_tensors(dq=dq, dk=dk, dv=dv)
     q, k, v, out, lse = saved
+    checks.require_tensors(dout=dout, out=out, softmax_lse=lse)
     rows = (found.problem.rows_q,) if found.problem.varlen else (q.shape[0], q.shape[1])
     lse_shape = torch.Size((*rows[:-1], q.shape[-2], rows[-1]))
     lse = _as_it_lies(lse, lse_shape)
@@ -148,14 +147,13 @@ def _run_backward(
     expected = {
         "dout": (dout, q.shape, q.dtype),
         "out": (out, q.shape, q.dtype),
-        "dq": (dq, q.shape, q.dtype),
-        "dk": (dk, k.shape, q.dtype),
-        "dv": (dv, v.shape, q.dtype),
+        "dq": (grads[0], q.shape, q.dtype),
+        "dk": (grads[1], k.shape, q.dtype),
+        "dv": (grads[2], v.shape, q.dtype),
         "softmax_lse": (lse, lse_shape, accumulator(q.dtype)),
     }
     for argument, (tensor, shape, dtype) in expected.items():
-        facts = (tensor.shape, tensor.dtype, tensor.device) if tensor is not None else None
-        if tensor is not None and facts != (shape, dtype, q.device):
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, q.device):
             raise ArgumentError(
                 explain(
                     argument,
@@ -169,9 +167,16 @@ def _run_backward(
     found.kernel.backward(found.problem, dout, saved, grads, slopes, rng_state)
 
 
+def _written(
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.require_tensors(dq=dq, dk=dk, dv=dv)
+    return dq, dk, dv  # type: ignore[return-value]
+
+
 def _as_it_lies(lse: Tensor, shape: torch.Size) -> Tensor:
     """softmax_lse by its memory, as upstream reads it: diffusers passes it permuted."""
-    if lse is None or lse.dim() != len(shape):
+    if lse.dim() != len(shape):
         return lse
     turned = lse.transpose(-1, -2)
     permuted = lse.shape != shape or not lse.is_contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attention.checks import require_tensors
+from ..attention.checks import at_least, require_tensors
 from ..errors import ArgumentError, explain
 from ..ops.triton.rotary import apply_rotary
 from ..rowwise.rotation import check_dense
@@ -54,6 +54,9 @@ class RotaryEmbedding(nn.Module):
     do not persist. The tables `_cos_cached` and `_sin_cached` (`_cos_k_cached` and `_sin_k_cached`
     for k under xPos) are computed in float32, rounded to the dtype of qkv, and grow on demand.
 
+    Raises:
+        ArgumentError: dim is not a positive int.
+
     Contract: flash-attention 2.8, `RotaryEmbedding`.
     """
 
@@ -69,6 +72,7 @@ class RotaryEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.dim = dim
         self.base = float(base)
         self.interleaved = interleaved

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.checks import require_tensors
+from ..attention.checks import at_least, require_tensors
 from ..errors import ArgumentError, explain
 
 __all__ = [
@@ -50,8 +50,7 @@ def get_alibi_slopes(nheads: int) -> list[float]:
 
     Contract: flash-attention 2.8, `get_alibi_slopes`.
     """
-    if nheads < 1:
-        raise ArgumentError(explain("nheads", nheads, "1 or more", "pass the number of heads"))
+    at_least(1, nheads=nheads)
     power: int = 1 << (int(nheads).bit_length() - 1)
     slopes = _geometric(power)
     return slopes + _geometric(2 * power)[::2][: nheads - power]

@@ -287,8 +287,10 @@ PACKED: dict[str, list[tuple[str, Callable[[torch.Tensor], Any]]]] = {
         ("shape (", lambda x: torch.cat((x, x), -3)),
         ("shape (", lambda x: x.sum(-3)),
         ("shape (", lambda x: x[None, None]),
+        ("shape (", lambda x: x[None] if x.dim() == 4 else x[0]),
     ],
     "kv": [
+        ("shape (", lambda x: x[None] if x.dim() == 4 else x[0]),
         ("shape (", lambda x: x[..., :1, :, :]),
         ("shape (", lambda x: torch.cat((x, x), -3)),
         ("shape (", lambda x: x.sum(-3)),

@@ -249,6 +249,7 @@ def test_bad_input_is_named():
     short = torch.ones(2, 3, dtype=torch.bool)
     for argument, call in (
         ("nheads", lambda: get_alibi_slopes(0)),
+        ("nheads", lambda: get_alibi_slopes(4.0)),
         ("qkv", lambda: SelfAttention()(q)),
         ("key_padding_mask", lambda: SelfAttention()(qkv, key_padding_mask=short)),
         ("key_padding_mask", lambda: CrossAttention()(q, kv, key_padding_mask=torch.ones(2, 4))),

@@ -240,9 +240,8 @@ def test_gathering_and_putting_compile_in_one_graph() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_unpadding_compiles_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting in ("capture_scalar_outputs", "capture_dynamic_output_shape_ops"):
-        monkeypatch.setattr(f"torch._dynamo.config.{setting}", True)
+@torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+def test_unpadding_compiles_in_one_graph() -> None:
     torch._dynamo.reset()
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0]])
 
@@ -296,6 +295,8 @@ BAD: list[tuple[str, type[Exception], Callable[[], Any]]] = [
     ("attention_mask", ArgumentError, lambda: unpad_input(H, M.to("meta"))),
     ("unused_mask", ArgumentError, lambda: unpad_input(H, M, M[:1])),
     ("indices", ArgumentError, lambda: pad_input(H[0], torch.zeros(3), 2, 3)),
+    ("batch", ArgumentError, lambda: pad_input(H[0], torch.arange(3), -2, 3)),
+    ("seqlen", ArgumentError, lambda: pad_input(H[0], torch.arange(3), 2, "3")),
     ("values", ArgumentError, lambda: pad_input(H[0], torch.arange(2), 2, 3)),
     ("indices", ArgumentError, lambda: index_first_axis(H, torch.zeros(1, 1).long())),
     ("indices", ArgumentError, lambda: index_first_axis_residual(H, torch.ones(2).bool())),

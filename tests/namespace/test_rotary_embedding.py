@@ -182,6 +182,8 @@ def test_bad_input_is_named_and_has_no_effect() -> None:
         ("max_seqlen", lambda: module(q, torch.ones(1, 4, 2, 2, 8), offsets)),
         ("kv", lambda: module(q, torch.ones(1, 4, 3, 2, 8))),
         ("qkv", lambda: module(q)),
+        ("dim", lambda: RotaryEmbedding("8")),
+        ("dim", lambda: RotaryEmbedding(-8)),
     ):
         with pytest.raises(ArgumentError, match=f"^{argument}: got "):
             call()
