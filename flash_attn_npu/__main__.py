@@ -19,7 +19,7 @@ from .errors import ActivationError
 _EPILOG = """\
 examples:
   python -m flash_attn_npu train.py --lr 1e-4
-  python -m flash_attn_npu -v -m torch.distributed.run train.py
+  python -m torch.distributed.run --nproc-per-node 8 -m flash_attn_npu train.py
   python -m flash_attn_npu -c "from flash_attn import flash_attn_func"
 
 Everything after the script, the module or the command belongs to it.

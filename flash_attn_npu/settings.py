@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 from .errors import ArgumentError, explain
@@ -47,18 +47,26 @@ def fallback_policy() -> str:
     return _fallback.get()
 
 
-@contextmanager
-def fallback(policy: str) -> Iterator[None]:
-    """Decide, inside the block, about calls that no fused kernel can serve.
+def fallback(policy: str) -> AbstractContextManager[None]:
+    """Decide, inside a `with` block, about calls that no fused kernel can serve.
 
     `warn` computes them exactly from torch operations and logs each reason once; `allow` does
     so without a word; `error` refuses them with the reason (UnsupportedError). There is no way
-    to have an argument ignored.
+    to have an argument ignored. The block holds for the thread that entered it; a thread that is
+    started inside begins with the policy of the environment. A backward keeps its forward's.
+
+    Raises:
+        ArgumentError: policy is none of these words.
     """
     if policy not in POLICIES:
         raise ArgumentError(
             explain("policy", repr(policy), ", ".join(POLICIES), "pass one of these words")
         )
+    return _within(policy)
+
+
+@contextmanager
+def _within(policy: str) -> Iterator[None]:
     token = _fallback.set(policy)
     try:
         yield

@@ -141,6 +141,19 @@ def test_what_served_is_said_at_exit(python: Run) -> None:
     assert " x1" in last
 
 
+def test_a_launcher_starts_it_in_every_worker(python: Run, tmp_path: Path) -> None:
+    """The launch of the help text; the workers of a launcher are processes of their own."""
+    (tmp_path / "train.py").write_text(
+        "import os, sys, flash_attn\n"
+        "print(flash_attn.__name__, os.environ['RANK'], sys.argv[1:])\n"
+    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = python(*launcher, "-m", "flash_attn_npu", "train.py", "--lr", "1")
+    assert done.returncode == 0, done.stderr
+    said = [f"flash_attn_npu {rank} ['--lr', '1']" for rank in range(2)]
+    assert sorted(done.stdout.strip().splitlines()) == said
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="safe_path came with Python 3.11")
 def test_safe_path_is_respected(python: Run) -> None:
     code = "import sys; print(repr(sys.path[0]))"

@@ -184,6 +184,8 @@ def test_the_policy_ends_with_its_block():
 def test_other_policies_do_not_exist(word):
     with pytest.raises(ArgumentError, match=r"warn, allow, error"), fallback(word):
         pytest.fail("the block ran")
+    with pytest.raises(ArgumentError, match=r"warn, allow, error"):
+        fallback(word)
     assert fallback_policy() == "warn"
 
 
