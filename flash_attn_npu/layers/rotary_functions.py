@@ -17,7 +17,7 @@ from ..rowwise.rotation import rotate
 from .rotary_checks import check_k_tables, check_kv, packed_heads
 
 _creation_meta = torch._C._autograd._get_creation_meta
-_MULTIPLE = torch._C._autograd.CreationMeta.MULTI_OUTPUT_NODE
+_PLAIN_VIEW = torch._C._autograd.CreationMeta.DEFAULT
 
 __all__ = [
     "ApplyRotaryEmb",
@@ -138,8 +138,9 @@ def apply_rotary_emb(
 
     Returns:
         x if inplace, else a new contiguous tensor of its shape and dtype. A leaf that requires a
-        gradient, and one of several views that were made at once, are written as well, but what is
-        returned is another tensor over their memory, and the gradient flows through that one.
+        gradient, one of several views that were made at once, and a view that an autograd.Function
+        has made are written as well, but what is returned is another tensor over their memory, and
+        the gradient flows through that one.
 
     Raises:
         ArgumentError, ArgumentTypeError: as `apply_rotary`.
@@ -347,14 +348,15 @@ def _is_differentiated(x: object) -> bool:
 def _in_place(ctx: Any, x: Tensor) -> Tensor:
     """What to write x through; the caller then returns x itself.
 
-    Autograd lets nobody declare a leaf changed, nor one of several views that a function has made
-    at once. Those it takes for unchanged, and what is returned is another tensor over x's memory.
+    Autograd lets nobody declare a leaf changed, nor one of several views that were made at once,
+    nor a view that an autograd.Function has made. Those it takes for unchanged, and what is
+    returned is another tensor over x's memory.
     """
     if torch.compiler.is_compiling():
         ctx.mark_dirty(x)
     elif x.requires_grad and x.is_leaf:
         return x
-    elif x._is_view() and _creation_meta(x) == _MULTIPLE:
+    elif x._is_view() and _creation_meta(x) != _PLAIN_VIEW:
         return x.data
     else:
         ctx.mark_dirty(x)

@@ -144,8 +144,7 @@ def test_what_served_is_said_at_exit(python: Run) -> None:
 def test_a_launcher_starts_it_in_every_worker(python: Run, tmp_path: Path) -> None:
     """The launch of the help text; the workers of a launcher are processes of their own."""
     (tmp_path / "train.py").write_text(
-        "import os, sys, flash_attn\n"
-        "print(flash_attn.__name__, os.environ['RANK'], sys.argv[1:])\n"
+        "import os, sys, flash_attn\nprint(flash_attn.__name__, os.environ['RANK'], sys.argv[1:])\n"
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = python(*launcher, "-m", "flash_attn_npu", "train.py", "--lr", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,29 @@ def test_one_of_several_views(device: torch.device, parts: str) -> None:
     for part, dout in enumerate(douts[:2]):
         assert_rounded_once(x.grad[:, :, part], turned(dout, cos, sin, True), 5.0)
     assert torch.equal(x.grad[:, :, 2], douts[2])
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (2, 8))
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        return dout.flatten(-2)
+
+
+def test_a_view_that_a_function_has_made(device: torch.device) -> None:
+    cos, sin = tables(8, 4)
+    x = torch.randn(2, 4, 16, device=device, requires_grad=True)
+    heads = _Heads.apply(x * 1)
+    out = rotary.apply_rotary_emb(heads, cos.to(device), sin.to(device), inplace=True)
+    assert out.data_ptr() == heads.data_ptr()
+    assert_rounded_once(out, turned(x.unflatten(-1, (2, 8)), cos, sin), 5.0)
+    dout = torch.randn(out.shape).to(device)
+    out.backward(dout)
+    assert x.grad is not None
+    assert_rounded_once(x.grad.unflatten(-1, (2, 8)), turned(dout, cos, sin, True), 5.0)
 
 
 @pytest.mark.parametrize("rotary_dim", [8, 4])
