@@ -61,7 +61,8 @@ def check(
     assert (mask1 is None) == (p == 0 or "x1" not in leaves)
     for drawn in (mask, mask1):
         assert drawn is None or (drawn.dtype, drawn.shape) == (torch.bool, leaves["x"].shape)
-    total_dtype = torch.float32 if options.get("residual_in_fp32") else dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    total_dtype = wide if options.get("residual_in_fp32") else dtype
     y_dtype = options.get("out_dtype", dtype)
     judge(
         dict(zip(names, results, strict=True)),

@@ -155,7 +155,7 @@ def layer_norm_fn(
         rowscale: a factor for each row: x's shape without the last dimension, or flattened; not
             with x1.
         prenorm: return the sum too.
-        residual_in_fp32: round the sum to float32; it counts without a residual only.
+        residual_in_fp32: the sum is float32 at least; it counts without a residual only.
         zero_centered_weight: add 1 to weight and weight1.
         is_rms_norm: RMS norm.
         return_dropout_mask: return what was kept.
@@ -165,9 +165,9 @@ def layer_norm_fn(
 
     Returns:
         y, followed by y1 with weight1, by the sum with prenorm, in the dtype of residual (without
-        one in x's, or float32 if residual_in_fp32), and by two masks with return_dropout_mask:
-        bool, x's shape, True for what was kept; None without dropout, the second without x1 too.
-        A lone y is no tuple.
+        one in x's, or at least float32 if residual_in_fp32), and by two masks with
+        return_dropout_mask: bool, x's shape, True for what was kept; None without dropout, the
+        second without x1 too. A lone y is no tuple.
 
     Raises:
         ArgumentError: shapes, dtypes, devices or values do not fit.
