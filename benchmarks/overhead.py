@@ -178,16 +178,21 @@ def print_table(title: str, times: dict[str, list[float]]) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60)
+def asked(description: str, rounds: int) -> tuple[int, int]:
+    """Rounds, and calls of each row in a round, from the command line of a benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--calls", type=int, default=300, help="calls of each row in a round")
     parser.add_argument("--quick", action="store_true", help="a few calls, to see that it runs")
     options = parser.parse_args()
     if REASON is not None:
         sys.exit(f"the virtual Ascend is not running: {REASON}")
-    rounds, count = (3, 5) if options.quick else (options.rounds, options.calls)
     torch.set_num_threads(1)
+    return (3, 5) if options.quick else (options.rounds, options.calls)
+
+
+def main() -> None:
+    rounds, count = asked(__doc__.splitlines()[0], 60)
     print("simulated Ascend without arithmetic: host overhead only")
     print(f"{rounds} rounds of {count} calls, causal, {BATCH} sequences of {SEQLEN}")
     with torch.no_grad():

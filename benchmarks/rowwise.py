@@ -9,13 +9,11 @@ a card hides this time as long as it has work queued. `ratio` is the median over
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from overhead import REASON, measure, ratio, torch
+from overhead import asked, measure, ratio, torch
 
 BATCH, SEQLEN, HEADS, HEADDIM = 4, 512, 8, 64
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
@@ -64,15 +62,7 @@ def pairs() -> dict[str, Pair]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--calls", type=int, default=300, help="calls of each row in a round")
-    parser.add_argument("--quick", action="store_true", help="a few calls, to see that it runs")
-    options = parser.parse_args()
-    if REASON is not None:
-        sys.exit(f"the virtual Ascend is not running: {REASON}")
-    rounds, count = (3, 5) if options.quick else (options.rounds, options.calls)
-    torch.set_num_threads(1)
+    rounds, count = asked(__doc__.splitlines()[0], 40)
     print("simulated Ascend without arithmetic: host overhead only, forward of training")
     print(f"  {'microseconds per call':28} {'direct':>8} {'ours':>8} {'ratio':>8}")
     for name, (direct, ours) in pairs().items():

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from ..bert_padding import index_first_axis, index_first_axis_residual, pad_input, unpad_input
 from ..errors import ArgumentError, UnsupportedError, explain
+from ..kernels.gates import widened
 from ..losses.cross_entropy import CrossEntropyLoss
 from ..modules.block import Block
 from ..modules.embedding import BertEmbeddings
 from ..modules.mha import MHA
 from ..modules.mlp import FusedMLP, Mlp
-from ..modules.residual import widened
 from ..ops.fused_dense import FusedDense
 from ..ops.triton.layer_norm import layer_norm_fn
 from ..utils.pretrained import state_dict_from_pretrained

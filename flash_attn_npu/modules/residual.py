@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ArgumentTypeError, explain
 
-__all__ = ["StochasticDepth", "as_weight", "check_fusible", "mark_norms", "refuse", "widened"]
+__all__ = ["StochasticDepth", "as_weight", "check_fusible", "mark_norms", "refuse"]
 
 
 class StochasticDepth(nn.Module):
@@ -52,11 +51,6 @@ def as_weight(x: Tensor, norm: Any) -> Tensor:
     """x in the dtype of the norm's weight, if it has one."""
     weight = getattr(norm, "weight", None)
     return x if weight is None else x.to(dtype=weight.dtype)
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32, or as it is in float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_fusible(block: nn.Module, norms: tuple[type[nn.Module], ...]) -> None:
