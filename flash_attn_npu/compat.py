@@ -74,6 +74,9 @@ _DIFFERENCES = """\
 | headdim | any; upstream stops at 256 |
 | `dropout_p` | other random bits than on a GPU; `torch.manual_seed` repeats them |
 | `softcap` with `dropout_p` | computed; upstream refuses it |
+| S_dmask | normalised probabilities, the sign the dropout; upstream's lack the last rescaling |
+| `num_splits` | accepted; it changes no number here, on a GPU the last bits |
+| pickled modules, exported graphs | name this package and its operators: they load where it is |
 | `rng_state` | on the host; a negative offset marks a mask drawn by the composed kernel |
 | `softmax_lse`, causal with ALiBi | of the documented bias; upstream's may differ by slope * row |
 | `cu_seqlens_*` | may also be a tensor on the host or a list, at no cost |
