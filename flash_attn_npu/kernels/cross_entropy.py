@@ -21,7 +21,7 @@ from ..utils import distributed
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Options", "backward", "check", "forward"]
+__all__ = ["Options", "backward", "check", "forward", "takes_lse"]
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits that are widened at a time."""
@@ -85,13 +85,12 @@ def forward(
     Here and in `backward` labels are int64: -100 compared with uint8 is not what it seems.
     """
     first, classes = _classes(logits, process_group)
-    terms = _row_terms(logits, labels, first, options, precomputed_lse is None)
+    own_lse = precomputed_lse if takes_lse(precomputed_lse, options) else None
+    terms = _row_terms(logits, labels, first, options, own_lse)
     if process_group is not None and terms.numel():
         gathered = distributed.all_gather_raw(terms, process_group)[0].unflatten(0, (-1, 3))
         terms = torch.stack((gathered[:, 0].logsumexp(0), *gathered[:, 1:].sum(0)))
     lse, target, total = terms
-    if precomputed_lse is not None:
-        lse = precomputed_lse.detach().to(terms.dtype)
     losses = lse - (1 - options.smoothing) * target
     if options.smoothing != 0:
         losses = losses - (options.smoothing / classes) * total
@@ -181,19 +180,26 @@ def _gradient(
     return (grad * factor).masked_fill((labels == options.ignore_index)[:, None], 0.0)
 
 
+def takes_lse(precomputed_lse: Tensor | None, options: Options) -> bool:
+    """Whether a given lse is used: with a scale or smoothing flash-attention computes its own."""
+    return precomputed_lse is not None and options.logit_scale == 1 and options.smoothing == 0
+
+
 def _row_terms(
-    logits: Tensor, labels: Tensor, first: int, options: Options, with_lse: bool
+    logits: Tensor, labels: Tensor, first: int, options: Options, own_lse: Tensor | None
 ) -> Tensor:
     """(3, batch): lse, the target's logit and the sum of the logits, over this rank's classes.
 
-    Logits are scaled. The target's logit is 0 where another rank holds it. The lse is 0 unless
-    with_lse, and so is the sum without smoothing, where it would be -inf * 0 for masked classes.
+    Logits are scaled. The lse is own_lse if that is given. The target's logit is 0 where another
+    rank holds it. The sum is 0 without smoothing, where it would be -inf * 0 for masked classes.
     """
     terms = torch.zeros((3, logits.shape[0]), dtype=_wide(logits), device=logits.device)
+    if own_lse is not None:
+        terms[0] = own_lse.detach()
     for rows in _chunks(logits):
         scaled = _scaled(logits[rows], options.logit_scale)
         column, owned = _column(labels[rows], first, logits.shape[1])
-        if with_lse:
+        if own_lse is None:
             terms[0, rows] = scaled.logsumexp(1)
         terms[1, rows] = scaled.gather(1, column).masked_fill(~owned, 0.0)[:, 0]
         if options.smoothing != 0:

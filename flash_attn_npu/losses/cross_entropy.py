@@ -69,7 +69,7 @@ class CrossEntropyLoss(nn.Module):
         Args:
             input: (batch, vocab), any floating dtype: the logits.
             target: (batch,), any integer dtype: the labels.
-            precomputed_lse: (batch,), the logsumexp of logit_scale * input over all classes.
+            precomputed_lse: (batch,), the logsumexp of input; as `cross_entropy_loss`.
 
         Returns:
             A float32 scalar (float64 for float64), or (batch,) if reduction is "none". The mean

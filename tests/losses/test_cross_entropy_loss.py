@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
 from flash_attn_npu.kernels import cross_entropy as kernel
+from flash_attn_npu.losses.cross_entropy import CrossEntropyLoss as CrossEntropyModule
 from flash_attn_npu.ops.triton.cross_entropy import CrossEntropyLoss, cross_entropy_loss
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -99,27 +100,48 @@ def test_z_losses_are_part_of_losses_and_have_no_gradient():
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_precomputed_lse_is_taken_as_it_is(create_graph):
     logits, labels = expected.make(6, 8, torch.float32)
-    options = {"logit_scale": 0.5, "lse_square_scale": 0.1, "label_smoothing": 0.1}
-    lse = (0.5 * logits.double()).logsumexp(1)
+    options = {"lse_square_scale": 0.1}
+    lse = logits.double().logsumexp(1)
     losses, z_losses, grad = run(logits, labels, precomputed_lse=lse, **options)
-    want, want_z, want_grad = run(logits, labels, **options)
-    torch.testing.assert_close(losses, want)
-    torch.testing.assert_close(z_losses, want_z)
-    torch.testing.assert_close(grad, want_grad)
+    want, want_z, want_grad = expected.reference(logits, labels, **options)
+    torch.testing.assert_close(losses.double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(z_losses.double(), want_z, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad.double(), want_grad, rtol=1e-5, atol=1e-6)
     # one that is not the logits' own: every term takes it
     other = (lse.half() + 1).requires_grad_()
     logits.requires_grad_()
     losses, z_losses = cross_entropy_loss(logits, labels, other, **options)
     (grad,) = torch.autograd.grad(losses.sum(), logits, create_graph=create_graph)
-    x, o, counted = logits.detach().double() * 0.5, other.detach().double(), labels != -100
+    x, o, counted = logits.detach().double(), other.detach().double(), labels != -100
     target = x.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    want = o - 0.9 * target - 0.1 * x.mean(1) + 0.1 * o**2
+    want = o - target + 0.1 * o**2
     torch.testing.assert_close(losses.double(), want * counted)
     torch.testing.assert_close(z_losses.double(), 0.1 * o**2 * counted)
-    want_grad = (x - o[:, None]).exp() * (1 + 0.2 * o[:, None]) - 0.1 / 8
-    want_grad -= 0.9 * F.one_hot(labels.clamp(min=0), 8)
-    torch.testing.assert_close(grad.double(), 0.5 * want_grad * counted[:, None])
+    want_grad = (x - o[:, None]).exp() * (1 + 0.2 * o[:, None])
+    want_grad -= F.one_hot(labels.clamp(min=0), 8)
+    torch.testing.assert_close(grad.double(), want_grad * counted[:, None])
     assert other.grad is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"logit_scale": 0.5}, {"label_smoothing": 0.1}, expected.CASES["all"]]
+)
+def test_with_a_scale_or_smoothing_a_precomputed_lse_counts_for_nothing(device, options):
+    logits, labels = expected.make(6, 8, torch.float32, options.get("ignore_index", -100))
+    logits, labels = logits.to(device), labels.to(device)
+    given = torch.full((6,), 3.0, device=device)
+    got = run(logits, labels, precomputed_lse=given, **options)
+    for mine, want in zip(got, run(logits, labels, **options), strict=True):
+        assert torch.equal(mine, want)
+
+
+def test_the_values_of_flash_attn_for_a_precomputed_lse_with_a_scale():
+    x, y = torch.randn(4, 8), torch.randint(0, 8, (4,))
+    loss = CrossEntropyModule(reduction="none", logit_scale=0.5)
+    want = torch.tensor([2.1574, 2.1021, 1.7925, 1.5760])
+    torch.testing.assert_close(
+        loss(x, y, precomputed_lse=x.logsumexp(-1)), want, rtol=0, atol=5.1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])

@@ -89,7 +89,9 @@ def cross_entropy_loss(
         logits: (batch, vocab), any floating dtype, any strides; float32 inside (float64 for
             float64), also under autocast.
         labels: (batch,), any integer dtype: 0 to vocab - 1, or ignore_index.
-        precomputed_lse: (batch,), taken for lse; no gradient flows into it.
+        precomputed_lse: (batch,), the logsumexp of the logits that are passed, of this rank's
+            classes with a process_group, taken for what would be computed; no gradient flows into
+            it. With label_smoothing or another logit_scale than 1 it counts for nothing.
         label_smoothing: s, how much of the target is spread evenly over all classes.
         logit_scale: multiplies the logits.
         lse_square_scale: weight of z_loss.
@@ -132,7 +134,7 @@ def cross_entropy_loss(
         label_smoothing=options.smoothing,
         logit_scale=options.logit_scale,
         lse_square_scale=options.lse_square_scale,
-        precomputed=precomputed_lse is not None,
+        precomputed=kernel.takes_lse(precomputed_lse, options),
         parallel=process_group is not None,
         inplace_backward=bool(inplace_backward),
     )
