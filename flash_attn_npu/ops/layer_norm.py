@@ -16,8 +16,10 @@ from .layer_norm_functions import (
     DropoutAddLayerNormFn,
     DropoutAddLayerNormParallelResidualFn,
     DropoutAddLayerNormSubsetFn,
+    Subsets,
     dropout_add,
     dropout_add_parallel_residual,
+    dropout_add_subset,
 )
 from .triton.layer_norm_functions import normalize
 
@@ -127,27 +129,32 @@ def dropout_add_layer_norm_subset(
             token without a row, for which zeros are added.
         out_subset: as x0_subset, for the rows of z.
         rowscale_const: a factor of all rows of x0.
-        out_numrows: how many rows z has, with out_subset.
+        out_numrows: how many rows z has, with out_subset: no more than it has elements.
         others: as in `dropout_add_layer_norm`.
 
     Returns:
-        As `dropout_add_layer_norm`; z and s have x0's shape. With x0_subset that of both is
-        (tokens, hidden), with out_subset that of z is (out_numrows, hidden), where rows that no
-        token goes to are zeros. The mask has x0's shape.
+        As `dropout_add_layer_norm`; z and s have x0's shape but for the first dimension, which is
+        as long as it takes to hold a row for each token, with out_subset out_numrows rows of z.
+        Rows that no token goes to are zeros. The mask has x0's shape.
 
     Raises:
         ArgumentError, ArgumentTypeError: as `dropout_add_layer_norm`, or a subset has another
-            dtype or number of elements.
-        IndexError: a subset names a row that does not exist; on a device it may fail otherwise.
+            dtype or number of elements, names a row that does not exist, or one row of z twice; on
+            a device such names are not looked at, and the lookup itself may fail. Or the rows of z
+            or s are no multiple of those that x0 has behind its first dimension.
 
-    Contract: flash-attention 2.8, `dropout_add_layer_norm_subset`. Different: other random bits.
+    Contract: flash-attention 2.8, `dropout_add_layer_norm_subset`. Different: other random bits;
+    rows of z that no token goes to are zeros instead of undefined.
     """
     # fmt: off
-    return DropoutAddLayerNormSubsetFn.apply(  # type: ignore[no-untyped-call]
-        x0, residual, weight, bias, layerscale, x0_subset, out_subset, dropout_p, epsilon,
-        rowscale_const, out_numrows, residual_in_fp32, prenorm, False, return_dropout_mask,
+    call = NormCall(
+        x0, weight, bias, residual, layerscale=layerscale, eps=epsilon, dropout_p=dropout_p,
+        prenorm=prenorm, residual_in_fp32=residual_in_fp32, rowscale_const=rowscale_const,
     )
     # fmt: on
+    return dropout_add_subset(
+        call, Subsets(x0_subset, out_subset, out_numrows), return_dropout_mask
+    )
 
 
 def dropout_add_layer_norm_parallel_residual(

@@ -5,24 +5,27 @@ Masks are uint8 here, and all ones without dropout.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..attention.checks import require_tensors
+from ..attention.checks import at_least, real, require_tensors
 from ..errors import ArgumentError, explain
 from ..first_order import first_order
 from ..kernels import norms
 from ..kernels.norms import NormCall, Saved
-from .triton.layer_norm_functions import Answer, compose, gradients, keep, normalize, serve
+from .triton.layer_norm_functions import X0, Answer, compose, gradients, keep, normalize, serve
 
 __all__ = [
     "DropoutAddLayerNormFn",
     "DropoutAddLayerNormParallelResidualFn",
     "DropoutAddLayerNormSubsetFn",
+    "Subsets",
     "dropout_add",
     "dropout_add_parallel_residual",
+    "dropout_add_subset",
 ]
 
 GAMMA = {"x": "x0", "weight": "gamma", "bias": "beta", "layerscale": "colscale", "eps": "epsilon"}
@@ -36,6 +39,14 @@ GAMMA_PARALLEL = {
 }
 
 
+class Subsets(NamedTuple):
+    """Which rows take part: of x0, and of the result."""
+
+    x0_subset: Tensor | None
+    out_subset: Tensor | None
+    out_numrows: int
+
+
 def dropout_add(function: str, call: NormCall, return_dropout_mask: bool) -> Any:
     """z, followed by the sum if call.prenorm, and by the mask."""
     return _arranged(call, normalize(function, call), return_dropout_mask)
@@ -44,6 +55,18 @@ def dropout_add(function: str, call: NormCall, return_dropout_mask: bool) -> Any
 def dropout_add_parallel_residual(function: str, call: NormCall, return_dropout_mask: bool) -> Any:
     """z0 and z1, followed by the sum if call.prenorm, and by two masks."""
     return _arranged_parallel(call, normalize(function, call), return_dropout_mask)
+
+
+def dropout_add_subset(call: NormCall, subsets: Subsets, return_dropout_mask: bool) -> Any:
+    """As `dropout_add`, of some rows."""
+    _check_subset_call(call, subsets, X0)
+    # fmt: off
+    return DropoutAddLayerNormSubsetFn.apply(  # type: ignore[no-untyped-call]
+        call.x, call.residual, call.weight, call.bias, call.layerscale, subsets.x0_subset,
+        subsets.out_subset, call.dropout_p, call.eps, call.rowscale_const, subsets.out_numrows,
+        call.residual_in_fp32, call.prenorm, call.is_rms_norm, return_dropout_mask,
+    )
+    # fmt: on
 
 
 class DropoutAddLayerNormFn(torch.autograd.Function):
@@ -147,27 +170,32 @@ class DropoutAddLayerNormSubsetFn(torch.autograd.Function):
         return_dmask: bool = False,
     ) -> Any:
         """Spread the rows of x0, add, normalise, and gather rows of the result."""
-        _check_subsets(x0, residual, x0_subset, out_subset)
-        x = x0 if x0_subset is None else _spread(x0, x0_subset)
-        ctx.residual_shape = None if residual is None else residual.shape
         # fmt: off
-        call = NormCall(
-            x, gamma, beta, None if residual is None else residual.reshape(x.shape),
-            layerscale=colscale, eps=epsilon, dropout_p=dropout_p, prenorm=prenorm,
-            residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm,
+        given = NormCall(
+            x0, gamma, beta, residual, layerscale=colscale, eps=epsilon, dropout_p=dropout_p,
+            prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm,
             rowscale_const=rowscale_const,
         )
         # fmt: on
-        norms.check(call, GAMMA)
+        _check_subset_call(given, Subsets(x0_subset, out_subset, out_numrows), GAMMA)
+        x = x0.reshape(-1, x0.shape[-1]) if x0_subset is None else _spread(x0, x0_subset)
+        ctx.residual_shape = None if residual is None else residual.shape
+        added = None if residual is None else residual.reshape(x.shape)
+        call = given._replace(x=x, residual=added)
         compose("DropoutAddLayerNormSubsetFn", call)
-        mask, _ = norms.draw_masks(call._replace(x=x0))
-        spread = mask if mask is None or x0_subset is None else _spread(mask, x0_subset)
+        mask, _ = norms.draw_masks(given)
+        spread = mask
+        if mask is not None:
+            spread = mask.view(x.shape) if x0_subset is None else _spread(mask, x0_subset)
         normed = norms.forward(call, spread, None)
+        if prenorm:
+            # before it is saved, so that autograd notices a change of what is returned
+            normed = normed._replace(total=_like_x0(normed.total, x0.shape))
         keep(ctx, call, normed, (spread, None), x0_subset, out_subset)
         ctx.prenorm, ctx.x0_shape = prenorm, x0.shape
         z = normed.y if out_subset is None else _gathered(normed.y, out_subset, out_numrows)
-        answer = Answer(z, None, normed.total, mask, None)
-        return _arranged(call._replace(x=x0), answer, return_dmask)
+        answer = Answer(_like_x0(z, x0.shape), None, normed.total, mask, None)
+        return _arranged(given, answer, return_dmask)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
@@ -184,7 +212,11 @@ def _subset_gradients(
 ) -> list[Tensor | None]:
     *tensors, x0_subset, out_subset = saved_tensors
     saved = Saved(*tensors)
-    dy = dz if out_subset is None else _spread(dz, out_subset).view(saved.total.shape)
+    hidden = saved.weight.shape[0]
+    saved = saved._replace(total=saved.total.view(-1, hidden))
+    dz = dz.reshape(-1, hidden)
+    dtotal = None if dtotal is None else dtotal.reshape(-1, hidden)
+    dy = dz if out_subset is None else _spread(dz, out_subset)
     order = ("x", "residual", "weight", "bias", "layerscale")
     needs = zip(order, ctx.needs_input_grad, strict=False)
     wanted = [field for field, needed in needs if needed]
@@ -192,7 +224,9 @@ def _subset_gradients(
     if "x" in grads and x0_subset is not None:
         absent_and_rows = grads["x"].new_zeros(1 + ctx.x0_shape[:-1].numel(), dz.shape[-1])
         absent_and_rows.index_add_(0, x0_subset.flatten().long(), grads["x"])
-        grads["x"] = absent_and_rows[1:].view(ctx.x0_shape)
+        grads["x"] = absent_and_rows[1:]
+    if "x" in grads:
+        grads["x"] = grads["x"].view(ctx.x0_shape)
     if "residual" in grads:
         grads["residual"] = grads["residual"].view(ctx.residual_shape)
     return [grads[field].to(ctx.dtypes[field]) if field in grads else None for field in order]
@@ -237,30 +271,103 @@ def _gathered(y: Tensor, subset: Tensor, numrows: int) -> Tensor:
     return _spread(y, whence[1:])
 
 
-def _check_subsets(
-    x0: Tensor, residual: Tensor | None, x0_subset: Tensor | None, out_subset: Tensor | None
-) -> None:
-    given = {"x0": x0, "residual": residual, "x0_subset": x0_subset, "out_subset": out_subset}
+def _like_x0(rows: Tensor, x0_shape: torch.Size) -> Tensor:
+    """(rows, hidden) with the dimensions that x0 has behind its first."""
+    inner = x0_shape[1:-1].numel()
+    if len(x0_shape) == 1:
+        shape: tuple[int, ...] = (rows.numel(),)
+    else:
+        shape = (rows.shape[0] // inner if inner else x0_shape[0], *x0_shape[1:])
+    # what an autograd.Function returns must be no view, else nobody may write to it
+    whole: Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
+    return whole
+
+
+def _check_subset_call(call: NormCall, subsets: Subsets, renamed: Mapping[str, str]) -> None:
+    """Raise for the first argument that does not fit; `call` has x0 and residual as they came."""
+    x0, residual = call.x, call.residual
+    given = {"x0": x0, "residual": residual, **subsets._asdict()}
+    del given["out_numrows"]
     require_tensors(**{name: value for name, value in given.items() if value is not None})
     if x0.dim() == 0:
         _refuse("x0", "a tensor without dimensions", "(..., hidden)", "reshape x0")
-    hidden = x0.shape[-1]
-    rows = x0.shape[:-1].numel() if x0_subset is None else x0_subset.numel()
-    for name, subset in (("x0_subset", x0_subset), ("out_subset", out_subset)):
-        if subset is not None and (
-            subset.dtype not in (torch.int32, torch.int64) or subset.numel() != rows
-        ):
+    rows = _check_subsets(x0, residual, subsets)
+    if type(call.rowscale_const) is not float:
+        real("rowscale_const", call.rowscale_const)
+    # what the others are compared with has the shape that is computed in, and no memory
+    shape = (rows, x0.shape[-1])
+    stand_in = None if residual is None else residual.new_empty(()).expand(shape)
+    norms.check(call._replace(x=x0.new_empty(()).expand(shape), residual=stand_in), renamed)
+
+
+def _check_subsets(x0: Tensor, residual: Tensor | None, subsets: Subsets) -> int:
+    """How many rows are computed."""
+    x0_subset, out_subset, out_numrows = subsets
+    hidden, x0_rows = x0.shape[-1], x0.shape[:-1].numel()
+    rows = x0_rows if x0_subset is None else x0_subset.numel()
+    for name, subset, most in (
+        ("x0_subset", x0_subset, x0_rows),
+        ("out_subset", out_subset, out_numrows),
+    ):
+        if subset is None:
+            continue
+        if subset.dtype not in (torch.int32, torch.int64) or subset.numel() != rows:
             _refuse(
                 name,
                 f"a {subset.dtype} tensor of shape {tuple(subset.shape)}",
                 f"a torch.int32 or torch.int64 tensor of {rows} elements, one for each row",
                 "number the rows that take part from 1, and pass 0 for the others",
             )
+        if subset.device != x0.device:
+            _refuse(name, subset.device, f"{x0.device}, as x0", f"pass {name}.to(x0.device)")
+        if name == "out_subset":
+            _check_out_numrows(out_numrows, rows)
+        _check_numbers(name, subset, most)
     if residual is not None and (
         residual.shape[-1:] != x0.shape[-1:] or residual.numel() != rows * hidden
     ):
         allowed = f"(..., {hidden}) with {rows} rows"
         _refuse("residual", f"shape {tuple(residual.shape)}", allowed, "pass a row for each token")
+    _check_whole("x0_subset", rows, x0)
+    if out_subset is not None:
+        _check_whole("out_numrows", out_numrows, x0)
+    return rows
+
+
+def _check_out_numrows(out_numrows: int, rows: int) -> None:
+    at_least(0, out_numrows=out_numrows)
+    if out_numrows > rows:
+        _refuse(
+            "out_numrows",
+            out_numrows,
+            f"0 to {rows}, the elements of out_subset, each of which can fill one row",
+            "pass out_subset.max()",
+        )
+
+
+def _check_numbers(name: str, subset: Tensor, most: int) -> None:
+    """Raise for a number of a row that does not exist, where that can be read."""
+    if subset.device.type != "cpu" or torch.compiler.is_compiling() or not subset.numel():
+        return
+    least, largest = (int(end) for end in subset.aminmax())
+    if least < 0 or largest > most:
+        allowed = f"0 to {most}, the rows of {'x0' if name == 'x0_subset' else 'out_numrows'}"
+        wrong = least if least < 0 else largest
+        _refuse(name, f"a row {wrong}", allowed, "number the rows from 1, 0 means none")
+    if name == "out_subset" and bool((subset[subset > 0].bincount() > 1).any()):
+        _refuse(name, "a row twice", "each row once", "number the rows that take part from 1")
+
+
+def _check_whole(name: str, rows: int, x0: Tensor) -> None:
+    """Raise unless so many rows can be given x0's dimensions behind its first."""
+    inner = x0.shape[1:-1].numel()
+    if rows % inner if inner else rows:
+        _refuse(
+            name,
+            f"{rows} rows",
+            f"a multiple of {inner}: results have x0's shape {tuple(x0.shape)} but for its first",
+            f"pass x0 as (rows, {x0.shape[-1]})",
+        )
 
 
 def _refuse(name: str, came: object, allowed: str, remedy: str) -> NoReturn:

@@ -16,8 +16,10 @@ from .layer_norm_functions import (
     DropoutAddLayerNormFn,
     DropoutAddLayerNormParallelResidualFn,
     DropoutAddLayerNormSubsetFn,
+    Subsets,
     dropout_add,
     dropout_add_parallel_residual,
+    dropout_add_subset,
 )
 from .triton.layer_norm_functions import normalize
 
@@ -96,11 +98,15 @@ def dropout_add_rms_norm_subset(
     Contract: flash-attention 2.8, `dropout_add_rms_norm_subset`. Different: other random bits.
     """
     # fmt: off
-    return DropoutAddLayerNormSubsetFn.apply(  # type: ignore[no-untyped-call]
-        x0, residual, weight, bias, layerscale, x0_subset, out_subset, dropout_p, epsilon,
-        rowscale_const, out_numrows, residual_in_fp32, prenorm, True, return_dropout_mask,
+    call = NormCall(
+        x0, weight, bias, residual, layerscale=layerscale, eps=epsilon, dropout_p=dropout_p,
+        prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=True,
+        rowscale_const=rowscale_const,
     )
     # fmt: on
+    return dropout_add_subset(
+        call, Subsets(x0_subset, out_subset, out_numrows), return_dropout_mask
+    )
 
 
 def dropout_add_rms_norm_parallel_residual(

@@ -72,7 +72,8 @@ class Gate(NamedTuple):
 class Loss(NamedTuple):
     """`cross_entropy_loss` of rows of logits.
 
-    precomputed: precomputed_lse is given and used. parallel: the classes are spread over a process group.
+    precomputed: precomputed_lse is given and used.
+    parallel: the classes are spread over a process group.
     """
 
     function: str

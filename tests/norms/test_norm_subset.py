@@ -152,14 +152,67 @@ def test_a_row_may_be_used_twice_and_a_result_by_nobody(device: torch.device) ->
         EPS,
         x0_subset=torch.tensor([1, 1, 0], device=device),
         out_subset=torch.tensor([3, 1, 0], device=device),
-        out_numrows=4,
+        out_numrows=3,
     )
     once = layer_norm.layer_norm(x, weight, None, EPS)
-    torch.testing.assert_close(z, torch.cat((once, once * 0, once, once * 0)))
-    direction = torch.randn(4, 8).to(device)
+    torch.testing.assert_close(z, torch.cat((once, once * 0, once)))
+    direction = torch.randn(3, 8).to(device)
     (twice,) = torch.autograd.grad(z, x, direction)
     (alone,) = torch.autograd.grad(once, x, direction[:1] + direction[2:3])
     torch.testing.assert_close(twice, alone)
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_results_have_the_dimensions_of_x0_behind_the_first(
+    device: torch.device, rms: bool, p: float
+) -> None:
+    leaves = draw("bias layerscale", device, torch.float32, (2, 3, 8))
+    leaves["residual"] = torch.randn(4, 3, 8).to(device).requires_grad_()
+    x0_subset = torch.tensor([[1, 0, 2], [0, 0, 3], [4, 5, 0], [0, 6, 0]], device=device)
+    out_subset = torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 7], [8, 0, 9]], device=device)
+    function = (
+        rms_norm.dropout_add_rms_norm_subset if rms else layer_norm.dropout_add_layer_norm_subset
+    )
+
+    def call(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        results = function(
+            x, residual, leaves["weight"], leaves["bias"], p, EPS, leaves["layerscale"],
+            x0_subset, out_subset, 1.0, 9, prenorm=True, return_dropout_mask=True,
+        )  # fmt: skip
+        return as_tuple(results)
+
+    z, total, mask = call(leaves["x"], leaves["residual"])
+    assert (z.shape, total.shape, mask.shape) == ((3, 3, 8), (4, 3, 8), (2, 3, 8))
+    flat = call(leaves["x"].reshape(6, 8), leaves["residual"].reshape(12, 8))
+    assert [one.shape for one in flat] == [(9, 8), (12, 8), (6, 8)]
+    directions = torch.randn(9, 8).to(device), torch.randn(12, 8).to(device)
+    ends = [d.view(r.shape) for d, r in zip(directions, (z, total), strict=True)]
+    got = torch.autograd.grad((z, total), list(leaves.values()), ends)
+    want = torch.autograd.grad(flat[:2], list(leaves.values()), directions)
+    for one, other in zip((z, total, mask, *got), (*flat, *want), strict=True):
+        assert torch.equal(one.reshape(other.shape), other)
+    # what is returned may be written, and a changed sum is noticed
+    z, total, _ = call(leaves["x"], leaves["residual"])
+    z.mul_(2)
+    total.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_one_dimension_is_one_row() -> None:
+    x, weight = torch.randn(8, requires_grad=True), torch.ones(8)
+    subset = torch.tensor([0, 1])
+    z, total = layer_norm.dropout_add_layer_norm_subset(
+        x, None, weight, None, 0.0, EPS, None, subset, subset, out_numrows=1, prenorm=True
+    )
+    once = layer_norm.layer_norm(x, weight, None, EPS)
+    assert torch.equal(z, once)
+    assert torch.equal(total, torch.cat((x * 0, x)))
+    direction = torch.randn(8)
+    (got,) = torch.autograd.grad(z, x, direction)
+    torch.testing.assert_close(got, torch.autograd.grad(once, x, direction)[0])
 
 
 def test_no_rows_at_all(device: torch.device) -> None:
@@ -216,8 +269,28 @@ def test_autocast_changes_nothing(device: torch.device) -> None:
         ("out_subset", {"out_subset": torch.ones(3, dtype=torch.int64)}, ArgumentError),
         ("residual", {"residual": torch.ones(4, 4)}, ArgumentError),
         ("residual", {"residual": torch.ones(3, 8)}, ArgumentError),
-        ("gamma", {"weight": torch.ones(4)}, ArgumentError),
-        ("colscale", {"layerscale": torch.ones(4)}, ArgumentError),
+        ("weight", {"weight": torch.ones(4)}, ArgumentError),
+        ("bias", {"bias": torch.ones(8).int()}, ArgumentError),
+        ("layerscale", {"layerscale": torch.ones(4)}, ArgumentError),
+        ("epsilon", {"epsilon": None}, ArgumentTypeError),
+        ("rowscale_const", {"rowscale_const": "2"}, ArgumentTypeError),
+        ("out_subset", {"out_subset": torch.tensor([1, 2], device="meta")}, ArgumentError),
+        ("out_subset", {"out_subset": torch.tensor([1, 1]), "out_numrows": 2}, ArgumentError),
+        ("out_numrows", {"out_subset": torch.tensor([1, 2]), "out_numrows": 3}, ArgumentError),
+        ("out_numrows", {"out_subset": torch.tensor([1, 2]), "out_numrows": 2**40}, ArgumentError),
+        ("out_numrows", {"out_subset": torch.tensor([1, 2]), "out_numrows": -1}, ArgumentError),
+        ("out_numrows", {"out_subset": torch.tensor([1, 2]), "out_numrows": 1.5}, ArgumentError),
+        ("out_subset", {"out_subset": torch.tensor([1, 2]), "out_numrows": 1}, ArgumentError),
+        (
+            "out_numrows",
+            {"x0": torch.ones(1, 2, 8), "out_subset": torch.tensor([1, 0]), "out_numrows": 1},
+            ArgumentError,
+        ),
+        (
+            "x0_subset",
+            {"x0": torch.ones(1, 2, 8), "x0_subset": torch.tensor([1, 0, 2])},
+            ArgumentError,
+        ),
     ],
 )
 def test_bad_input(argument: str, changed: dict[str, Any], error: type[Exception]) -> None:
@@ -229,8 +302,25 @@ def test_bad_input(argument: str, changed: dict[str, Any], error: type[Exception
         "dropout_p": 0.0,
         "epsilon": EPS,
     }
-    with pytest.raises(error, match=f"^{argument}: got .*; allowed: .*; to fix it: "):
-        layer_norm.dropout_add_layer_norm_subset(**{**given, **changed})
+    for function in (
+        layer_norm.dropout_add_layer_norm_subset,
+        rms_norm.dropout_add_rms_norm_subset,
+    ):
+        with pytest.raises(error, match=f"^{argument}: got .*; allowed: .*; to fix it: "):
+            function(**{**given, **changed})
+
+
+def test_the_class_calls_its_arguments_as_flash_attn_does() -> None:
+    x, row, wrong = torch.ones(2, 8), torch.ones(8), torch.ones(4)
+    for name, tensors in (
+        ("gamma", (wrong, None, None)),
+        ("beta", (row, wrong, None)),
+        ("colscale", (row, None, wrong)),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{name}: got "):
+            layer_norm.DropoutAddLayerNormSubsetFn.apply(
+                x, None, *tensors, None, None, 0.0, EPS, 1.0, 0
+            )
 
 
 def test_a_row_that_does_not_exist() -> None:
@@ -238,5 +328,6 @@ def test_a_row_that_does_not_exist() -> None:
     for named in (3, -1):
         subset = torch.tensor([1, named])
         for options in ({"x0_subset": subset}, {"out_subset": subset, "out_numrows": 2}):
-            with pytest.raises((IndexError, RuntimeError), match=r"range|bounds"):
+            name = next(iter(options))
+            with pytest.raises(ArgumentError, match=f"^{name}: got a row {named}; allowed: 0 to 2"):
                 layer_norm.dropout_add_layer_norm_subset(x, None, weight, None, 0.0, EPS, **options)
