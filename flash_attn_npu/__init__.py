@@ -10,6 +10,7 @@ from . import bert_padding, flash_attn_interface
 from ._version import FLASH_ATTN_VERSION
 from .activation import install, installed, uninstall
 from .attention.lengths import forget_lengths
+from .errors import ActivationError, ArgumentError, ArgumentTypeError, UnsupportedError
 from .flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -26,6 +27,10 @@ from .usage import report, reporting
 __version__ = FLASH_ATTN_VERSION
 
 __all__ = [
+    "ActivationError",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "UnsupportedError",
     "__version__",
     "attention_forward_varlen",
     "bert_padding",

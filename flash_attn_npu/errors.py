@@ -1,6 +1,7 @@
 """The exceptions this package raises, and the one way their messages are built.
 
 Every message answers four questions: which argument, what came, what is allowed, what to do.
+An error carries the four answers as attributes, too.
 """
 
 from __future__ import annotations
@@ -14,22 +15,52 @@ __all__ = [
 ]
 
 
-class ArgumentError(ValueError):
-    """An argument has a value, a shape, a dtype or a device that flash-attn does not accept."""
+class Explanation(str):
+    """A message, and the four answers it was made of."""
+
+    argument: str
+    came: str
+    allowed: str
+    remedy: str
 
 
-class ArgumentTypeError(TypeError):
+class _ExplainedError(Exception):
+    """An error with the four answers as attributes, None where the message was not explained."""
+
+    argument: str | None = None
+    came: str | None = None
+    allowed: str | None = None
+    remedy: str | None = None
+
+    def __init__(self, message: str = "") -> None:
+        # plain text and attributes: what pickle and copy restore
+        super().__init__(str(message))
+        if isinstance(message, Explanation):
+            self.__dict__.update(vars(message))
+
+
+class ArgumentError(_ExplainedError, ValueError, RuntimeError):
+    """An argument has a value, a shape, a dtype or a device that flash-attn does not accept.
+
+    A RuntimeError as well, which flash-attn's own checks raise.
+    """
+
+
+class ArgumentTypeError(_ExplainedError, TypeError):
     """An argument is an object of the wrong Python type."""
 
 
-class UnsupportedError(NotImplementedError):
+class UnsupportedError(_ExplainedError, NotImplementedError):
     """The call is legal for flash-attn, but nothing here may serve it exactly."""
 
 
-class ActivationError(RuntimeError):
+class ActivationError(_ExplainedError, RuntimeError):
     """`install()` or `uninstall()` would leave `import flash_attn` in a state nobody asked for."""
 
 
-def explain(argument: str, came: object, allowed: str, remedy: str) -> str:
+def explain(argument: str, came: object, allowed: str, remedy: str) -> Explanation:
     """`q: got ...; allowed: ...; to fix it: ...`, the shape of every message."""
-    return f"{argument}: got {came}; allowed: {allowed}; to fix it: {remedy}"
+    message = Explanation(f"{argument}: got {came}; allowed: {allowed}; to fix it: {remedy}")
+    message.argument, message.came = argument, str(came)
+    message.allowed, message.remedy = allowed, remedy
+    return message

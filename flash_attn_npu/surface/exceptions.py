@@ -71,6 +71,11 @@ _ADDED = (
         ("install", "installed", "uninstall", "fallback", "report", "reporting", "forget_lengths"),
     ),
     Added("", "Huawei's function, with Huawei's contract", ("attention_forward_varlen",)),
+    Added(
+        "",
+        "the errors that are raised, to catch them by",
+        ("ActivationError", "ArgumentError", "ArgumentTypeError", "UnsupportedError"),
+    ),
 )
 
 _DIFFERENT: tuple[Different, ...] = ()
