@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..attention.checks import at_least, require_tensors
 from ..errors import ArgumentError, explain
 from ..ops.triton.rotary import apply_rotary
+from ..rowwise.memory import require_writable
 from ..rowwise.rotation import check_dense
 from .rotary_checks import check_kv
 from .rotary_functions import (
@@ -138,6 +139,7 @@ class RotaryEmbedding(nn.Module):
             )
         cos_k, sin_k = (cos if cos_k is None else cos_k), (sin if sin_k is None else sin_k)
         # before q is written, so that a wrong kv has no effect
+        require_writable(kv=kv)
         check_dense(kv[:, :, 0], cos_k, sin_k, seqlen_offset)
         q = apply_rotary_emb_func(qkv, cos, sin, self.interleaved, True, seqlen_offset)
         return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)

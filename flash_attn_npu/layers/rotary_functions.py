@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
+from ..rowwise.memory import require_writable
 from ..rowwise.rotation import rotate
 from .rotary_checks import check_k_tables, check_kv, packed_heads
 
@@ -138,9 +139,10 @@ def apply_rotary_emb(
 
     Returns:
         x if inplace, else a new contiguous tensor of its shape and dtype. A leaf that requires a
-        gradient, one of several views that were made at once, and a view that an autograd.Function
-        has made are written as well, but what is returned is another tensor over their memory, and
-        the gradient flows through that one.
+        gradient, a view of one, one of several views that were made at once, and a view that an
+        autograd.Function has made are written as well, but what is returned is another tensor over
+        their memory (under torch.compile a copy), and the gradient flows through that one. A graph
+        that was compiled for a leaf serves other tensors so, too.
 
     Raises:
         ArgumentError, ArgumentTypeError: as `apply_rotary`.
@@ -149,10 +151,11 @@ def apply_rotary_emb(
     """
     if not _is_differentiated(x):
         return rotate(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
+    where = x.clone() if inplace and _is_written_beside(x) else x
     out: Tensor = ApplyRotaryEmb.apply(  # type: ignore[no-untyped-call]
-        x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen
+        where, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen
     )
-    return out
+    return out if where is x else _copied(x, out)
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -178,6 +181,8 @@ def _apply_rotary_emb_qkv(
         cos_k, sin_k = (cos if cos_k is None else cos_k), (sin if sin_k is None else sin_k)
         check_k_tables(cos, cos_k, sin_k)
         turns = [(0, queries, cos, sin), (queries, keys, cos_k, sin_k)]
+    if inplace:
+        require_writable(qkv=qkv)
     out = qkv if inplace else qkv.clone(memory_format=torch.contiguous_format)
     for start, size, c, s in turns:
         part = out.narrow(2, start, size)
@@ -261,10 +266,11 @@ def apply_rotary_emb_qkv_(
             qkv, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
         )
         # fmt: on
+    where = qkv.clone() if _is_written_beside(qkv) else qkv
     out: Tensor = ApplyRotaryEmbQKV_.apply(  # type: ignore[no-untyped-call]
-        qkv, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q
+        where, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q
     )
-    return out
+    return out if where is qkv else _copied(qkv, out)
 
 
 class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801
@@ -281,6 +287,7 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801
     ) -> Tensor:
         """Rotate k where it lies."""
         check_kv(kv)
+        require_writable(kv=kv)
         _save(ctx, (cos, sin), seqlen_offsets)
         ctx.interleaved = interleaved
         where = _in_place(ctx, kv)
@@ -332,12 +339,14 @@ def apply_rotary_emb_kv_(
     """
     if not _is_differentiated(kv):
         check_kv(kv)
+        require_writable(kv=kv)
         rotate(kv[:, :, 0], cos, sin, seqlen_offsets, None, None, interleaved, inplace=True)
         return kv
+    where = kv.clone() if _is_written_beside(kv) else kv
     out: Tensor = ApplyRotaryEmbKV_.apply(  # type: ignore[no-untyped-call]
-        kv, cos, sin, interleaved, seqlen_offsets
+        where, cos, sin, interleaved, seqlen_offsets
     )
-    return out
+    return out if where is kv else _copied(kv, out)
 
 
 def _is_differentiated(x: object) -> bool:
@@ -356,11 +365,28 @@ def _in_place(ctx: Any, x: Tensor) -> Tensor:
         ctx.mark_dirty(x)
     elif x.requires_grad and x.is_leaf:
         return x
-    elif x._is_view() and _creation_meta(x) != _PLAIN_VIEW:
+    elif x._is_view() and (_creation_meta(x) != _PLAIN_VIEW or _is_wanted_leaf(x._base)):
         return x.data
     else:
         ctx.mark_dirty(x)
     return x
+
+
+def _is_wanted_leaf(x: Tensor | None) -> bool:
+    """Whether autograd puts a gradient into x itself, and lets nobody declare it changed."""
+    return x is not None and x.requires_grad and x.is_leaf
+
+
+def _is_written_beside(x: Tensor) -> bool:
+    """Under torch.compile an autograd.Function may neither declare a leaf changed nor return it."""
+    return torch.compiler.is_compiling() and (x.is_leaf or _is_wanted_leaf(x._base))
+
+
+def _copied(x: Tensor, rotated: Tensor) -> Tensor:
+    """`rotated`, with its values in x too, which autograd takes for unchanged."""
+    with torch.no_grad():
+        x.copy_(rotated)
+    return rotated
 
 
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...], seqlen_offsets: int | Tensor) -> None:

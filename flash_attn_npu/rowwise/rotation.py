@@ -6,7 +6,10 @@ All rotary functions of the package come through `rotate`, outside of autograd.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import product
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +20,42 @@ from ..errors import ArgumentError, ArgumentTypeError, explain
 from ..kernels import fused
 from ..kernels import rotation as composed
 from .dispatch import choose
+from .memory import require_writable
 from .problem import Rotation
 from .support import TORCH
 
 __all__ = ["check_dense", "rotate"]
 
+COMPOSED_ELEMENTS = 1 << 20
+FUSED_ELEMENTS = 1 << 26
+"""What is rotated at a time, so that in place means in place: beside x there is little else."""
+
 Rows = slice | Tensor
 """Which rows of the tables: a range shared by the batch, or one index for every token."""
+
+
+class _Positions(NamedTuple):
+    """The row of the tables for each token.
+
+    Attributes:
+        starts: of the first token of each sequence, or of all; of packed sequences less the number
+            of tokens before them.
+        ends: where packed sequences end; None for a padded batch.
+    """
+
+    starts: int | Tensor
+    ends: Tensor | None
+    device: torch.device
+
+    def rows(self, part: tuple[slice, ...]) -> Rows:
+        """The rows for a block of tokens: all of them, or some sequences and positions of these."""
+        span = part[-1]
+        if isinstance(self.starts, int):
+            return slice(self.starts + span.start, self.starts + span.stop)
+        tokens = torch.arange(span.start, span.stop, device=self.device)
+        if self.ends is None:
+            return self.starts[part[0], None] + tokens
+        return self.starts[torch.searchsorted(self.ends, tokens, right=True)] + tokens
 
 
 def rotate(
@@ -39,33 +71,58 @@ def rotate(
     function: str = "apply_rotary",
 ) -> Tensor:
     """What `apply_rotary` promises, reported under the name `function`."""
+    packed = cu_seqlens is not None
     if cu_seqlens is None:
         check_dense(x, cos, sin, seqlen_offsets)
-        rows = _dense_rows(x, seqlen_offsets)
+        positions = _dense_positions(x, seqlen_offsets)
     else:
         _check_kinds(x, cos, sin, 3)
-        rows = _packed_rows(x, cos.shape[0], seqlen_offsets, cu_seqlens, max_seqlen)
-    tokens = 2 if cu_seqlens is None else 1
+        positions = _packed_positions(x, cos.shape[0], seqlen_offsets, cu_seqlens, max_seqlen)
+    if inplace:
+        require_writable(x=x)
+    tokens, rotary_dim = 1 if packed else 2, 2 * cos.shape[-1]
     heads = x.dim() - tokens - 1
-    cos, sin = _lookup(cos, rows, heads), _lookup(sin, rows, heads)
-    if conjugate:
-        sin = -sin
     fused_serves = _is_fused(function, x, cos, heads, interleaved)
-    rotary_dim = 2 * cos.shape[-1]
-    if fused_serves and not inplace and rotary_dim == x.shape[-1]:
-        return _fuse(x, cos, sin, tokens, interleaved)
-    out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if fused_serves:
-        head = x[..., :rotary_dim]
-        if inplace and torch.is_grad_enabled() and x.requires_grad:
-            # autograd keeps what the operator got, also to differentiate a gradient
-            head = head.clone()
-        out[..., :rotary_dim].copy_(_fuse(head, cos, sin, tokens, interleaved))
-    else:
-        composed.rotate(x, cos, sin, interleaved, out)
-    if not inplace:
-        out[..., rotary_dim:].copy_(x[..., rotary_dim:])
+    whole = fused_serves and not inplace and rotary_dim == x.shape[-1]
+    out = x if inplace or whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    limit = FUSED_ELEMENTS if fused_serves else COMPOSED_ELEMENTS
+    for part in _parts(x.shape, tokens, None if whole else limit):
+        rows = positions.rows(part)
+        part_cos, part_sin = _lookup(cos, rows, heads), _lookup(sin, rows, heads)
+        if conjugate:
+            part_sin = -part_sin
+        if whole:
+            return _fuse(x, part_cos, part_sin, tokens, interleaved)
+        source, target = x[part], out[part]
+        if fused_serves:
+            head = source[..., :rotary_dim]
+            if inplace and torch.is_grad_enabled() and x.requires_grad:
+                # autograd keeps what the operator got, also to differentiate a gradient
+                head = head.clone()
+            turned = _fuse(head, part_cos, part_sin, tokens, interleaved)
+            target[..., :rotary_dim].copy_(turned)
+        else:
+            composed.rotate(source, part_cos, part_sin, interleaved, target)
+        if not inplace:
+            target[..., rotary_dim:].copy_(source[..., rotary_dim:])
     return out
+
+
+def _parts(shape: torch.Size, tokens: int, limit: int | None) -> Iterable[tuple[slice, ...]]:
+    """Blocks of tokens, the first dimensions of x, of about `limit` elements each, or all in one.
+
+    For a compiler, which plans by itself, it is one.
+    """
+    *batch, seqlen = shape[:tokens]
+    if limit is None or torch.compiler.is_compiling():
+        return [tuple(slice(0, size) for size in shape[:tokens])]
+    at_once = max(1, limit // max(1, shape[tokens:].numel()))
+    spans = [slice(start, min(start + at_once, seqlen)) for start in range(0, seqlen, at_once)]
+    if not batch:
+        return [(span,) for span in spans]
+    step = max(1, at_once // max(1, seqlen))
+    rows = [slice(start, min(start + step, batch[0])) for start in range(0, batch[0], step)]
+    return product(rows, spans)
 
 
 def _is_fused(function: str, x: Tensor, cos: Tensor, heads: int, interleaved: bool) -> bool:
@@ -117,22 +174,19 @@ def check_dense(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tenso
             _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
 
 
-def _dense_rows(x: Tensor, seqlen_offsets: int | Tensor) -> Rows:
-    seqlen = x.shape[1]
+def _dense_positions(x: Tensor, seqlen_offsets: int | Tensor) -> _Positions:
     if not isinstance(seqlen_offsets, Tensor):
-        start = _checked_offset(seqlen_offsets)
-        return slice(start, start + seqlen)
-    starts = seqlen_offsets.to(x.device, torch.int64)
-    return starts[:, None] + torch.arange(seqlen, device=x.device)
+        return _Positions(_checked_offset(seqlen_offsets), None, x.device)
+    return _Positions(seqlen_offsets.to(x.device, torch.int64), None, x.device)
 
 
-def _packed_rows(
+def _packed_positions(
     x: Tensor,
     seqlen_ro: int,
     seqlen_offsets: int | Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int | Tensor | None,
-) -> Rows:
+) -> _Positions:
     checks.require_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
@@ -150,12 +204,8 @@ def _packed_rows(
             starts = seqlen_offsets.tolist()
         for start, seqlen in zip(starts, lengths.seqlens, strict=True):
             _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
-    total = x.shape[0]
     cumulative = cu_seqlens.to(x.device, torch.int64)
-    shifts = torch.repeat_interleave(
-        offsets - cumulative[:-1], cumulative.diff(), output_size=total
-    )
-    return shifts + torch.arange(total, device=x.device)
+    return _Positions(offsets - cumulative[:-1], cumulative[1:], x.device)
 
 
 def _readable(tensor: Tensor) -> bool:

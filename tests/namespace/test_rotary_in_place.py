@@ -117,3 +117,51 @@ def test_who_gets_a_new_tensor_may_write_to_it(device: torch.device, rotary_dim:
     out.sum().backward()
     assert x.grad is not None
     assert_rounded_once(x.grad / 2, turned(torch.ones_like(x), cos, sin, True), 5.0)
+
+
+def test_a_view_of_a_leaf_is_rotated_where_it_lies(device: torch.device) -> None:
+    cos, sin = tables(8, 4)
+    leaf = torch.randn(2, 4, 24, device=device, requires_grad=True)
+    before = leaf.detach().clone().unflatten(-1, (3, 8))
+    heads = leaf.unflatten(-1, (3, 8))
+    out = rotary.apply_rotary_emb(heads, cos.to(device), sin.to(device), inplace=True)
+    assert out.data_ptr() == leaf.data_ptr()
+    assert_rounded_once(out, turned(before, cos, sin), 5.0)
+    dout = torch.randn(out.shape).to(device)
+    out.backward(dout)
+    assert leaf.grad is not None
+    assert_rounded_once(leaf.grad.unflatten(-1, (3, 8)), turned(dout, cos, sin, True), 5.0)
+
+
+IN_PLACE: dict[str, tuple[tuple[int, ...], int, Callable[..., Tensor]]] = {
+    **{name: given for name, given in ROTATIONS.items() if name != "module"},
+    "x": ((2, 4, 3, 8), 3, lambda x, c, s: rotary.apply_rotary_emb(x, c, s, inplace=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("view", [False, True])
+def test_compiled_a_leaf_is_rotated_where_it_lies(name: str, view: bool) -> None:
+    shape, heads, rotate = IN_PLACE[name]
+    cos, sin = tables(8, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: rotate(x.view(shape), cos, sin), fullgraph=True, backend="aot_eager"
+    )
+    flat = torch.randn(2, 4, -(-torch.Size(shape).numel() // 8) if view else 1)
+    leaf = (flat if view else torch.randn(shape)).requires_grad_()
+    before = leaf.detach().clone().view(shape)
+    out = compiled(leaf)
+    turning = (slice(None), slice(None), slice(heads))
+    staying = (slice(None), slice(None), slice(heads, None))
+    for result in (out.detach(), leaf.detach().view(shape)):
+        assert_rounded_once(result[turning], turned(before[turning], cos, sin), 5.0)
+        assert torch.equal(result[staying], before[staying])
+    dout = torch.randn(shape)
+    out.backward(dout)
+    assert leaf.grad is not None
+    grad = leaf.grad.view(shape)
+    assert_rounded_once(grad[turning], turned(dout[turning], cos, sin, True), 5.0)
+    assert torch.equal(grad[staying], dout[staying])
+    torch._dynamo.reset()
