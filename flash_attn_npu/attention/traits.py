@@ -122,7 +122,7 @@ def differentiate(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
         )
     dsink = None if sink is None else _sink_grad(sink, dout, out, lse.transpose(1, 2))
     once = first_order(function, (*grads, dsink), dout, q, k, v, sink)
-    return _positioned(inputs, once, sink)
+    return _positioned(inputs, once)
 
 
 def differentiate_varlen(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -139,7 +139,7 @@ def differentiate_varlen(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
         )
     dsink = None if sink is None else _sink_grad(sink, dout, out, lse.t())
     once = first_order(function, (*grads, dsink), dout, q, k, v, sink)
-    return _positioned(inputs, once, sink)
+    return _positioned(inputs, once)
 
 
 def _refuse_parts(**parts: Tensor | None) -> None:
@@ -165,12 +165,11 @@ def _restored(ctx: Any) -> tuple[list[Any], Tensor, Tensor, Tensor]:
     return inputs, out, lse, rng_state
 
 
-def _positioned(
-    inputs: list[Any], grads: tuple[Tensor | None, ...], sink: Tensor | None
-) -> tuple[Any, ...]:
-    """The gradients of q, k, v and sink at the places of `inputs`."""
+def _positioned(inputs: list[Any], grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """The gradients of q, k, v and sink at their places: the first three, the third to last."""
     *first, dsink = grads
-    return (*first, *(dsink if value is sink else None for value in inputs[3:]))
+    between = (None,) * (len(inputs) - 6)
+    return (*first, *between, dsink, None, None)
 
 
 def _sink_grad(sink: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:

@@ -185,9 +185,9 @@ def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:
         biased = shared | {"pre_tokens": before, "next_tokens": after} | _bias(problem)
 
         def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sink: None) -> Any:
-            return torch_npu.npu_fusion_attention_v2(
-                q, k, v, heads, layout, pse=slopes.contiguous(), **biased
-            )
+            # slopes have no gradient; torch_npu's autograd would give them unwritten memory
+            pse = slopes.detach().contiguous()
+            return torch_npu.npu_fusion_attention_v2(q, k, v, heads, layout, pse=pse, **biased)
 
         return run
     shared |= {"pre_tockens": before, "next_tockens": after}
