@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..attention import checks
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
+from ..rowwise.memory import overlaps_itself
 from ..utils import distributed
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def backward(
     if torch.is_grad_enabled() and not compiling:
         return _differentiable(dlosses, logits, labels, lse, options, process_group)
     with torch.no_grad():
-        if inplace and not compiling and not _expanded(logits):
+        if inplace and not compiling and not overlaps_itself(logits):
             dlogits = logits.detach()
         else:
             dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -239,12 +240,6 @@ def _classes(logits: Tensor, process_group: ProcessGroup | None) -> tuple[int, i
         return 0, columns
     rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
     return rank * columns, ranks * columns
-
-
-def _expanded(logits: Tensor) -> bool:
-    """Whether elements share memory, so that they cannot each be written."""
-    sides = zip(logits.shape, logits.stride(), strict=True)
-    return any(size > 1 and stride == 0 for size, stride in sides)
 
 
 def _check_logits(logits: Tensor) -> None:

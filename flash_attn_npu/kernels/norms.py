@@ -10,14 +10,13 @@ once. The gradient starts from s as it was rounded for the caller.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..attention.checks import real, require_tensors
-from ..errors import ArgumentError, explain
+from ..rowwise.memory import blocks, share_memory
 from ..rowwise.problem import Norm
 
 __all__ = [
@@ -27,10 +26,9 @@ __all__ = [
     "Terms",
     "affine",
     "backward",
-    "check",
-    "check_tensor",
     "draw_masks",
     "forward",
+    "in_blocks",
     "out_dtype",
     "problem_of",
     "standardised",
@@ -71,6 +69,9 @@ class NormCall(NamedTuple):
 
 TENSORS = NormCall._fields[: NormCall._fields.index("eps")]
 LIKE_WEIGHT = ("weight", "bias", "weight1", "bias1", "layerscale")
+
+BLOCK_ELEMENTS = 1 << 20
+"""What is normalised at a time into buffers."""
 
 
 class Normed(NamedTuple):
@@ -207,6 +208,48 @@ def forward(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed
     return Normed(y, y1, total, mean, rstd)
 
 
+def in_blocks(
+    call: NormCall, mask: Tensor | None, mask1: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """y, y1 and the rounded s, as `forward`, but block by block of rows, and in call's buffers.
+
+    Beside the results it takes memory of a fixed size, whatever the size of x. None, and nothing
+    is written, where a buffer lies over an argument in such a way that a block would spoil others.
+    """
+    buffers = [buffer for buffer in (call.out, call.residual_out) if buffer is not None]
+    addends = [addend for addend in (call.x, call.x1, call.residual) if addend is not None]
+    if any(_shifted(buffer, addend) for buffer in buffers for addend in addends):
+        return None
+    x, rows = call.x, call.x.shape[:-1]
+    y = x.new_empty(x.shape, dtype=out_dtype(call)) if call.out is None else call.out.detach()
+    y1 = None if call.weight1 is None else x.new_empty(x.shape, dtype=out_dtype(call))
+    total = None if call.residual_out is None else call.residual_out.detach()
+    if total is None and call.prenorm:
+        total = x.new_empty(x.shape, dtype=total_dtype(call))
+    targets = (y, y1, total)
+    rowscale = None if call.rowscale is None else call.rowscale.reshape(rows)
+    for part in blocks(rows, x.shape[-1], BLOCK_ELEMENTS):
+        some = [None if t is None else t[part] for t in (call.x1, call.residual, rowscale)]
+        piece = forward(
+            call._replace(x=x[part], x1=some[0], residual=some[1], rowscale=some[2]),
+            *(None if given is None else given[part] for given in (mask, mask1)),
+        )
+        for target, values in zip(targets, piece, strict=False):
+            if target is not None and values is not None:
+                target[part].copy_(values)
+    return targets
+
+
+def _shifted(buffer: Tensor, addend: Tensor) -> bool:
+    """Whether both share memory, but not element by element."""
+    same = (addend.data_ptr(), addend.dtype, addend.stride())
+    return share_memory(buffer, addend) and same != (
+        buffer.data_ptr(),
+        buffer.dtype,
+        buffer.stride(),
+    )
+
+
 def standardised(s: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
     """s without weight and bias; for RMS norm there is no mean."""
     return s * rstd if mean is None else (s - mean) * rstd
@@ -296,85 +339,3 @@ def _effective(weight: Tensor, wide: torch.dtype, zero_centered_weight: bool) ->
 
 def _over_rows(values: Tensor) -> Tensor:
     return values.flatten(0, -2).sum(0) if values.dim() > 1 else values
-
-
-def check(call: NormCall, renamed: Mapping[str, str]) -> None:
-    """Raise for the first argument that does not fit.
-
-    Args:
-        renamed: the names of the caller's arguments where they are not those of NormCall.
-
-    Raises:
-        ArgumentError: a shape, dtype, device or value does not fit the others.
-        ArgumentTypeError: an argument is an object of the wrong type.
-    """
-    x, of_x = call.x, renamed.get("x", "x")
-    require_tensors(**{of_x: x, renamed.get("weight", "weight"): call.weight})
-    if x.dim() == 0:
-        _refuse(of_x, "a tensor without dimensions", "(..., hidden)", f"reshape {of_x}")
-    whole, hidden = x.shape, x.shape[-1:]
-    for field, tensor in tensors_of(call).items():
-        shape = hidden if field in LIKE_WEIGHT else whole
-        if field == "rowscale":
-            # flattened rows, and rows with a last dimension of 1, are as good
-            known = isinstance(tensor, Tensor) and tensor.numel() == whole[:-1].numel()
-            shape = tensor.shape if known else whole[:-1]
-        check_tensor(renamed.get(field, field), tensor, shape, x, of_x)
-    if call.bias1 is not None and call.weight1 is None:
-        _refuse(
-            renamed.get("bias1", "bias1"), "a tensor", "None without weight1", "pass weight1 too"
-        )
-    if call.rowscale is not None and call.x1 is not None:
-        _refuse("rowscale", "a tensor", "None with x1", f"multiply {of_x} by it before the call")
-    _check_options(call, renamed)
-    if call.out is not None and call.out is call.residual_out:
-        _refuse("out", "residual_out too", "a tensor of its own", "pass two tensors")
-    if call.out is not None:
-        _check_buffer("out", call.out, call.out_dtype or x.dtype)
-    if call.residual_out is not None:
-        _check_buffer("residual_out", call.residual_out, total_dtype(call))
-
-
-def check_tensor(
-    name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, of_x: str = "x"
-) -> None:
-    """Raise unless `tensor` is floating, of this shape, and on x's device; x is called of_x."""
-    if not isinstance(tensor, Tensor):
-        require_tensors(**{name: tensor})
-    if tensor.shape != shape:
-        allowed = f"{tuple(shape)}, to fit {of_x} of shape {tuple(x.shape)}"
-        _refuse(name, f"shape {tuple(tensor.shape)}", allowed, f"reshape or expand {name}")
-    if not tensor.is_floating_point():
-        _refuse(name, tensor.dtype, "a floating dtype", f"convert {name}, e.g. by .float()")
-    if tensor.device != x.device:
-        allowed = f"{x.device}, as {of_x}"
-        _refuse(name, tensor.device, allowed, f"move {name} by .to({of_x}.device)")
-
-
-def _check_options(call: NormCall, renamed: Mapping[str, str]) -> None:
-    for field, value in (("eps", call.eps), ("dropout_p", call.dropout_p)):
-        # asked first because torch.compile has no Real for its symbols
-        if not isinstance(value, float):
-            real(renamed.get(field, field), value)
-    if not 0.0 <= call.dropout_p <= 1.0:
-        name = renamed.get("dropout_p", "dropout_p")
-        _refuse(name, call.dropout_p, "a probability, 0 to 1", "pass the share to drop")
-    dtype = call.out_dtype
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        _refuse("out_dtype", dtype, "None or a floating torch.dtype", "pass e.g. torch.float32")
-
-
-def _check_buffer(name: str, buffer: Tensor, dtype: torch.dtype) -> None:
-    if buffer.dtype != dtype:
-        allowed = f"{dtype}, the dtype of what is written"
-        _refuse(name, buffer.dtype, allowed, f"allocate it with dtype={dtype}")
-    if buffer.requires_grad:
-        allowed = "a tensor that requires no gradient: the result that is returned has one"
-        _refuse(name, "a tensor that requires a gradient", allowed, f"pass {name}.detach()")
-    if any(step == 0 < size - 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True)):
-        allowed = "a tensor with memory for each element"
-        _refuse(name, f"strides {buffer.stride()}", allowed, "pass torch.empty_like(x)")
-
-
-def _refuse(name: str, came: object, allowed: str, remedy: str) -> NoReturn:
-    raise ArgumentError(explain(name, came, allowed, remedy))

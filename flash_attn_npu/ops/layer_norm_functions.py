@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention.checks import at_least, real, require_tensors
 from ..errors import ArgumentError, explain
 from ..first_order import first_order
-from ..kernels import norms
+from ..kernels import norm_checks, norms
 from ..kernels.norms import NormCall, Saved
 from .triton.layer_norm_functions import X0, Answer, compose, gradients, keep, normalize, serve
 
@@ -96,7 +96,7 @@ class DropoutAddLayerNormFn(torch.autograd.Function):
             is_rms_norm=is_rms_norm,
         )
         # fmt: on
-        norms.check(call, GAMMA)
+        norm_checks.check(call, GAMMA)
         compose("DropoutAddLayerNormFn", call)
         ctx.prenorm = prenorm
         return _arranged(call, serve(ctx, call), return_dmask)
@@ -135,7 +135,7 @@ class DropoutAddLayerNormParallelResidualFn(torch.autograd.Function):
             prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm,
         )
         # fmt: on
-        norms.check(call, GAMMA_PARALLEL)
+        norm_checks.check(call, GAMMA_PARALLEL)
         compose("DropoutAddLayerNormParallelResidualFn", call)
         ctx.prenorm = prenorm
         return _arranged_parallel(call, serve(ctx, call), return_dmask)
@@ -297,7 +297,7 @@ def _check_subset_call(call: NormCall, subsets: Subsets, renamed: Mapping[str, s
     # what the others are compared with has the shape that is computed in, and no memory
     shape = (rows, x0.shape[-1])
     stand_in = None if residual is None else residual.new_empty(()).expand(shape)
-    norms.check(call._replace(x=x0.new_empty(()).expand(shape), residual=stand_in), renamed)
+    norm_checks.check(call._replace(x=x0.new_empty(()).expand(shape), residual=stand_in), renamed)
 
 
 def _check_subsets(x0: Tensor, residual: Tensor | None, subsets: Subsets) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any, NoReturn
 
 import torch
@@ -9,7 +11,22 @@ from torch import Tensor
 
 from ..errors import ArgumentError, explain
 
-__all__ = ["overlaps_itself", "require_writable", "share_memory"]
+__all__ = ["blocks", "overlaps_itself", "require_writable", "share_memory"]
+
+
+def blocks(shape: Sequence[int], inner: int, limit: int) -> Iterable[tuple[slice, ...]]:
+    """Blocks of a tensor of (*shape, inner) elements that hold about `limit` each.
+
+    Together they are all of it. For a compiler, which plans by itself, there is one.
+    """
+    if torch.compiler.is_compiling():
+        return [tuple(slice(0, size) for size in shape)]
+    sides: list[list[slice]] = []
+    for size in reversed(shape):
+        step = max(1, limit // max(1, inner))
+        sides.append([slice(at, min(at + step, size)) for at in range(0, size, step)])
+        inner *= size
+    return product(*reversed(sides))
 
 
 def require_writable(**tensors: Tensor) -> None:
@@ -48,12 +65,14 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether the memory between the first and the last elements of two tensors meets."""
+    if torch.compiler.is_compiling():
+        return one is other
     if one.device != other.device or not one.numel() or not other.numel():
         return False
-    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+    if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
         return False
     (first, last), (start, end) = _span(one), _span(other)
-    return first < end and start < last
+    return bool(first < end and start < last)
 
 
 def _span(tensor: Tensor) -> tuple[Any, Any]:

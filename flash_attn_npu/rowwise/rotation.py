@@ -6,8 +6,6 @@ All rotary functions of the package come through `rotate`, outside of autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import product
 from numbers import Integral
 from typing import NamedTuple
 
@@ -20,7 +18,7 @@ from ..errors import ArgumentError, ArgumentTypeError, explain
 from ..kernels import fused
 from ..kernels import rotation as composed
 from .dispatch import choose
-from .memory import require_writable
+from .memory import blocks, require_writable
 from .problem import Rotation
 from .support import TORCH
 
@@ -86,7 +84,9 @@ def rotate(
     whole = fused_serves and not inplace and rotary_dim == x.shape[-1]
     out = x if inplace or whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     limit = FUSED_ELEMENTS if fused_serves else COMPOSED_ELEMENTS
-    for part in _parts(x.shape, tokens, None if whole else limit):
+    if whole:
+        limit = x.numel()
+    for part in blocks(x.shape[:tokens], x.shape[tokens:].numel(), limit):
         rows = positions.rows(part)
         part_cos, part_sin = _lookup(cos, rows, heads), _lookup(sin, rows, heads)
         if conjugate:
@@ -106,23 +106,6 @@ def rotate(
         if not inplace:
             target[..., rotary_dim:].copy_(source[..., rotary_dim:])
     return out
-
-
-def _parts(shape: torch.Size, tokens: int, limit: int | None) -> Iterable[tuple[slice, ...]]:
-    """Blocks of tokens, the first dimensions of x, of about `limit` elements each, or all in one.
-
-    For a compiler, which plans by itself, it is one.
-    """
-    *batch, seqlen = shape[:tokens]
-    if limit is None or torch.compiler.is_compiling():
-        return [tuple(slice(0, size) for size in shape[:tokens])]
-    at_once = max(1, limit // max(1, shape[tokens:].numel()))
-    spans = [slice(start, min(start + at_once, seqlen)) for start in range(0, seqlen, at_once)]
-    if not batch:
-        return [(span,) for span in spans]
-    step = max(1, at_once // max(1, seqlen))
-    rows = [slice(start, min(start + step, batch[0])) for start in range(0, batch[0], step)]
-    return product(rows, spans)
 
 
 def _is_fused(function: str, x: Tensor, cos: Tensor, heads: int, interleaved: bool) -> bool:

@@ -6,6 +6,7 @@ import cross_entropy_reference as expected
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from peak_bytes import PeakBytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
@@ -336,13 +337,28 @@ def test_inplace_backward_does_not_corrupt_what_another_backward_needs():
         losses.sum().backward()
 
 
-def test_inplace_backward_of_expanded_logits_takes_memory_of_its_own():
-    row = torch.randn(1, 8)
+@pytest.mark.parametrize("strides", [(0, 1), (3, 1), (1, 1), (2, 4)], ids=str)
+def test_inplace_backward_of_overlapping_logits_takes_memory_of_its_own(strides):
+    memory = torch.randn(40)
+    logits = memory.as_strided((4, 8), strides)
     labels = torch.tensor([0, 1, -100, 3])
-    want = run(row.repeat(4, 1), labels)[2]
-    before = row.clone()
-    assert torch.equal(run(row.expand(4, 8), labels, inplace_backward=True)[2], want)
-    assert torch.equal(row, before)
+    want = run(logits.contiguous(), labels)[2]
+    before = memory.clone()
+    assert torch.equal(run(logits, labels, inplace_backward=True)[2], want)
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("options", [{}, expected.CASES["all"]])
+def test_inplace_backward_takes_a_work_space_of_fixed_size(monkeypatch, options):
+    monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 1 << 16)
+    logits = torch.randn(256, 1 << 15).bfloat16().requires_grad_()
+    labels = torch.randint(0, 1 << 15, (256,))
+    with PeakBytes() as bytes_of:
+        losses, _ = cross_entropy_loss(logits, labels, inplace_backward=True, **options)
+        (grad,) = torch.autograd.grad(losses.sum(), logits)
+    assert grad.data_ptr() == logits.data_ptr()
+    # two rows in float32 are 256 KiB, and there are up to six of them
+    assert bytes_of.peak < 2 << 20 < logits.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

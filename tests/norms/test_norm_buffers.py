@@ -8,9 +8,11 @@ import pytest
 import torch
 from norm_cases import SHAPE, draw
 from norm_reference import EPS, Options, judge
+from peak_bytes import PeakBytes
 from torch import Tensor
 
 from flash_attn_npu.errors import ArgumentError
+from flash_attn_npu.kernels import norms
 from flash_attn_npu.ops.triton import layer_norm
 
 
@@ -99,12 +101,128 @@ def test_inputs_may_be_buffers_without_gradient(device: torch.device) -> None:
     assert_same(residual, expected[1])
 
 
-def test_an_overwritten_input_is_noticed() -> None:
-    leaves = draw("", torch.device("cpu"), torch.float32)
-    x = leaves["x"].detach()
-    y = layer_norm.rms_norm_fn(x, leaves["weight"], None, out=x)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+@pytest.mark.parametrize("way", ["function", "class"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_input_may_be_the_buffer_with_a_gradient(way: str, residual: bool) -> None:
+    leaves = draw("residual" if residual else "", torch.device("cpu"), torch.float32)
+    direction = torch.randn(SHAPE)
+
+    def weights_gradient(**buffers: Any) -> Tensor:
+        x = leaves["x"].detach().clone()
+        added = leaves["residual"].detach().clone() if residual else None
+        names = {"out": x, "residual_out": added}
+        given = {name: names[name] for name in buffers if names[name] is not None}
+        if way == "function":
+            y = layer_norm.rms_norm_fn(x, leaves["weight"], None, added, **given)
+        else:
+            y = layer_norm.LayerNormFn.apply(
+                x, leaves["weight"], None, added, None, None, None, 1e-6, 0.0, None, False, False,
+                False, True, False, None, given.get("out"), given.get("residual_out"),
+            )  # fmt: skip
+        assert buffers == {} or y.data_ptr() == x.data_ptr()
+        (grad,) = torch.autograd.grad(y, leaves["weight"], direction)
+        return grad
+
+    want = weights_gradient()
+    assert torch.equal(weights_gradient(out=True), want)
+    assert torch.equal(weights_gradient(out=True, residual_out=True), want)
+
+
+def test_a_buffer_that_lies_across_the_input_is_written_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(norms, "BLOCK_ELEMENTS", 1)
+    memory, weight = torch.randn(7, 8), torch.ones(8)
+    x, out = memory[:6], memory[1:]
+    want = layer_norm.rms_norm_fn(x.clone(), weight, None)
+    first = memory[0].clone()
+    layer_norm.rms_norm_fn(x, weight, None, out=out)
+    assert torch.equal(out, want)
+    assert torch.equal(memory[0], first)
+    # transposed over itself, and in another dtype
+    square = torch.randn(8, 8)
+    want = layer_norm.rms_norm_fn(square.clone(), weight, None)
+    layer_norm.rms_norm_fn(square, weight, None, out=square.t())
+    assert torch.equal(square.t(), want)
+
+
+@pytest.mark.parametrize(
+    "wishes", ["bias", "bias residual:float32 x1 weight1 bias1", "bias rowscale"]
+)
+@pytest.mark.parametrize("limit", [1, 100, 10_000])
+def test_blocks_of_rows_make_no_difference(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, wishes: str, limit: int
+) -> None:
+    drawn = draw(wishes, device, torch.bfloat16)
+    leaves = {name: leaf.detach().expand(leaf.shape) for name, leaf in drawn.items()}
+    if "rowscale" in leaves:
+        leaves["rowscale"] = leaves["rowscale"].reshape(-1, 1)
+    leaves["x"] = torch.stack((leaves["x"], leaves["x"] * torch.nan), 1)[:, 0]
+    kind = {"residual_out": torch.float32 if "residual" in leaves else torch.bfloat16}
+    for p in (0.0, 0.5):
+        options = {"eps": EPS, "dropout_p": p, "prenorm": True, "return_dropout_mask": p > 0}
+        torch.manual_seed(0)
+        want = layer_norm.layer_norm_fn(**leaves, **options)
+        for names in (("out",), ("residual_out",), ("out", "residual_out")):
+            buffers = {n: poisoned(device, kind.get(n, torch.bfloat16)) for n in names}
+            monkeypatch.setattr(norms, "BLOCK_ELEMENTS", limit)
+            torch.manual_seed(0)
+            got = layer_norm.layer_norm_fn(**leaves, **options, **buffers)
+            for one, other in zip(got, want, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    assert_same(one, other)
+            if "out" in buffers:
+                assert got[0].data_ptr() == buffers["out"].data_ptr()
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_results_in_buffers_take_a_work_space_of_fixed_size(
+    monkeypatch: pytest.MonkeyPatch, prenorm: bool
+) -> None:
+    monkeypatch.setattr(norms, "BLOCK_ELEMENTS", 1 << 16)
+    x, residual = (torch.ones(64, 64, 1024, dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.ones(1024)
+    out, residual_out = torch.empty_like(x), torch.empty_like(x)
+    # a block in float32 is 256 KiB, and there are up to ten of them
+    for given, buffers in (
+        ((None,), {"out": out}),
+        ((residual,), {"out": out, "residual_out": residual_out}),
+        ((residual,), {"out": x, "residual_out": residual}),
+    ):
+        with PeakBytes() as bytes_of:
+            layer_norm.rms_norm_fn(
+                x, weight, None, *given, prenorm=prenorm and "residual_out" in buffers, **buffers
+            )
+        assert bytes_of.peak < 3 << 20
+
+
+def test_a_refused_buffer_leaves_the_other_alone() -> None:
+    x, residual = torch.randn(2, *SHAPE)
+    with torch.inference_mode():
+        of_inference = torch.empty(SHAPE)
+    whole = torch.full((4, *SHAPE[1:]), torch.nan)
+    shared = torch.full(SHAPE, torch.nan)
+    weight = torch.ones(SHAPE[-1])
+    lying = weight.as_strided(SHAPE, (0, 0, 1))
+    for out, residual_out, words in (
+        (shared, of_inference, "^residual_out: got an inference tensor"),
+        (whole[1:], whole[:-1], "^out: got memory of residual_out"),
+        (shared, shared.view_as(shared), "^out: got memory of residual_out"),
+        (shared, torch.empty(SHAPE).to_sparse(), "^residual_out: got "),
+        (shared, torch.empty(80).as_strided(SHAPE, (5, 1, 1)), "^residual_out: got .* strides"),
+        (lying, shared, "^out: got "),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            layer_norm.layer_norm_fn(x, weight, None, residual, out=out, residual_out=residual_out)
+        assert shared.isnan().all()
+        assert whole.isnan().all()
+    square = torch.randn(8, 8)
+    for name, given in (("weight", {"weight": square[0]}), ("bias", {"bias": square[3]})):
+        with pytest.raises(ArgumentError, match=f"^out: got memory of {name}; "):
+            layer_norm.layer_norm_fn(
+                torch.ones(8, 8), **{"weight": torch.ones(8), "bias": None, **given}, out=square
+            )
 
 
 def test_refused_buffers_are_not_written() -> None:

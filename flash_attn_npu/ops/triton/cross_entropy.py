@@ -98,7 +98,8 @@ def cross_entropy_loss(
         ignore_index: rows with this label have loss 0, z_loss 0 and gradient 0.
         inplace_backward: write the gradient over the logits, which are lost, also where they
             are a view or a leaf. What was saved for another backward is guarded by autograd as
-            ever: it raises. Without effect under torch.compile, and on expanded logits.
+            ever: it raises. Without effect under torch.compile, and on logits whose elements share
+            memory.
         process_group: rank r of it holds classes r * vocab to (r + 1) * vocab - 1; vocab is the
             same in every rank, labels are global indices, and lse, mean and the results are
             those of all classes, the same in every rank. The gradient is that of the rank's own

@@ -15,9 +15,10 @@ from torch.nn.functional import linear
 
 from ...attention.checks import require_tensors
 from ...first_order import first_order
-from ...kernels import fused, norms
+from ...kernels import fused, norm_checks, norms
 from ...kernels.norms import NormCall, Normed, Saved
 from ...rowwise.dispatch import choose, recall, remember
+from ...rowwise.memory import share_memory
 from ...rowwise.support import TORCH
 from ...utils.torch import custom_bwd, custom_fwd
 
@@ -69,22 +70,47 @@ def normalize(function: str, call: NormCall) -> Answer:
     key = _key(function, call)
     operator = None if key is None else recall(key)
     if operator is None:
-        norms.check(call, RENAMED.get(function, {}))
+        norm_checks.check(call, RENAMED.get(function, {}))
         problem = norms.problem_of(function, call)
         operator = choose(problem)
         if key is not None:
             remember(key, problem)
     if operator != TORCH:
         return _fused(operator, call)
-    inner = call._replace(
+    written = _without_gradient(call)
+    if written is not None:
+        return written
+    inner = unaliased(call)._replace(
         out=None, residual_out=None, prenorm=call.prenorm or call.residual_out is not None
     )
     answer = Answer(*_Normalize.apply(*inner))  # type: ignore[no-untyped-call]
     return in_buffers(call, answer)
 
 
+def _without_gradient(call: NormCall) -> Answer | None:
+    """`call` in place, if it has buffers, nothing is to be differentiated, and it can be done."""
+    if (call.out is None and call.residual_out is None) or torch.compiler.is_compiling():
+        return None
+    given = norms.tensors_of(call).values()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return None
+    masks = norms.draw_masks(call)
+    written = norms.in_blocks(call, *masks)
+    if written is None:
+        return None
+    y, y1, total = written
+    return Answer(y, y1, total if call.prenorm else None, *masks)
+
+
+def unaliased(call: NormCall) -> NormCall:
+    """`call` with an x of its own, if the result is to be written over x: the gradient needs it."""
+    if call.out is None or torch.compiler.is_compiling() or not share_memory(call.out, call.x):
+        return call
+    return call._replace(x=call.x.clone())
+
+
 def _key(function: str, call: NormCall) -> Hashable:
-    """What `norms.check` and the table look at; None for calls that no fused operator serves."""
+    """What the checks and the table look at; None for calls that no fused operator serves."""
     given, others, options = call[:4], call[4:11], call[11:]
     plain = type(call.eps) is float and type(call.dropout_p) is float
     if torch.compiler.is_compiling() or not plain or any(one is not None for one in others):
@@ -254,10 +280,10 @@ class LayerNormFn(torch.autograd.Function):
             zero_centered_weight, is_rms_norm, out_dtype,
         )
         # fmt: on
-        norms.check(call, {})
+        norm_checks.check(call, {})
         compose("LayerNormFn", call)
         ctx.two, ctx.prenorm = weight1 is not None, prenorm
-        answer = in_buffers(call, serve(ctx, call))
+        answer = in_buffers(call, serve(ctx, unaliased(call)))
         return arranged(answer, ctx.two, prenorm, return_dropout_mask)
 
     @staticmethod
@@ -294,7 +320,7 @@ class LayerNormLinearFn(torch.autograd.Function):
             residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm,
         )
         # fmt: on
-        norms.check(call, RENAMED["layer_norm_linear_fn"])
+        norm_checks.check(call, RENAMED["layer_norm_linear_fn"])
         _check_linear(x, linear_weight, linear_bias)
         compose("layer_norm_linear_fn", call)
         kind = x.device.type
@@ -343,6 +369,6 @@ def _linear_gradients(
 def _check_linear(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     require_tensors(linear_weight=linear_weight)
     features = linear_weight.shape[0] if linear_weight.dim() else 1
-    norms.check_tensor("linear_weight", linear_weight, (features, x.shape[-1]), x)
+    norm_checks.check_tensor("linear_weight", linear_weight, (features, x.shape[-1]), x)
     if linear_bias is not None:
-        norms.check_tensor("linear_bias", linear_bias, (features,), x)
+        norm_checks.check_tensor("linear_bias", linear_bias, (features,), x)
