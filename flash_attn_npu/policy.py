@@ -27,7 +27,6 @@ def permit(
     reasons: tuple[str, ...],
     *,
     detour: str | None = None,
-    quiet: bool = False,
 ) -> None:
     """Apply the fallback policy to a call that the first kernels of a table passed over.
 
@@ -37,7 +36,6 @@ def permit(
         function: the public function, as users know it.
         reasons: why kernels were passed over, one text for each; empty if none was.
         detour: what the call does instead and is still fused; None if it is composed.
-        quiet: it was said before for this call.
 
     Raises:
         UnsupportedError: the call is composed, and the policy is `error`.
@@ -55,7 +53,7 @@ def permit(
             )
         )
     key = (function, reasons)
-    if quiet or policy == "allow" or key in _warned:
+    if policy == "allow" or key in _warned:
         return
     _warned.add(key)
     level = logging.WARNING if device.type == "npu" else logging.INFO

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, UnsupportedError, explain
 from . import checks, ops, paged
-from .dispatch import lookup, permit, recall_plan, remember_plan
+from .dispatch import decided, lookup, recall_plan, remember_plan
 from .lengths import host_lengths, recall_lengths
 from .problem import Facts
 
@@ -79,8 +79,11 @@ def attend(
             q.device, k.device, v.device, lengths_q, lengths_k, longest_q, longest_k,
             dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
             return_attn_probs, None if alibi_slopes is None else Facts.of(alibi_slopes),
-            None if sink is None else (Facts.of(sink), sink.requires_grad),
-            _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            None if sink is None else Facts.of(sink),
+            _grad_enabled() and (
+                q.requires_grad or k.requires_grad or v.requires_grad
+                or (sink is not None and sink.requires_grad)
+            ),
         )
         found = recall_plan(key)
     except (AttributeError, TypeError):
@@ -93,21 +96,22 @@ def attend(
         found = lookup(
             function, q, k, v, lengths_q, lengths_k, longest_q, longest_k, dropout_p,
             softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs, return_attn_probs, needs_grad, sink,
+            # torch_npu's own autograd has no deterministic backward; ours needs softmax_lse
+            return_attn_probs, return_attn_probs or (deterministic and needs_grad), needs_grad,
+            sink,
         )
         remember_plan(key, found)
     if found.direct is not None:
         found.tally.calls += 1
         return found.direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
-    # a call that will need a composed backward is refused before its forward runs
-    permit(found, quiet=True)
     plain = checks.plain(
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
     )
-    return ops.attend(
-        function, packed, q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, *plain,
-        alibi_slopes, sink,
-    )
+    with decided(found, q, k, v):
+        return ops.attend(
+            function, packed, q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, *plain,
+            alibi_slopes, sink,
+        )
     # fmt: on
 
 

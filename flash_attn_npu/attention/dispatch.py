@@ -6,8 +6,12 @@ without reading a tensor, so that all layers of a model share one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import operator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +27,16 @@ from .places import forget_places
 from .problem import Facts, Options, Pages, Problem
 from .support import BLOCKWISE, FUSION, INFER, refusals
 
-__all__ = ["Plan", "forget_plans", "lookup", "permit", "recall_plan", "remember_plan"]
+__all__ = [
+    "Plan",
+    "decided",
+    "decision",
+    "forget_plans",
+    "lookup",
+    "permit",
+    "recall_plan",
+    "remember_plan",
+]
 
 PLANS = 256
 """Plans that are remembered; at the next one all are dropped."""
@@ -50,6 +63,37 @@ class Plan:
     direct: Callable[..., Any] | None
     reasons: tuple[str, ...]
     tally: usage.Tally
+
+    @cached_property
+    def backward(self) -> Plan:
+        """The same decision for the backward of the call, reported by a name of its own."""
+        function = f"{self.problem.function} (backward)"
+        return replace(
+            self,
+            problem=replace(self.problem, function=function),
+            tally=usage.tally(function, self.name, self.reasons),
+        )
+
+
+_decisions = threading.local()
+
+
+@contextmanager
+def decided(found: Plan | None, *tensors: Tensor) -> Iterator[None]:
+    """Let `decision(*tensors)` answer inside, in this thread: no operator decides again."""
+    before = getattr(_decisions, "made", None)
+    _decisions.made = None if found is None else (found, tensors)
+    try:
+        yield
+    finally:
+        _decisions.made = before
+
+
+def decision(*tensors: Tensor) -> Plan | None:
+    """What was decided about a call on these very tensors; None if nobody has decided yet."""
+    found, known = getattr(_decisions, "made", None) or (None, ())
+    same = len(known) == len(tensors) and all(map(operator.is_, known, tensors))
+    return found if same else None
 
 
 def lookup(
@@ -123,13 +167,13 @@ def forget_plans() -> None:
     kernels.forget()
 
 
-def permit(found: Plan, *, quiet: bool = False) -> None:
+def permit(found: Plan) -> None:
     """Apply the fallback policy to a plan; a problem without work loses nothing by no fusion."""
     problem = found.problem
     if not found.reasons or not problem.has_work:
         return
     detour = None if found.name == BLOCKWISE else f"gathers its keys for {found.name}"
-    policy.permit(problem.function, problem.device, found.reasons, detour=detour, quiet=quiet)
+    policy.permit(problem.function, problem.device, found.reasons, detour=detour)
 
 
 def _plan(problem: Problem) -> Plan:

@@ -5,6 +5,8 @@ The formulas call the backward operators, so that compiled graphs and checkpoint
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, explain
 from ..first_order import first_order
 from ..settings import fallback, fallback_policy
+from .dispatch import decided, decision
 from .result import ROUNDING, accumulator, rounded_up
 
 __all__ = [
@@ -106,7 +109,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*tensors, out, lse, rng_state)
     ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
     # the backward may run in another thread, or behind the block that set the policy
-    ctx.policy = fallback_policy()
+    ctx.policy, ctx.decision = fallback_policy(), decision(*inputs[:3])
     ctx.mark_non_differentiable(lse, s_dmask, rng_state)
 
 
@@ -115,7 +118,7 @@ def differentiate(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     inputs, out, lse, rng_state = _restored(ctx)
     q, k, v, *options, slopes, _return, sink, deterministic, function = inputs
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    with fallback(ctx.policy):
+    with _as_decided(ctx, dout, q, k, v):
         torch.ops.flash_attn_npu._flash_attn_backward(
             *(dout, q, k, v, out, lse, *grads, *options, slopes, deterministic, rng_state),
             f"{function} (backward)",
@@ -132,7 +135,7 @@ def differentiate_varlen(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     sink, deterministic, function = inputs[-3:]
     _refuse_parts(block_table=inputs[15], leftpad_k=inputs[16], seqused_k=inputs[17])
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    with fallback(ctx.policy):
+    with _as_decided(ctx, dout, q, k, v):
         torch.ops.flash_attn_npu._flash_attn_varlen_backward(
             *(dout, q, k, v, out, lse, *grads, *lengths, *options, slopes, deterministic),
             *(rng_state, False, f"{function} (backward)"),
@@ -140,6 +143,14 @@ def differentiate_varlen(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     dsink = None if sink is None else _sink_grad(sink, dout, out, lse.t())
     once = first_order(function, (*grads, dsink), dout, q, k, v, sink)
     return _positioned(inputs, once)
+
+
+@contextmanager
+def _as_decided(ctx: Any, *tensors: Tensor) -> Iterator[None]:
+    """The policy and the decision of the forward hold inside, for these tensors of its backward."""
+    found = None if ctx.decision is None else ctx.decision.backward
+    with fallback(ctx.policy), decided(found, *tensors):
+        yield
 
 
 def _refuse_parts(**parts: Tensor | None) -> None:

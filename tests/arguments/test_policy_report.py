@@ -27,7 +27,9 @@ from flash_attn_npu import (
     reporting,
     settings,
 )
+from flash_attn_npu.attention import dispatch, support
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
+from flash_attn_npu.integrations.transformers import npu_flash_attn_func
 from flash_attn_npu.settings import fallback_policy
 
 DENSE = Problem(((9, 13),) * 2, nheads_k=2, group=2, headdim=16, dtype=torch.float16)
@@ -132,12 +134,20 @@ def test_warn_speaks_for_every_function(npu, said):
     ]
 
 
-def test_a_composed_backward_is_said_too(npu, said):
+@pytest.mark.parametrize(
+    ("function", "problem", "changes", "reason"),
+    [
+        (flash_attn_varlen_func, DIAGONAL, {}, NO_DIAGONAL),
+        (flash_attn_func, DENSE, CAPPED, NO_SOFTCAP),
+    ],
+    ids=["for the backward's sake", "for the forward's"],
+)
+def test_a_call_and_its_backward_say_it_once(npu, said, function, problem, changes, reason):
     for _ in range(2):
-        with_gradients(flash_attn_varlen_func, DIAGONAL, npu)
+        with_gradients(function, problem, npu, **changes)
     (record,) = said.records
-    assert record.getMessage().startswith("`flash_attn_varlen_func")
-    assert NO_DIAGONAL in record.getMessage()
+    assert record.getMessage().startswith(f"`{function.__name__}`")
+    assert reason in record.getMessage()
 
 
 def test_off_an_npu_it_is_said_quietly(said):
@@ -298,9 +308,70 @@ def test_a_composed_backward_is_counted_by_itself(npu):
     with reporting() as region:
         with_gradients(flash_attn_varlen_func, DIAGONAL, npu)
     assert sorted(entries(region)) == [
-        ("flash_attn_varlen_func", "npu_fusion_attention", (), 1),
+        ("flash_attn_varlen_func", "blockwise", (NO_DIAGONAL,), 1),
         ("flash_attn_varlen_func (backward)", "blockwise", (NO_DIAGONAL,), 1),
     ]
+
+
+OFF_DIAGONAL = "npu_fusion_attention: its ALiBi knows no offset for each sequence"
+SINK_DTYPE = "npu_fusion_attention: it takes a sink with float16 and bfloat16 only"
+
+
+def _sunk(device: torch.device, **options) -> torch.Tensor:
+    q = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
+    sink = torch.zeros(4, device=device, requires_grad=True)
+    return npu_flash_attn_func(q, q, q, s_aux=sink, **options)
+
+
+def _sloped(device: torch.device, **options) -> torch.Tensor:
+    q, k = (torch.randn(n, 4, 16, device=device, requires_grad=True) for n in (14, 17))
+    slopes = torch.rand(4).to(device)
+    return flash_attn_varlen_func(
+        q, k, k, [0, 5, 14], [0, 8, 17], 9, 9, alibi_slopes=slopes, **options
+    )
+
+
+def _dense(device: torch.device, **options) -> torch.Tensor:
+    q = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
+    return flash_attn_func(q, q, q, **options)
+
+
+DECISIONS = {
+    "softcap": (_dense, CAPPED, (NO_SOFTCAP,)),
+    "sink in float32": (_sunk, {}, (SINK_DTYPE,)),
+    "packed ALiBi": (_sloped, {}, (OFF_DIAGONAL,)),
+    "packed ALiBi, deterministic": (
+        _sloped,
+        {"deterministic": True},
+        (f"{OFF_DIAGONAL}, its ALiBi returns packed statistics in one block per sequence",),
+    ),
+    "fused": (_dense, {}, ()),
+    "fused, deterministic": (_dense, {"deterministic": True}, ()),
+    "dropout": (_dense, {"dropout_p": 0.5, "softcap": 5.0}, (NO_SOFTCAP,)),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_a_call_is_decided_once(npu, monkeypatch, name):
+    """With the reasons that decided, and no others: nobody asked for softmax_lse."""
+    run, options, reasons = DECISIONS[name]
+    dispatch.forget_plans()
+    decided = []
+
+    def refusals(kernel, problem):
+        if kernel == support.FUSION:
+            decided.append(problem)
+        return support.refusals(kernel, problem)
+
+    monkeypatch.setattr(dispatch, "refusals", refusals)
+    with reporting() as region:
+        run(npu, **options).sum().backward()
+        run(npu, **options).sum().backward()
+    dispatch.forget_plans()
+    assert len(decided) == 1
+    assert {x.reasons for x in region.tallies} == {reasons}
+    forward = [x for x in region.tallies if not x.function.endswith(" (backward)")]
+    assert [x.calls for x in forward] == [2]
 
 
 def test_regions_nest_and_survive_errors(device):

@@ -133,3 +133,20 @@ def test_gpt_oss_keeps_flash_attention_and_its_sinks(device: torch.device) -> No
     kept = mask.bool()
     assert (ours - theirs)[kept].abs().max() <= 2e-3 * theirs[kept].abs().max()
     assert sum(entry.calls for entry in report.tallies) == 2
+
+
+def test_a_sink_that_is_trained_is_not_served_as_one_that_is_not(npu: torch.device) -> None:
+    """Only the gradient of the sink is wanted, after the same call without: another decision."""
+    q, k, v, dout, sink = (x.to(npu) for x in problem(torch.float16, packed=True))
+    sink.requires_grad_()
+    diagonal = {"causal": True, "window_size": (0, 0)}
+    with torch.no_grad(), virtual_ascend.record() as fused:
+        solve(True, q, k, v, sink, **diagonal)
+    with virtual_ascend.record() as composed:
+        out = solve(True, q, k, v, sink, **diagonal)
+    assert any(entry.name == "npu_fusion_attention" for entry in fused.launches)
+    # its packed backward takes no window of the diagonal
+    assert not any("attention" in entry.name for entry in composed.launches)
+    (dsink,) = torch.autograd.grad(out, sink, dout)
+    *_, truth = expected(True, [x.cpu().double() for x in (q, k, v, dout, sink)], **diagonal)
+    torch.testing.assert_close(dsink.cpu().double(), truth, atol=2e-2, rtol=2e-2)
