@@ -324,6 +324,35 @@ def test_dropout_repeats_by_seed_and_is_the_generated_mask() -> None:
         close(leaf.grad[0].transpose(0, 1), reference.grad)
 
 
+@pytest.mark.parametrize("tnd", [False, True], ids=["BSND", "TND"])
+def test_the_gradient_refuses_another_count_of_dropout_bits(tnd: bool) -> None:
+    import torch_npu
+
+    q, k = random(2, 6, 4, 8), random(2, 5, 2, 8)
+    given: dict[str, Any] = {"keep_prob": 0.6}
+    if tnd:
+        q, k = random(9, 4, 8), random(8, 2, 8)
+        given |= {"actual_seq_qlen": [6, 9], "actual_seq_kvlen": [5, 8]}
+    layout = "TND" if tnd else "BSND"
+    out, top, total, _, seed, offset, count = attend(q, k, k, layout, **given)
+    assert count == 4 * (6 * 5 + 3 * 3 if tnd else 2 * 6 * 5)
+    given |= {"softmax_max": top, "softmax_sum": total, "attention_in": out}
+    given |= {"seed": seed, "offset": offset}
+
+    def gradient(numels: int) -> torch.Tensor:
+        results = torch_npu.npu_fusion_attention_grad(
+            q, k, k, out, 4, layout, scale_value=8**-0.5, numels=numels, **given
+        )
+        return results[0]
+
+    assert gradient(count).isfinite().all()
+    for wrong in (0, count // 2, count + 1):
+        with pytest.raises(CardRefusal, match=f"what the forward returned, {count}, got {wrong}"):
+            gradient(wrong)
+    given["keep_prob"] = 1.0
+    assert gradient(0).isfinite().all()
+
+
 @pytest.mark.parametrize("start", [0, 2])
 def test_alibi_of_the_second_version(start: int) -> None:
     import torch_npu

@@ -58,12 +58,13 @@ def enable() -> None:
 
     from . import arithmetic, operators
 
-    library = torch.library.Library
-    for namespace, table in (("aten", arithmetic.kernels()), ("npu", operators.kernels())):
-        registered = library(namespace, "IMPL")
-        for name, kernel in table.items():
-            registered.impl(name, kernel, "PrivateUse1", allow_override=True)
-        _enabled.append(registered)
+    libraries: dict[str, torch.library.Library] = {}
+    for name, kernel in {**arithmetic.kernels(), **operators.kernels()}.items():
+        namespace = name.partition("::")[0]
+        if namespace not in libraries:
+            libraries[namespace] = torch.library.Library(namespace, "IMPL")
+        libraries[namespace].impl(name, kernel, "PrivateUse1", allow_override=True)
+    _enabled.extend(libraries.values())
 
 
 def record() -> AbstractContextManager[Record]:

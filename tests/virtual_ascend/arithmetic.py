@@ -15,6 +15,7 @@ import torch
 from . import copies, derivatives, journal
 from .memory import host_view, to_device
 from .randomness import default_host_generator, draw_seed, host_generator
+from .refusal import not_simulated
 
 Kernel = Callable[..., Any]
 
@@ -23,6 +24,7 @@ _KEPT = {
     "_fused_sdp_choice",
     "_lazy_clone",
     "_pin_memory",
+    "as_strided_",
     "contiguous",
     "is_pinned",
     "is_set_to",
@@ -39,10 +41,14 @@ _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
 
 def kernels() -> dict[str, Kernel]:
-    """Every aten operator that torch_npu implements and this module replaces."""
+    """Every operator outside the npu namespace that torch_npu implements and this module replaces.
+
+    What nobody computes is refused: torch_npu's own kernel would launch nothing, and answer with
+    the memory as it found it.
+    """
     table = {}
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
-        op = overload(name) if name.startswith("aten::") else None
+        op = None if name.startswith("npu::") else overload(name)
         kernel = _kernel_for(op) if op else None
         if kernel:
             table[name] = kernel
@@ -69,6 +75,8 @@ def _kernel_for(op: torch._ops.OpOverload) -> Kernel | None:
         return copies.KERNELS[name]
     if name == "matmul_backward":
         return derivatives.matmul_backward
+    if name in _WIDENED and op._overloadname == "default":
+        return _WIDENED[name](OnHost(op))
     if op.name() == "aten::histc":
         return _histogram(OnHost(op))
     if op.name() == "aten::native_layer_norm_backward":
@@ -81,9 +89,40 @@ def _kernel_for(op: torch._ops.OpOverload) -> Kernel | None:
     # silu_backward has both, and its composed form rounds at every step
     if has(op.name(), "CompositeImplicitAutograd") and not has(op.name(), "CPU"):
         return op.decompose
-    if has(op.name(), "CPU") or has(op.name(), "CompositeExplicitAutograd"):
+    computed = torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), "CPU")
+    if computed and not op.name().startswith("c10d::"):
         return OnHost(op)
-    return None
+    return not_simulated(op.name())
+
+
+def _to_float(on_host: Kernel) -> Kernel:
+    """A softmax of float16 that answers in float32, which the CPU's kernel has not."""
+
+    def kernel(values: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
+        if half_to_float and values.dtype != torch.float16:
+            raise RuntimeError(f"conversion is supported for Half type only, got {values.dtype}")
+        return on_host(values.float() if half_to_float else values, dim, False)
+
+    return kernel
+
+
+def _from_float(on_host: Kernel) -> Kernel:
+    """Its gradient, back in float16."""
+
+    def kernel(
+        grad: torch.Tensor, output: torch.Tensor, dim: int, input_dtype: torch.dtype
+    ) -> torch.Tensor:
+        return on_host(grad, output, dim, grad.dtype).to(input_dtype)
+
+    return kernel
+
+
+_WIDENED = {
+    "_log_softmax": _to_float,
+    "_log_softmax_backward_data": _from_float,
+    "_softmax": _to_float,
+    "_softmax_backward_data": _from_float,
+}
 
 
 def _histogram(on_host: Kernel) -> Kernel:
@@ -149,7 +188,7 @@ class OnHost:
             }
             call.check_devices()
             result = self._compute(args, host_args, kwargs, host_kwargs)
-            call.finish_resized()
+            call.finish_outputs()
             return self._to_device(result, args, kwargs, call.device)
 
     def _compute(self, args: Any, host_args: list, kwargs: Any, host_kwargs: dict) -> Any:
@@ -206,7 +245,8 @@ class _Call:
         self.kernel = kernel
         self.device: torch.device | None = None
         self.host_shape: torch.Size | None = None
-        self.resized: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.inputs: set[int] = set()
+        self.outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def to_host(self, value: Any, is_out: bool = False) -> Any:
         if isinstance(value, torch.Tensor):
@@ -224,11 +264,13 @@ class _Call:
                 self.host_shape = value.shape
             return value
         self.device = value.device
-        if is_out and value.numel() == 0:
+        memory = value.untyped_storage().data_ptr()
+        if is_out and memory not in self.inputs:
             # The CPU's kernel resizes it, which a view over foreign memory cannot follow
             host = torch.empty(0, dtype=value.dtype, device="cpu")
-            self.resized.append((value, host))
+            self.outputs.append((value, host))
             return host
+        self.inputs.add(memory)
         return host_view(value)
 
     def check_devices(self) -> None:
@@ -238,7 +280,8 @@ class _Call:
                 f"of shape {tuple(self.host_shape)} on the CPU beside {self.device}"
             )
 
-    def finish_resized(self) -> None:
-        for device_tensor, host in self.resized:
-            device_tensor.resize_(host.shape)
+    def finish_outputs(self) -> None:
+        for device_tensor, host in self.outputs:
+            if device_tensor.shape != host.shape:
+                device_tensor.resize_(host.shape)
             host_view(device_tensor).copy_(host)

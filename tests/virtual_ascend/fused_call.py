@@ -38,7 +38,7 @@ def builder(rules: Rules, arithmetic: Arithmetic) -> Callable[[Kernel], Kernel]:
             with torch._C.DisableTorchFunction():
                 hosted = on_host(given)
                 outputs = results if isinstance(results, (tuple, list)) else (results,)
-                filled = tuple(_poisoned(host_view(output)) for output in outputs)
+                filled = tuple(poisoned(host_view(output)) for output in outputs)
                 rules(hosted)
                 arithmetic(hosted, filled)
             return results
@@ -48,7 +48,8 @@ def builder(rules: Rules, arithmetic: Arithmetic) -> Callable[[Kernel], Kernel]:
     return build
 
 
-def _poisoned(output: torch.Tensor) -> torch.Tensor:
+def poisoned(output: torch.Tensor) -> torch.Tensor:
+    """The output, NaN where it can be, so that what nobody computes is seen."""
     return output.fill_(torch.nan) if output.is_floating_point() else output
 
 

@@ -55,6 +55,7 @@ def backward_kernel(version: int, real: Kernel) -> Kernel:
             dy = host_view(given["dy"])
             check_forward(call)
             check_backward(call, dy, (maximum, total), attention)
+            _check_numels(given, call)
             dropout = reference.dropout_of(call, int(given["seed"] or 0), int(given["offset"] or 0))
             if call.query.numel():
                 given_to_kernel = (dy, maximum, total, attention)
@@ -98,6 +99,17 @@ def _check_dropout_mask(
     require(
         torch.equal(host_view(mask).reshape(-1)[: expected.numel()], expected),
         "dropout_mask must be what (seed, offset) give: the gradient regenerates it from them",
+    )
+
+
+def _check_numels(given: dict[str, Any], call: AttentionCall) -> None:
+    """The gradient draws as many bits as it is told; the third version counts them itself."""
+    if call.keep_prob >= 1 or "numels" not in given:
+        return
+    drawn = call.heads * sum(rows * columns for rows, columns in call.lengths)
+    require(
+        given["numels"] == drawn,
+        f"numels must be what the forward returned, {drawn}, got {given['numels']}",
     )
 
 

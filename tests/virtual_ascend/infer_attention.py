@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .fused_call import poisoned
 from .infer_call import InferCall, unpack
 from .infer_rules import check, is_empty
 from .memory import host_view
@@ -24,7 +25,7 @@ def kernel(version: int, real: Kernel) -> Kernel:
         results = real(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             call = unpack(version, given)
-            out, lse = (host_view(result).fill_(torch.nan) for result in results)
+            out, lse = (poisoned(host_view(result)) for result in results)
             if call.query.numel() == 0:
                 return results
             if is_empty(call):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .attention_call import is_ascend_950
 from .attention_rules import upper_triangle
 from .infer_call import InferCall
 from .infer_pages import check_lengths, check_pages
@@ -20,6 +21,7 @@ _LAYOUTS = ("BSH", "BSND", "BNSD", "TND")
 _DTYPES = (torch.float16, torch.bfloat16)
 _MASK_DTYPES = (torch.bool, torch.int8, torch.uint8)
 _COMPRESSED = (2048, 2048)
+_NARROW_VALUES = (192, 192, 128)
 
 
 def is_old() -> bool:
@@ -51,7 +53,10 @@ def check(call: InferCall) -> None:
 def _check_tensors(call: InferCall) -> None:
     tensors = {"query": call.query, "key": call.key, "value": call.value}
     for name, tensor in tensors.items():
-        require(tensor.is_contiguous(), f"{name} must be contiguous")
+        # a cache may be a part of a greater one there
+        blocks_apart = is_ascend_950() and call.is_paged and name != "query"
+        lies = all(map(torch.Tensor.is_contiguous, tensor)) if blocks_apart else False
+        require(lies or tensor.is_contiguous(), f"{name} must be contiguous")
     dtype = call.query.dtype
     require(dtype in _DTYPES, f"query is {dtype}: only float16 and bfloat16 exist")
     require(
@@ -106,14 +111,17 @@ def _check_kv_heads(call: InferCall) -> None:
 
 
 def _check_sizes(call: InferCall) -> None:
-    query, key, _ = call.head_dims
+    query, key, value = call.head_dims
     require(query == key, f"query's D {query} must equal key's D {key}")
     require(1 <= query <= 512, f"D must be in 1..512, got {query}")
-    if call.is_tnd and not call.is_paged:
-        same = call.key.shape[:2] == call.value.shape[:2]
-    else:
-        same = call.key.shape == call.value.shape
-    require(same, "key and value need one shape")
+    differ = call.is_tnd or (is_ascend_950() and call.layout in ("BSND", "BSH"))
+    require(
+        call.head_dims == _NARROW_VALUES if differ and key != value else key == value,
+        f"key and value need one D, or 192 and 128 in TND (BSND and BSH on a 950), got {key} and "
+        f"{value}",
+    )
+    places = [t.shape[:2] if t.dim() == 3 else t.shape[:3] for t in (call.key, call.value)]
+    require(places[0] == places[1], "key and value need one shape, D apart")
     if call.is_tnd:
         return
     require(1 <= call.batch <= 65536, f"B must be in 1..65536, got {call.batch}")
@@ -146,7 +154,7 @@ def _check_packed_heads(call: InferCall) -> None:
         f"TND here needs inner_precise in {precise}, got {call.inner_precise}",
     )
     require(dims[0] % 16 == 0, f"TND needs D divisible by 16, got {dims[0]}")
-    listed = dims in ((64, 64, 64), (128, 128, 128), (192, 192, 128))
+    listed = dims in ((64, 64, 64), (128, 128, 128), _NARROW_VALUES)
     if is_old():
         allowed = listed or dims == (192, 192, 192)
         require(allowed, f"TND needs D in 64, 128, 192 (old CANN), got {dims}")

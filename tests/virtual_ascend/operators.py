@@ -9,6 +9,7 @@ import torch
 
 from . import (
     derivatives,
+    formats,
     fusion_attention,
     gate_ops,
     infer_attention,
@@ -19,17 +20,12 @@ from . import (
     rotary_op,
 )
 from .arithmetic import original, overload
+from .refusal import not_simulated
 
 Kernel = Callable[..., Any]
 
-# Metadata only, nothing to launch: the simulated memory knows one format
-_KEPT = {
-    "_npu_format_cast",
-    "get_npu_format",
-    "get_storage_size",
-    "npu_format_cast",
-    "set_op_timeout_ms",
-}
+# Metadata only, nothing to launch
+_KEPT = {"get_npu_format", "get_storage_size", "set_op_timeout_ms"}
 _INFERENCE = {"npu_fused_infer_attention_score": 1, "npu_fused_infer_attention_score_v2": 2}
 _BUILDERS: dict[str, Callable[[Kernel], Kernel]] = {
     "_npu_dropout_gen_mask": fusion_attention.dropout_mask_kernel,
@@ -47,7 +43,12 @@ def kernels() -> dict[str, Kernel]:
     table = {}
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
         op = overload(name) if name.startswith("npu::") else None
-        if op is not None and op._schema.name.removeprefix("npu::") not in _KEPT:
+        if op is None or op._schema.name.removeprefix("npu::") in _KEPT:
+            continue
+        if op._schema.name.removeprefix("npu::") in formats.CASTS:
+            # torch_npu's adapters call them for every tensor, mostly to find nothing to do
+            table[name] = formats.cast(original(op))
+        else:
             table[name] = _journalled(op, _arithmetic(op))
     return table
 
@@ -64,18 +65,11 @@ def _arithmetic(op: torch._ops.OpOverload) -> Kernel:
         return infer_attention.kernel(_INFERENCE[name], original(op))
     if name in _BUILDERS:
         return _BUILDERS[name](original(op))
-    return _ignoring_names(derivatives.KERNELS.get(name) or _refusal(name))
+    return _ignoring_names(derivatives.KERNELS.get(name) or not_simulated(f"npu::{name}"))
 
 
 def _ignoring_names(kernel: Kernel) -> Kernel:
     return lambda given, *args, **kwargs: kernel(*args, **kwargs)
-
-
-def _refusal(name: str) -> Kernel:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"npu::{name} has no simulated arithmetic")
-
-    return kernel
 
 
 def _journalled(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 
 class CardRefusal(RuntimeError):  # noqa: N818
     """What the tiling code of a card's operators refuses; the message quotes the rule."""
@@ -11,3 +14,12 @@ def require(rule_holds: bool, rule: str) -> None:
     """Refuse the call unless the rule, quoted in the message, holds."""
     if not rule_holds:
         raise CardRefusal(rule)
+
+
+def not_simulated(name: str) -> Callable[..., Any]:
+    """A kernel for an operator whose numbers nobody here computes."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{name} has no simulated arithmetic")
+
+    return kernel

@@ -115,6 +115,62 @@ def test_pages_give_what_contiguous_keys_give(layout: str, cache_dims: int, kind
     close(lse.reshape(sums.shape), sums, 1e-4)
 
 
+def narrow(columns: list[int]) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Packed sequences of two rows, with values narrower than keys."""
+    (q, k, _), arguments = packed([2] * len(columns), columns, (4, 2), 192)
+    return [q, k, random(sum(columns), 2, 128)], arguments
+
+
+def test_pages_with_values_narrower_than_keys() -> None:
+    columns = [140, 2, 260]
+    given, keeps = KEPT["causal"]
+    tensors, arguments = narrow(columns)
+    table = torch.tensor([[7, 2, 99], [5, 99, 99], [0, 3, 6]], dtype=torch.int32)
+    caches = [in_pages(x, columns, 128, table, 8).flatten(2) for x in tensors[1:]]
+    arguments |= {"actual_seq_lengths_kv": columns, "block_table": table, "block_size": 128}
+    out, lse = infer(tensors[0], *caches, "TND", **arguments | given)
+    assert out.shape == (6, 4, 128)
+    expected, sums = sequences_by_rows(tensors, [2] * 3, columns, keeps)
+    close(out, expected)
+    close(lse, sums, 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["BSND", "BSH"])
+def test_dense_values_narrower_than_keys_on_a_950(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIRTUAL_ASCEND_SOC", "Ascend950PR_9589")
+    tensors, _ = narrow([5, 5])
+    dense = [laid_out(x.unflatten(0, (2, -1)), layout) for x in tensors]
+    out, _ = infer(*dense, layout, num_heads=4, num_key_value_heads=2)
+    expected, _ = sequences_by_rows(tensors, [2, 2], [5, 5], KEPT["all"][1])
+    assert out.shape[-1] == (128 if layout == "BSND" else 4 * 128)
+    close(out.reshape(expected.shape), expected)
+
+
+def test_a_950_takes_caches_that_are_strided_over_their_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns, given = [20, 33], KEPT["causal"][0]
+    (q, k, v), arguments = packed([2, 2], columns, (4, 2), **given)
+    table = torch.tensor([[2, 4, 99], [5, 0, 3]], dtype=torch.int32)
+    arguments |= {"actual_seq_lengths_kv": columns, "block_table": table, "block_size": 16}
+    # keys and values of one block lie beside each other
+    both = torch.stack([in_pages(x, columns, 16, table, 8).flatten(2) for x in (k, v)], 1).npu()
+
+    def read(*caches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return infer(q, *caches, "TND", **arguments)
+
+    expected = read(*(cache.contiguous() for cache in both.unbind(1)))
+    with pytest.raises(RuntimeError, match="key must be contiguous"):
+        read(*both.unbind(1))
+    monkeypatch.setenv("VIRTUAL_ASCEND_SOC", "Ascend950PR_9589")
+    for got, wanted in zip(read(*both.unbind(1)), expected, strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(RuntimeError, match="key must be contiguous"):
+        read(*(cache.contiguous().transpose(1, 2) for cache in both.unbind(1)))
+
+
 def test_a_length_of_one_is_every_sequences_and_surplus_entries_are_cut() -> None:
     q, k = random(3, 2, 1, 16), random(3, 6, 1, 16)
     short = infer(q, k, k, "BSND", actual_seq_lengths_kv=[4])

@@ -13,17 +13,19 @@ from virtual_ascend.infer_cases import infer, packed, random, triangle
 
 pytestmark = pytest.mark.usefixtures("npu")
 
+Answer = tuple[torch.Tensor, torch.Tensor]
 
-def dense(**given: Any) -> None:
+
+def dense(**given: Any) -> Answer:
     """Two sequences of 2 rows and 4 keys in BSND, every argument replaceable."""
     layout = given.pop("layout", "BSND")
     q = given.pop("q", random(2, 2, 2, 16))
     k = given.pop("k", random(2, 4, 1, 16))
     v = given.pop("v", torch.zeros_like(k))
-    infer(q, k, v, layout, **{"num_heads": 2, "num_key_value_heads": 1, **given})
+    return infer(q, k, v, layout, **{"num_heads": 2, "num_key_value_heads": 1, **given})
 
 
-def tnd(**given: Any) -> None:
+def tnd(**given: Any) -> Answer:
     """Packed sequences of 2 and 3 rows and keys, every argument replaceable."""
     rows, columns = given.pop("rows", [2, 3]), given.pop("columns", [2, 3])
     sizes = {name: given.pop(name) for name in ("heads", "width") if name in given}
@@ -32,10 +34,10 @@ def tnd(**given: Any) -> None:
         dtype = given.pop("dtype")
         q, k, v = (x.to(dtype) for x in (q, k, v))
     v = given.pop("v", v)
-    infer(q, k, v, "TND", **{**arguments, **given})
+    return infer(q, k, v, "TND", **{**arguments, **given})
 
 
-def paged(**given: Any) -> None:
+def paged(**given: Any) -> Answer:
     """tnd over a cache of 4 blocks of 16, every argument replaceable."""
     rows = given.pop("rows", [1, 1])
     width, size = given.pop("width", 64), given.pop("size", 16)
@@ -50,7 +52,8 @@ def paged(**given: Any) -> None:
         "num_key_value_heads": 1,
     }
     q = given.pop("q", random(sum(rows), 2, width))
-    infer(q, cache, cache, given.pop("layout", "TND"), **{**arguments, **given})
+    layout, values = given.pop("layout", "TND"), given.pop("values", cache)
+    return infer(q, cache, values, layout, **{**arguments, **given})
 
 
 def table(pages: list[list[int]], dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -72,6 +75,8 @@ def matrix(*shape: int) -> torch.Tensor:
 
 
 FLOATS = {name: random(2, 4, 2, 16, dtype=torch.float32) for name in "qkv"}
+
+NARROW = {"q": random(2, 2, 2, 192), "k": random(2, 4, 1, 192), "v": random(2, 4, 1, 128)}
 
 REFUSED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "another layout": ("not simulated", dense, {"layout": "BNSD_BSND"}),
@@ -206,7 +211,19 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
     "tnd D": ("TND needs D of", tnd, {"width": 272}),
     "tnd D not divisible by 16": ("divisible by 16", tnd, {"width": 72}),
-    "tnd value's D": ("TND needs D of", tnd, {"v": random(5, 1, 32)}),
+    "tnd value's D": ("one D, or 192 and 128", tnd, {"v": random(5, 1, 32)}),
+    "tnd value's rows": ("one shape, D apart", tnd, {"v": random(4, 1, 64)}),
+    "dense with D 192 and 128": ("one D, or 192 and 128 in TND", dense, NARROW),
+    "pages with D 192 and 64": (
+        "one D, or 192 and 128",
+        paged,
+        {"width": 192, "values": random(4, 16, 64)},
+    ),
+    "quantized output": (
+        "quant_offset2, quant_scale2: not simulated",
+        dense,
+        {"quant_scale2": torch.ones(1), "quant_offset2": torch.zeros(1)},
+    ),
     "tnd more rows, not the flash path": (
         "Sq <= Skv",
         tnd,
@@ -321,6 +338,7 @@ ACCEPTED: dict[str, tuple[Any, dict[str, Any]]] = {
     "tnd with D 192 and 128": (tnd, {"width": 192, "v": random(5, 1, 128)}),
     "tnd half, high performance": (tnd, {"heads": (2, 2), "inner_precise": 1}),
     "pages": (paged, {}),
+    "pages with D 192 and 128": (paged, {"width": 192, "values": random(4, 16, 128)}),
     "pages of 1024": (paged, {"size": 1024}),
     "table wider than needed": (paged, {"block_table": table([[0, 9, 9], [1, 2, 9]])}),
     "empty key": (dense, {"k": random(2, 0, 1, 16), "sparse_mode": 3}),
@@ -353,7 +371,10 @@ def test_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name: str) -> None:
     call, given = ACCEPTED[name]
-    call(**given)
+    out, lse = call(**given)
+    # every row was computed
+    assert out.isfinite().all()
+    assert not lse.isnan().any()
 
 
 @pytest.mark.parametrize("name", OLD)

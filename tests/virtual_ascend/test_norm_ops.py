@@ -66,6 +66,13 @@ def test_rms_norm_of_strided_tensors_is_contiguous() -> None:
     all_close(got, in_double(lambda x, g: rms(x.transpose(0, 1), g), [x, gamma], dout))
 
 
+def test_rms_norm_of_nothing_is_nothing() -> None:
+    import torch_npu
+
+    y, rstd = torch_npu.npu_rms_norm(random(0, 16).npu(), random(16).npu(), EPSILON)
+    assert (y.shape, rstd.shape) == ((0, 16), (0, 1))
+
+
 def test_only_the_normalized_tensor_is_differentiable() -> None:
     import torch_npu
 
@@ -222,7 +229,11 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "npu_rms_norm",
         {"input": random(1, 1, 1, 1, 1, 1, 1, 1, 16)},
     ),
-    "rms empty": ("must not be empty", "npu_rms_norm", {"input": random(0, 16)}),
+    "rms empty gamma": (
+        "gamma must not be empty",
+        "npu_rms_norm",
+        {"input": random(3, 0), "gamma": random(0)},
+    ),
     "rms epsilon": ("epsilon must not", "npu_rms_norm", {"epsilon": -1.0}),
     "gemma strided input": (
         "input must be contiguous",

@@ -122,6 +122,7 @@ ALLOWED: dict[str, tuple[tuple[int, ...], tuple[int, ...], str, torch.dtype]] = 
     "eight heads to a row": ((2, 4, 1, 16), (1, 1, 1, 16), "half", FULL),
     "an unaligned D of 82": ((2, 30, 3, 82), (1, 1, 3, 82), "half", HALF),
     "few heads of an unaligned D": ((1, 1, 97, 40), (1, 1, 97, 40), "half", HALF),
+    "packed, one row for all": ((9, 3, 16), (1, 1, 16), "half", HALF),
     "999 pairs": ((27, 2, 37, 16), (1, 2, 1, 16), "interleave", FULL),
 }
 
@@ -144,7 +145,7 @@ FORBIDDEN: dict[str, tuple[str, Shapes, str, torch.dtype]] = {
     "two axes": ("3 or 4 dimensions", ((9, 16), (9, 16)), "half", FULL),
     "no row": ("must not be empty", ((1, 0, 3, 16), (1, 0, 1, 16)), "half", FULL),
     "one row for all": ("no layout has", ((2, 9, 3, 16), (1, 1, 1, 16)), "half", FULL),
-    "packed, one row for all": ("no layout has", ((9, 3, 16), (1, 1, 16)), "half", FULL),
+    "packed, one row for all": ("no layout has", ((9, 3, 16), (1, 1, 16)), "interleave", FULL),
     "packed, tables of heads": ("no layout has", ((9, 3, 16), (9, 2, 16)), "half", FULL),
     "1000 heads": ("below 1000", ((1, 2, 1000, 16), (1, 2, 1, 16)), "half", FULL),
     "heads before few rows": (r"exceed S\*8", ((3, 6, 2, 16), (1, 1, 2, 16)), "half", FULL),
@@ -253,6 +254,8 @@ def test_a_950_wants_shapes_that_broadcast_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("VIRTUAL_ASCEND_SOC", "Ascend950PR_9589")
     assert rotate(random(2, 9, 3, 16).npu(), *random(2, 1, 1, 1, 16).npu()).isfinite().all()
     assert differentiated(((2, 9, 3, 16), (1, 1, 1, 16)), "half", True)[1].isfinite().all()
+    x, tables = random(9, 3, 16), random(2, 1, 1, 16)
+    close(rotate(x.npu(), *tables.npu()), rotated(x.double(), *tables.double(), "half"))
     for shapes in (((2, 9, 3, 16), (2, 3, 3, 16)), ((9, 3, 16), (1, 3, 16))):
         with pytest.raises(CardRefusal, match="must broadcast"):
             differentiated(shapes, "half", False)
