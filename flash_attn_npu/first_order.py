@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import UnsupportedError, explain
 
-__all__ = ["first_order", "refuse_second"]
+__all__ = ["first_order", "once", "refuse_second", "watch"]
 
 
 def first_order(function: str, gradients: Iterable[Any], *sources: Any) -> tuple[Any, ...]:
@@ -39,13 +39,58 @@ def refuse_second(function: str, gradient: Tensor, *sources: Tensor) -> Tensor:
     return _Refused.apply(function, gradient, *sources)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def once(function: str) -> Tensor:
+    """What `watch` attaches to a call of one of torch_npu's differentiable operators.
+
+    Their second derivatives are not there, and the terms get lost. The hooks of this tensor are
+    shared with the node of a call, for a tenth of what `node.register_hook` costs.
+    """
+
+    def foresee(_: Tensor | None) -> None:
+        if torch.is_grad_enabled():
+            _refuse_at(torch._C._current_autograd_node(), function)
+
+    with torch.inference_mode(False):
+        carrier = torch.empty(0, device="cpu", requires_grad=True)
+    carrier.register_hook(foresee)
+    return carrier
+
+
+def watch(first_output: Tensor, mark: Tensor) -> None:
+    """Refuse derivatives of the gradients of the operator that made this output, its first."""
+    if not torch.compiler.is_compiling():
+        node: Any = first_output.grad_fn
+        if node is not None:
+            node._register_hook_dict(mark)
+
+
+def _refuse_at(node: Any, function: str) -> None:
+    """Refuse a derivative of the gradients that this node of the graph is about to compute."""
+
+    def refuse(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        handle.remove()
+        return tuple(
+            gradient
+            if gradient is None or not gradient.requires_grad
+            else refuse_second(function, gradient.detach(), gradient)
+            for gradient in gradients
+        )
+
+    handle = node.register_hook(refuse)
+
+
 class _Refused(torch.autograd.Function):
     """A node between a gradient and its sources, which autograd cannot pass over."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, function: str, gradient: Tensor, *sources: Tensor) -> Tensor:
-        ctx.function = function
+    def forward(function: str, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.function = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

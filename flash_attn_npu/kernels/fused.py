@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..first_order import refuse_second
+from ..first_order import once, refuse_second, watch
 from ..rowwise.support import ADD_LAYER_NORM, ADD_RMS_NORM, RMS_NORM
 
 __all__ = ["add_and_norm", "gate", "gate_backward", "losses", "rotation"]
@@ -21,9 +21,11 @@ __all__ = ["add_and_norm", "gate", "gate_backward", "losses", "rotation"]
 MOST_DIMS = 8
 """A norm's backward takes two to eight dimensions."""
 
+_norm_once = once("a norm")
+
 
 class _Once(torch.autograd.Function):
-    """The tensor itself, whose gradient is refused a derivative; autograd would drop that term."""
+    """The tensor itself, whose gradient is refused a derivative: torch_npu's depends on nothing."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -103,10 +105,13 @@ def _norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
         if weight.dtype not in (x.dtype, torch.float32):
             x, weight = x.float(), weight.float()
         normed = torch_npu.npu_rms_norm(x, weight, eps)[0]
+        watch(normed, _norm_once)
         return normed
     if any(given is not None and given.dtype != x.dtype for given in (weight, bias)):
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-    return functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    normed = functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    watch(normed, _norm_once)
+    return normed
 
 
 def _added_norm(
@@ -125,6 +130,7 @@ def _added_norm(
         normed, _, _, total = torch_npu.npu_add_layer_norm(
             x, residual, weight, bias, eps, additional_output=True
         )
+    watch(normed, _norm_once)
     return normed, total
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..attention.problem import Problem
 from ..attention.result import Forward, Saved
+from ..first_order import once, watch
 from .rows import Rows
 
 __all__ = [
@@ -77,11 +78,13 @@ def direct(problem: Problem) -> Callable[..., Any] | None:
     if problem.deterministic and problem.needs_grad:
         return None
     rows, kernel = _prepared(problem)
+    first = once(problem.function)
     if rows.untouched and not (problem.uses_lse or problem.alibi or problem.sink):
-        return _plain(problem, rows)
+        return _plain(problem, rows, first if problem.needs_grad else None)
 
     def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None) -> Any:
         out, top, total, *_ = kernel(rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink)
+        watch(out, first)
         out = rows.restore(out)
         if not problem.uses_lse:
             return out
@@ -91,7 +94,7 @@ def direct(problem: Problem) -> Callable[..., Any] | None:
     return run
 
 
-def _plain(problem: Problem, rows: Rows) -> Callable[..., Tensor]:
+def _plain(problem: Problem, rows: Rows, first: Tensor | None) -> Callable[..., Tensor]:
     """The kernel with nothing around it; positional arguments, which torch parses faster."""
     import torch_npu
 
@@ -106,7 +109,15 @@ def _plain(problem: Problem, rows: Rows) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
         return torch_npu.npu_fusion_attention(q, k, v, *call)[0]  # type: ignore[no-any-return]
 
-    return run
+    # `watch` written out, which costs less
+    def watched(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
+        out: Tensor = torch_npu.npu_fusion_attention(q, k, v, *call)[0]
+        node: Any = out.grad_fn
+        if node is not None:
+            node._register_hook_dict(first)
+        return out
+
+    return run if first is None else watched
 
 
 def forward(

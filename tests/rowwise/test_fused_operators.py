@@ -284,11 +284,41 @@ def second_derivative(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.autograd.grad(first.pow(3).sum() + x.square().sum(), x)[0]
 
 
+TWICE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "RMS norm": ("npu_rms_norm", lambda x: rms_norm_fn(x, x[0], None)),
+    "RMS norm of a sum": ("npu_rms_norm", lambda x: rms_norm_fn(x, x[0], None, residual=x)),
+    "layer norm": ("", lambda x: layer_norm_fn(x, x[0], x[1])),
+    "layer norm of a sum": (
+        "npu_add_layer_norm",
+        lambda x: layer_norm_fn(x, x[0], x[1], residual=x),
+    ),
+    "the sum alone": (
+        "npu_add_layer_norm",
+        lambda x: layer_norm_fn(x, x[0], x[1], residual=x, prenorm=True)[1],
+    ),
+    "loss": (
+        "npu_cross_entropy_loss",
+        lambda x: cross_entropy_loss(x, torch.tensor([3, 1]).to(x.device))[0][:, None],
+    ),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered:UserWarning")
-def test_a_second_derivative_of_the_loss_is_refused(npu: torch.device) -> None:
-    labels = torch.tensor([3, 1]).to(npu)
-    with pytest.raises(UnsupportedError, match=r"^create_graph: got "):
-        second_derivative(lambda x: cross_entropy_loss(x, labels)[0], torch.randn(2, 64).to(npu))
+@pytest.mark.parametrize("through", ["what was saved", "the loss", "both"])
+@pytest.mark.parametrize("name", TWICE)
+def test_a_second_derivative_is_refused(npu: torch.device, name: str, through: str) -> None:
+    """torch_npu's autograd has none, and would lose its terms without a word."""
+    operator, run = TWICE[name]
+    x = torch.randn(2, 64).to(npu).requires_grad_()
+    weight = torch.rand(64).to(npu).requires_grad_()
+    out, launched = names(lambda: run(x if through == "the loss" else x * weight))
+    assert not operator or any(operator in launch for launch in launched)
+    loss = out * (weight if through != "what was saved" else 2.0)
+    if name == "the sum alone" and through == "what was saved":
+        loss = out.square()
+    (dx,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    with pytest.raises(UnsupportedError, match=r"^create_graph: got a second derivative of "):
+        (dx.square().sum() + weight.sum()).backward()
 
 
 def test_a_second_derivative_of_rotations_in_place(npu: torch.device) -> None:
