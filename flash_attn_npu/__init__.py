@@ -9,7 +9,6 @@ from __future__ import annotations
 from . import bert_padding, flash_attn_interface
 from ._version import FLASH_ATTN_VERSION
 from .activation import install, installed, uninstall
-from .attention.lengths import forget_lengths
 from .errors import ActivationError, ArgumentError, ArgumentTypeError, UnsupportedError
 from .flash_attn_interface import (
     flash_attn_func,
@@ -21,6 +20,7 @@ from .flash_attn_interface import (
     flash_attn_with_kvcache,
 )
 from .huawei import attention_forward_varlen
+from .memory import forget_lengths
 from .settings import fallback
 from .usage import report, reporting
 

@@ -10,6 +10,7 @@ import logging
 import torch
 
 from .errors import UnsupportedError, explain
+from .memory import Memo
 from .settings import fallback_policy
 
 __all__ = ["permit"]
@@ -18,7 +19,7 @@ logger = logging.getLogger("flash_attn_npu")
 
 COMPOSED = "is composed of torch operations, exact but not fused"
 
-_warned: set[tuple[str, tuple[str, ...]]] = set()
+_warned: Memo[tuple[str, tuple[str, ...]], bool] = Memo("reasons that were logged", 1024)
 
 
 def permit(
@@ -53,8 +54,8 @@ def permit(
             )
         )
     key = (function, reasons)
-    if policy == "allow" or key in _warned:
+    if policy == "allow" or _warned.recall(key):
         return
-    _warned.add(key)
+    _warned.put(key, True)
     level = logging.WARNING if device.type == "npu" else logging.INFO
     logger.log(level, "`%s` %s: %s", function, detour or COMPOSED, "; ".join(reasons))

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, explain
+from ..memory import PerTensorMemo
 from .checks import require_tensors
-from .lengths import PerTensorMemo
 from .places import Layout, Span, positions, wrong_block
 from .problem import Pages
 from .support import MAX_PAGE, PAGE_UNIT
 
 __all__ = ["Cache", "Span", "host_values", "pages_of"]
 
-_memo: PerTensorMemo[tuple[int, ...]] = PerTensorMemo(64)
+_memo: PerTensorMemo[tuple[int, ...]] = PerTensorMemo("lengths and block tables of a cache", 64)
 
 
 class Cache:
@@ -148,8 +148,6 @@ def host_values(argument: str, tensor: Tensor) -> tuple[int, ...]:
                 f"pass {argument}.to(torch.int32)",
             )
         )
-    if tensor.device.type == "cpu":
-        return _values(tensor)
     return _memo.get(tensor, _values)
 
 

@@ -17,13 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import kernels, policy, usage
+from .. import policy, usage
 from ..errors import UnsupportedError, explain
-from ..rowwise.dispatch import forget_choices
+from ..memory import Memo
 from . import checks
 from .describe import dense_problem, varlen_problem
 from .lengths import Lengths
-from .places import forget_places
 from .problem import Facts, Options, Pages, Problem
 from .support import BLOCKWISE, FUSION, INFER, refusals
 
@@ -31,19 +30,11 @@ __all__ = [
     "Plan",
     "decided",
     "decision",
-    "forget_plans",
     "lookup",
     "permit",
     "recall_plan",
     "remember_plan",
 ]
-
-PLANS = 256
-"""Plans that are remembered; at the next one all are dropped."""
-
-_plans: dict[tuple[Any, ...], Plan] = {}
-recall_plan = _plans.get
-"""The plan that was remembered for a key, None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +87,11 @@ def decision(*tensors: Tensor) -> Plan | None:
     return found if same else None
 
 
+_plans: Memo[tuple[Any, ...], Plan] = Memo("plans of attention calls", 256)
+recall_plan = _plans.recall
+"""The plan that was remembered for a key, None if there is none."""
+
+
 def lookup(
     function: str,
     q: Tensor | Facts,
@@ -135,7 +131,7 @@ def lookup(
             None if sink is None else Facts.of(sink), mask_from, pages,
         )
         # fmt: on
-        found = _plans.get(key)
+        found = recall_plan(key)
     except (AttributeError, TypeError):
         # not a tensor, or not hashable: the checks below accept it or name it
         key = None
@@ -157,14 +153,6 @@ def lookup(
         found = _plan(problem)
         remember_plan(key, found)
     return found
-
-
-def forget_plans() -> None:
-    """Drop every remembered plan, and what kernels keep; the next calls decide again."""
-    _plans.clear()
-    forget_places()
-    forget_choices()
-    kernels.forget()
 
 
 def permit(found: Plan) -> None:
@@ -206,9 +194,7 @@ def remember_plan(key: tuple[Any, ...] | None, found: Plan) -> None:
     # a scale given as a tensor may change under the same key
     if key is None or any(isinstance(part, Tensor) for part in key):
         return
-    if len(_plans) >= PLANS:
-        _plans.clear()
-    _plans[key] = found
+    _plans.put(key, found)
 
 
 def _options(

@@ -6,13 +6,14 @@ All layers of a model ask with the same lengths and the same block table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Span", "forget_places", "positions", "wrong_block"]
+from ..memory import Memo
+
+__all__ = ["Layout", "Span", "positions", "wrong_block"]
 
 
 class Span(NamedTuple):
@@ -37,39 +38,31 @@ class Layout(NamedTuple):
     width: int
 
 
+_where: Memo[tuple[Layout, tuple[Span, ...], torch.device], tuple[Tensor, Tensor]] = Memo(
+    "positions in caches", 16, nbytes=1 << 26, contents=True
+)
+
+
 def wrong_block(layout: Layout, spans: Sequence[Span]) -> tuple[int, int] | None:
     """(sequence, block id) of the first id that a span uses and the cache does not have."""
-    return _wrong_block(layout, tuple(spans))
-
-
-def positions(layout: Layout, spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(page or row, offset in it) of every position of every span, int64 on the device."""
-    return _positions(layout, tuple(spans), device)
-
-
-def forget_places() -> None:
-    """Drop everything remembered here."""
-    _wrong_block.cache_clear()
-    _positions.cache_clear()
-
-
-@lru_cache(maxsize=16)
-def _wrong_block(layout: Layout, spans: tuple[Span, ...]) -> tuple[int, int] | None:
-    sequence, _, page = _walk(layout, spans)
+    sequence, _, page = _walk(layout, tuple(spans))
     wrong = ((page < 0) | (page >= layout.blocks)).nonzero().flatten()
     if not wrong.numel():
         return None
     return int(sequence[wrong[0]]), int(page[wrong[0]])
 
 
-@lru_cache(maxsize=16)
-def _positions(
-    layout: Layout, spans: tuple[Span, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    # it outlives this call, and a backward cannot save a tensor made in inference mode
-    with torch.inference_mode(False):
-        _, position, page = _walk(layout, spans)
-        return page.to(device), (position % max(layout.page, 1)).to(device)
+def positions(layout: Layout, spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(page or row, offset in it) of every position of every span, int64 on the device."""
+    key = layout, tuple(spans), device
+    known = _where.recall(key)
+    if known is None:
+        # it outlives this call, and a backward cannot save a tensor made in inference mode
+        with torch.inference_mode(False):
+            _, position, page = _walk(layout, key[1])
+            known = page.to(device), (position % max(layout.page, 1)).to(device)
+        _where.put(key, known)
+    return known
 
 
 def _walk(layout: Layout, spans: tuple[Span, ...]) -> tuple[Tensor, Tensor, Tensor]:

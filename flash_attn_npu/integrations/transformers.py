@@ -23,7 +23,8 @@ from .. import flash_attn_interface
 from ..attention import call
 from ..attention.lengths import host_lengths
 from ..errors import UnsupportedError, explain
-from .unpadding import forget_masks, memoised_upad_input, once_per_tensor
+from ..memory import forget_lengths
+from .unpadding import memoised_upad_input, once_per_tensor
 
 __all__ = ["HOOKS", "forget_cached_answers", "undo"]
 
@@ -168,7 +169,7 @@ def npu_flash_attn_with_kvcache(
 def undo() -> None:
     """Put back everything the hooks changed."""
     _undo.close()
-    forget_masks()
+    forget_lengths()
 
 
 def forget_cached_answers() -> None:

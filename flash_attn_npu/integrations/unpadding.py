@@ -2,7 +2,8 @@
 
 transformers derives the same indices and lengths from the same mask, or from the same position
 ids of packed sequences, in every layer, each time with copies to the host. Here each of these
-tensors is read once, and all layers get the same tensor objects.
+tensors is read once, and all layers get the same tensor objects. On the host, where nothing has to
+be copied, they are read in every layer.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from ..attention.lengths import PerTensorMemo, remember_lengths
+from ..attention.lengths import remember_lengths
+from ..memory import PerTensorMemo, held
 
-__all__ = ["forget_masks", "memoised_upad_input", "once_per_tensor"]
+__all__ = ["memoised_upad_input", "once_per_tensor"]
 
 MASKS_REMEMBERED = 16
+BYTES_REMEMBERED = 1 << 28
+"""64 masks of 32k tokens need 35 MB."""
 
 
 class _Ragged(NamedTuple):
@@ -38,20 +42,26 @@ class _MaskReading:
         self.keys = self._ragged(self._kept)
         self._queries: tuple[int, _Ragged] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return held((self._kept, self.keys, self._queries))
+
     def last(self, length: int) -> _Ragged:
         """Of the last `length` columns, as transformers does for left-padded queries."""
-        if self._queries is None or self._queries[0] != length:
-            self._queries = (length, self._ragged(self._kept[:, -length:]))
-        return self._queries[1]
+        known = self._queries
+        if known is None or known[0] != length:
+            self._queries = known = (length, self._ragged(self._kept[:, -length:]))
+        return known[1]
 
     def one_each(self) -> _Ragged:
         """One query per row, padded or not: a decoding step."""
-        if self._queries is None or self._queries[0] != 1:
+        known = self._queries
+        if known is None or known[0] != 1:
             ones = torch.ones(len(self._kept), 1, dtype=torch.bool)
             rows = self._ragged(ones)
             # transformers indexes with the int32 cu_seqlens here
-            self._queries = (1, rows._replace(indices=rows.cu_seqlens[:-1]))
-        return self._queries[1]
+            self._queries = known = (1, rows._replace(indices=rows.cu_seqlens[:-1]))
+        return known[1]
 
     def _ragged(self, kept: torch.Tensor) -> _Ragged:
         # inference tensors have no version counter, so nothing could be remembered about them
@@ -64,18 +74,16 @@ class _MaskReading:
             return _Ragged(indices.to(self._device), cu_seqlens, int(seqlens.max()))
 
 
-_memo: PerTensorMemo[_MaskReading] = PerTensorMemo(MASKS_REMEMBERED)
-_answers: PerTensorMemo[dict[Any, Any]] = PerTensorMemo(MASKS_REMEMBERED)
-
-
-def forget_masks() -> None:
-    """Drop everything remembered about masks."""
-    _memo.clear()
-    _answers.clear()
+_memo: PerTensorMemo[_MaskReading] = PerTensorMemo(
+    "attention masks of transformers", MASKS_REMEMBERED, nbytes=BYTES_REMEMBERED
+)
+_answers: PerTensorMemo[dict[Any, Any]] = PerTensorMemo(
+    "position ids of transformers", MASKS_REMEMBERED, nbytes=BYTES_REMEMBERED
+)
 
 
 def memoised_upad_input(original: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' `_upad_input`, same contract and results, reading each mask once.
+    """transformers' `_upad_input`, same contract and results, reading a device's mask once.
 
     Args:
         original: transformers' own, which serves while torch.compile traces.
@@ -120,11 +128,17 @@ def memoised_upad_input(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def once_per_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original(position_ids, *rest)`, asked once for each tensor; a yes or no comes as a bool."""
+    """`original(position_ids, *rest)`, asked once for each tensor on a device.
+
+    A yes or no comes as a bool.
+    """
 
     @functools.wraps(original)
     def ask(position_ids: torch.Tensor | None, *rest: Any) -> Any:
         if position_ids is None or torch.compiler.is_compiling() or position_ids.is_inference():
+            return original(position_ids, *rest)
+        if any(isinstance(other, torch.Tensor) for other in rest):
+            # it may be written while position_ids stays as it is
             return original(position_ids, *rest)
         answers = _answers.get(position_ids, lambda _: {})
         question = (original, rest)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from threading import RLock
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from ..attention.problem import Problem
 from ..attention.result import Forward, Saved
 from ..first_order import once, watch
+from ..memory import Memo
 from .rows import Rows
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "backward",
     "causal_mask",
     "direct",
-    "forget",
     "forward",
     "fusion_attention",
 ]
@@ -40,12 +39,15 @@ STATISTICS = 8
 """The kernel repeats softmax_max and softmax_sum this often along a last dimension."""
 
 
-_masks: dict[torch.device, Tensor] = {}
+_masks: Memo[torch.device, Tensor] = Memo("causal masks", 64, nbytes=64 * MASK_SIZE**2)
+_prepared_calls: Memo[Problem, tuple[Rows, Callable[..., Any]]] = Memo(
+    "calls prepared for npu_fusion_attention", 256
+)
 
 
 def causal_mask(device: torch.device) -> Tensor:
     """The compressed mask, True above the diagonal; one per device, 4 MiB."""
-    mask = _masks.get(device)
+    mask = _masks.recall(device)
     if mask is None or torch._C._len_torch_dispatch_stack():
         # it outlives this call, and a backward cannot save a tensor made in inference mode
         with torch.inference_mode(False):
@@ -53,14 +55,8 @@ def causal_mask(device: torch.device) -> Tensor:
             mask = torch.triu(ones, diagonal=1)
         # under a mode it may be a fake, which must not outlive the mode
         if not torch._C._len_torch_dispatch_stack():
-            _masks[device] = mask
+            _masks.put(device, mask)
     return mask
-
-
-def forget() -> None:
-    """Drop every mask and every prepared call."""
-    _masks.clear()
-    _prepared.cache_clear()
 
 
 def fusion_attention() -> Callable[..., Any]:
@@ -173,10 +169,13 @@ def backward(
     rows.write_k(grads[2], dv)
 
 
-@lru_cache(maxsize=256)
 def _prepared(problem: Problem) -> tuple[Rows, Callable[..., Any]]:
-    rows = Rows(problem)
-    return rows, _forward_kernel(problem, rows)
+    known = _prepared_calls.recall(problem)
+    if known is None:
+        rows = Rows(problem)
+        known = rows, _forward_kernel(problem, rows)
+        _prepared_calls.put(problem, known)
+    return known
 
 
 def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:

@@ -8,16 +8,20 @@ lie: flash-attention's cache (num_blocks, page, nheads_k, headdim) is a view of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..attention.cache import Cache, Span
 from ..attention.problem import Problem
+from ..memory import Memo
 from .fusion import UNLIMITED, causal_mask
 
-__all__ = ["forget", "forward"]
+__all__ = ["forward"]
+
+_row_tables: Memo[tuple[tuple[int, ...], int, torch.device], Tensor] = Memo(
+    "page tables of unpaged caches", 16, nbytes=1 << 24
+)
 
 
 def forward(
@@ -54,11 +58,6 @@ def forward(
     return out, lse.squeeze(-1).t().contiguous() if want_lse else None
 
 
-def forget() -> None:
-    """Drop the page tables of unpaged caches."""
-    _row_pages.cache_clear()
-
-
 def _sparsity(problem: Problem) -> tuple[int, int, int]:
     """(sparse_mode, tokens before, tokens after), always one that takes the compressed mask.
 
@@ -82,8 +81,12 @@ def _table(cache: Cache, size: int) -> Tensor:
     return _row_pages(cache.rows, cache.capacity // size, cache.k.device)
 
 
-@lru_cache(maxsize=16)
 def _row_pages(rows: tuple[int, ...], pages: int, device: torch.device) -> Tensor:
     """The pages of whole rows of an unpaged cache."""
-    first = torch.tensor(rows, dtype=torch.int32, device="cpu")[:, None] * pages
-    return (first + torch.arange(pages, dtype=torch.int32, device="cpu")).to(device)
+    key = rows, pages, device
+    table = _row_tables.recall(key)
+    if table is None:
+        first = torch.tensor(rows, dtype=torch.int32, device="cpu")[:, None] * pages
+        table = (first + torch.arange(pages, dtype=torch.int32, device="cpu")).to(device)
+        _row_tables.put(key, table)
+    return table

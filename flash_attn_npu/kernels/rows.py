@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..attention.problem import Problem
+from ..memory import Memo
 
 __all__ = ["Rows"]
+
+_indices: Memo[Problem, Tensor] = Memo("positions of queries that see a key", 64, nbytes=1 << 26)
 
 
 class Rows:
@@ -39,22 +42,33 @@ class Rows:
                 problem.seqlens_q, problem.blind_rows, problem.seqlens_k, strict=True
             )
         )
-        self.index: Tensor | None = None
+        self._problem = problem
+        self._scattered = problem.varlen and any(problem.blind_rows)
         self.ends_q: list[int] | None = None
         self.ends_k: list[int] | None = None
         if not problem.varlen:
             self.untouched = self.blind == 0
             return
         self.ends_q, self.ends_k = _ends(problem)
-        if any(problem.blind_rows):
-            self.index = _seeing_index(problem)
         self.untouched = self.total_q == problem.rows_q and self.total_k == problem.rows_k
+
+    @property
+    def index(self) -> Tensor | None:
+        """Positions in q of the queries that see a key; None where these are the first ones."""
+        if not self._scattered:
+            return None
+        index = _indices.recall(self._problem)
+        if index is None:
+            index = _seeing_index(self._problem)
+            _indices.put(self._problem, index)
+        return index
 
     def take_q(self, x: Tensor) -> Tensor:
         """The rows of a tensor laid out as q."""
         if not self.varlen:
             return x[:, self.blind :]
-        return x[: self.total_q] if self.index is None else x.index_select(0, self.index)
+        index = self.index
+        return x[: self.total_q] if index is None else x.index_select(0, index)
 
     def take_k(self, x: Tensor) -> Tensor:
         """The rows of a tensor laid out as k."""
@@ -64,14 +78,16 @@ class Rows:
         """The rows of (batch, nheads, seqlen_q) or (nheads, total_q)."""
         if not self.varlen:
             return lse[..., self.blind :]
-        return lse[:, : self.total_q] if self.index is None else lse.index_select(1, self.index)
+        index = self.index
+        return lse[:, : self.total_q] if index is None else lse.index_select(1, index)
 
     def restore(self, out: Tensor) -> Tensor:
         """All rows of q again, zeros where nothing was computed; differentiable."""
         if not self.varlen:
             return pad(out, (0, 0, 0, 0, self.blind, 0)) if self.blind else out
-        if self.index is not None:
-            return out.new_zeros(self.rows_q, *out.shape[1:]).index_copy(0, self.index, out)
+        index = self.index
+        if index is not None:
+            return out.new_zeros(self.rows_q, *out.shape[1:]).index_copy(0, index, out)
         tail = self.rows_q - self.total_q
         return pad(out, (0, 0, 0, 0, 0, tail)) if tail else out
 
@@ -79,16 +95,18 @@ class Rows:
         """All rows of softmax_lse again, +inf where nothing was computed."""
         if not self.varlen:
             return pad(lse, (self.blind, 0), value=math.inf) if self.blind else lse
-        if self.index is not None:
+        index = self.index
+        if index is not None:
             whole = lse.new_full((lse.shape[0], self.rows_q), math.inf)
-            return whole.index_copy(1, self.index, lse)
+            return whole.index_copy(1, index, lse)
         tail = self.rows_q - self.total_q
         return pad(lse, (0, tail), value=math.inf) if tail else lse
 
     def write_q(self, target: Tensor, part: Tensor) -> None:
         """Write rows into a tensor laid out as q, where it lies, and zeros beside them."""
-        if self.index is not None:
-            target.zero_().index_copy_(0, self.index, part)
+        index = self.index
+        if index is not None:
+            target.zero_().index_copy_(0, index, part)
         elif self.varlen:
             target[: self.total_q] = part
             target[self.total_q :] = 0

@@ -12,13 +12,11 @@ from typing import NamedTuple
 import torch
 
 from .. import policy, usage
+from ..memory import Memo
 from .problem import Problem
 from .support import TORCH, candidates, refusals
 
-__all__ = ["choose", "forget_choices", "recall", "remember", "serves"]
-
-CHOICES = 1024
-"""Choices that are remembered; at the next one all are dropped."""
+__all__ = ["choose", "recall", "remember", "serves"]
 
 
 class _Choice(NamedTuple):
@@ -27,8 +25,8 @@ class _Choice(NamedTuple):
     tally: usage.Tally
 
 
-_choices: dict[Problem, _Choice] = {}
-_recalled: dict[Hashable, _Choice] = {}
+_choices: Memo[Problem, _Choice] = Memo("operators chosen row by row", 1024)
+_recalled: Memo[Hashable, _Choice] = Memo("operators chosen for norms, by their arguments", 1024)
 
 
 def choose(problem: Problem) -> str:
@@ -54,7 +52,7 @@ def serves(problem: Problem) -> bool:
 
 def recall(key: Hashable) -> str | None:
     """The fused operator that was remembered for a key, None if there is none; counts the call."""
-    choice = _recalled.get(key)
+    choice = _recalled.recall(key)
     if choice is None:
         return None
     choice.tally.calls += 1
@@ -67,17 +65,8 @@ def remember(key: Hashable, problem: Problem) -> None:
     The key must hold all that the problem and the checks before it depend on.
     """
     choice = _choice(problem)
-    if choice.operator == TORCH:
-        return
-    if len(_recalled) >= CHOICES:
-        _recalled.clear()
-    _recalled[key] = choice
-
-
-def forget_choices() -> None:
-    """Drop every remembered choice; the next calls decide again."""
-    _choices.clear()
-    _recalled.clear()
+    if choice.operator != TORCH:
+        _recalled.put(key, choice)
 
 
 def _first(problem: Problem) -> tuple[str, tuple[str, ...]]:
@@ -91,11 +80,9 @@ def _first(problem: Problem) -> tuple[str, tuple[str, ...]]:
 
 
 def _choice(problem: Problem) -> _Choice:
-    choice = _choices.get(problem)
+    choice = _choices.recall(problem)
     if choice is None:
         operator, reasons = _first(problem)
         choice = _Choice(operator, reasons, usage.tally(problem.function, operator, reasons))
-        if len(_choices) >= CHOICES:
-            _choices.clear()
-        _choices[problem] = choice
+        _choices.put(problem, choice)
     return choice

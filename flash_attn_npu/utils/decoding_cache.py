@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, explain
+from ..memory import Memo
 
 __all__ = [
     "DecodingCGCache",
@@ -29,7 +30,7 @@ logger = logging.getLogger("flash_attn_npu")
 
 Run = Callable[[Tensor, "Tensor | None", int], Tensor]
 
-_said: set[str] = set()
+_said: Memo[str, bool] = Memo("remarks on decoding that were logged", 16)
 
 
 @dataclass
@@ -228,6 +229,6 @@ def _caches(
 
 
 def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+    if not _said.recall(message):
+        _said.put(message, True)
         logger.warning(message)

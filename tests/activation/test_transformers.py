@@ -120,32 +120,6 @@ for mine, other in zip(gradients("flash_attention_2"), gradients("eager"), stric
     )
 
 
-def test_a_mask_is_read_once_for_all_layers(script: Script) -> None:
-    script(
-        LAPTOP
-        + "flash_attn_npu.install()"
-        + MODELS
-        + """
-from flash_attn_npu.integrations import transformers as hooks, unpadding
-readings, seen = [], set()
-class Counted(unpadding._MaskReading):
-    def __init__(self, mask):
-        readings.append(mask)
-        super().__init__(mask)
-unpadding._MaskReading = Counted
-varlen = flash_attn_npu.flash_attn_interface.flash_attn_varlen_func
-def spy(q, k, v, cu_seqlens_q, *args, **kwargs):
-    seen.add(cu_seqlens_q)
-    return varlen(q, k, v, cu_seqlens_q, *args, **kwargs)
-# looked up at call time, as clients who replace it expect
-flash_attn_npu.flash_attn_interface.flash_attn_varlen_func = spy
-run(mistral(), **batch())
-assert len(readings) == len(seen) == 1
-""",
-        warnings="ignore",
-    )
-
-
 def test_clients_see_flash_attention_available(script: Script) -> None:
     script(
         LAPTOP

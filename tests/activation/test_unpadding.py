@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flash_attn_npu.integrations import unpadding
+from flash_attn_npu.memory import forget_all
 
 theirs = pytest.importorskip("transformers.modeling_flash_attention_utils")
 # as on disk, even if a test before this one has installed us
@@ -21,7 +22,7 @@ RIGHT = LEFT.flip(1)
 
 @pytest.fixture
 def upad() -> Callable[..., Any]:
-    unpadding.forget_masks()
+    forget_all()
     return unpadding.memoised_upad_input(ORIGINAL)
 
 
@@ -71,10 +72,13 @@ def test_same_as_transformers(
 
 
 @pytest.mark.parametrize("queries", [WIDTH, 1, 3])
-def test_every_layer_gets_the_same_objects(upad: Callable[..., Any], queries: int) -> None:
-    mask = LEFT.bool()
+def test_every_layer_on_a_device_gets_the_same_objects(
+    upad: Callable[..., Any], queries: int, npu: torch.device
+) -> None:
+    mask = LEFT.bool().to(npu)
     first, second = (
-        upad(*states(queries, WIDTH), mask, queries, theirs._unpad_input) for _ in range(2)
+        upad(*(x.to(npu) for x in states(queries, WIDTH)), mask, queries, theirs._unpad_input)
+        for _ in range(2)
     )
     assert first[3] is second[3]
     for one, other in zip(first[4], second[4], strict=True):
@@ -99,11 +103,11 @@ def test_inference_tensors_are_never_remembered(upad: Callable[..., Any]) -> Non
         assert_same(upad(*args), ORIGINAL(*args))
 
 
-def test_what_is_remembered_is_bounded(upad: Callable[..., Any]) -> None:
-    masks = [LEFT.clone() for _ in range(3 * unpadding.MASKS_REMEMBERED)]
+def test_what_is_remembered_is_bounded(upad: Callable[..., Any], npu: torch.device) -> None:
+    masks = [LEFT.to(npu) for _ in range(3 * unpadding.MASKS_REMEMBERED)]
     for mask in masks:
-        upad(*states(WIDTH, WIDTH), mask, WIDTH, theirs._unpad_input)
-    assert len(unpadding._memo) <= unpadding.MASKS_REMEMBERED
+        upad(*(x.to(npu) for x in states(WIDTH, WIDTH)), mask, WIDTH, theirs._unpad_input)
+    assert 0 < len(unpadding._memo) <= unpadding.MASKS_REMEMBERED
 
 
 def test_gradients_pass(upad: Callable[..., Any]) -> None:

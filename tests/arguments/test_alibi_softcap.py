@@ -8,7 +8,7 @@ from argument_harness import Arguments
 from strategies import Problem
 
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, reporting, settings
-from flash_attn_npu.attention.dispatch import forget_plans
+from flash_attn_npu.memory import forget_all
 
 FP16, BF16 = torch.float16, torch.bfloat16
 EQUAL = ((9, 9), (9, 9))
@@ -138,9 +138,9 @@ def test_other_alibi_is_composed_for_a_reason(npu, function, seqlens, more, reas
 def alibi_offset(monkeypatch):
     """The setting FLASH_ATTN_NPU_ALIBI_OFFSET=1, for one test."""
     monkeypatch.setattr(settings, "_alibi_offset", True)
-    forget_plans()
+    forget_all()
     yield
-    forget_plans()
+    forget_all()
 
 
 @slopes_kinds

@@ -22,7 +22,6 @@ from flash_attn_npu import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_varlen_func,
-    policy,
     report,
     reporting,
     settings,
@@ -30,6 +29,7 @@ from flash_attn_npu import (
 from flash_attn_npu.attention import dispatch, support
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
 from flash_attn_npu.integrations.transformers import npu_flash_attn_func
+from flash_attn_npu.memory import forget_all
 from flash_attn_npu.settings import fallback_policy
 
 DENSE = Problem(((9, 13),) * 2, nheads_k=2, group=2, headdim=16, dtype=torch.float16)
@@ -41,8 +41,8 @@ OFF_NPU = "npu_fusion_attention: it runs on Ascend NPUs only"
 
 
 @pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch) -> None:
-    monkeypatch.setattr(policy, "_warned", set())
+def nothing_said_yet() -> None:
+    forget_all()
 
 
 @pytest.fixture
@@ -355,7 +355,7 @@ DECISIONS = {
 def test_a_call_is_decided_once(npu, monkeypatch, name):
     """With the reasons that decided, and no others: nobody asked for softmax_lse."""
     run, options, reasons = DECISIONS[name]
-    dispatch.forget_plans()
+    forget_all()
     decided = []
 
     def refusals(kernel, problem):
@@ -367,7 +367,7 @@ def test_a_call_is_decided_once(npu, monkeypatch, name):
     with reporting() as region:
         run(npu, **options).sum().backward()
         run(npu, **options).sum().backward()
-    dispatch.forget_plans()
+    forget_all()
     assert len(decided) == 1
     assert {x.reasons for x in region.tallies} == {reasons}
     forward = [x for x in region.tallies if not x.function.endswith(" (backward)")]

@@ -15,9 +15,8 @@ from torch import Tensor
 from virtual_ascend import CardRefusal
 
 from flash_attn_npu import attention_forward_varlen as ours
-from flash_attn_npu.attention.lengths import forget_lengths
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from flash_attn_npu.kernels import fusion
+from flash_attn_npu.memory import forget_all, forget_lengths
 
 Function = Callable[..., Tensor]
 
@@ -264,7 +263,7 @@ def test_host_tensors_of_lengths_are_read_where_they_are(
 
 
 def test_the_mask_is_made_once_per_device(npu: torch.device) -> None:
-    fusion.forget()
+    forget_all()
     q, k, v = inputs()
     _, first = launch_of(ours, q, k, v, [0, 9], [0, 9], causal=True)
     with virtual_ascend.record() as rec:

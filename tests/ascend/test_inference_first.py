@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from flash_attn_npu import flash_attn_varlen_func
-from flash_attn_npu.attention.dispatch import forget_plans
-from flash_attn_npu.kernels import fusion
+from flash_attn_npu.memory import forget_all
 
 
 @pytest.mark.parametrize("lengths_k", [[0, 4, 10], [0, 4, 7]], ids=["plain", "blind rows"])
 def test_training_after_inference(npu: torch.device, lengths_k: list[int]) -> None:
-    fusion.forget()
-    forget_plans()
+    forget_all()
     q = torch.randn(10, 2, 8, device=npu)
     k = torch.randn(lengths_k[-1], 2, 8, device=npu)
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device=npu) for cu in ([0, 4, 10], lengths_k))

@@ -17,9 +17,7 @@ from flash_attn_npu import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
-from flash_attn_npu.attention.dispatch import forget_plans
-from flash_attn_npu.attention.lengths import forget_lengths
-from flash_attn_npu.kernels import fusion
+from flash_attn_npu.memory import forget_all
 
 UNLIMITED = 2147483647
 KERNEL = "npu_fusion_attention"
@@ -30,8 +28,7 @@ pytestmark = pytest.mark.usefixtures("npu")
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    forget_plans()
-    forget_lengths()
+    forget_all()
     torch.manual_seed(0)
 
 
@@ -255,7 +252,7 @@ def test_a_second_equal_call_copies_nothing(call: str, lists: tuple[list[int], l
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 0)}], ids=repr)
 def test_no_memory_of_quadratic_size_is_taken(options: dict[str, Any]) -> None:
     seqlen = 3000
-    fusion.forget()
+    forget_all()
     q, k, v = (torch.randn(1, seqlen, 1, 8).npu() for _ in range(3))
     # one byte for each pair would be 9 MB; the compressed mask is 4 MiB, and twice that when made
     first = peak_of(lambda: flash_attn_func(q, k, v, **options))

@@ -259,3 +259,24 @@ def test_inference_mode_reads_a_mask_again_in_each_layer(installed: None) -> Non
     for layers in (2, 10):
         to_host, _ = copies_of(layers, infer_without_versions, make)
         assert to_host <= 1 + layers
+
+
+def test_a_mask_is_read_once_for_all_layers(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    varlen = flash_attn_npu.flash_attn_interface.flash_attn_varlen_func
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, *args: Any) -> Tensor:
+        seen.append(cu_seqlens_q)
+        return varlen(q, k, v, cu_seqlens_q, *args)
+
+    # looked up at call time, as clients who replace it expect
+    monkeypatch.setattr(flash_attn_npu.flash_attn_interface, "flash_attn_varlen_func", spy)
+    model, inputs = build("mistral", "flash_attention_2", "npu"), on("npu", batch())
+    with torch.no_grad(), virtual_ascend.record() as rec:
+        model(**inputs)
+    assert len(seen) == 2
+    assert seen[0] is seen[1]
+    masks = [copy for copy in rec.device_to_host if tuple(copy.shape) == (3, 40)]
+    assert len(masks) == 1

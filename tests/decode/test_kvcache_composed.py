@@ -9,8 +9,9 @@ import torch
 import virtual_ascend
 from cache_calls import CacheProblem, bits, check, place
 
-from flash_attn_npu import fallback, flash_attn_with_kvcache, policy, reporting
+from flash_attn_npu import fallback, flash_attn_with_kvcache, reporting
 from flash_attn_npu.errors import UnsupportedError
+from flash_attn_npu.memory import forget_all
 
 INFER, FUSION, BLOCKWISE = "npu_fused_infer_attention_score", "npu_fusion_attention", "blockwise"
 NEW = {"seqlen_q": 2, "seqlen_new": 2}
@@ -53,8 +54,8 @@ GATHERED = {name: row for name, row in PASSED_OVER.items() if row[1] == FUSION}
 
 
 @pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch) -> None:
-    monkeypatch.setattr(policy, "_warned", set())
+def nothing_said_yet() -> None:
+    forget_all()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import flash_attn_npu
 from flash_attn_npu import usage
-from flash_attn_npu.attention import dispatch
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from flash_attn_npu.memory import memos
 
 Call = dict[str, Any]
 
@@ -92,10 +92,15 @@ def run(function: str, call: Call) -> Any:
     return getattr(flash_attn_npu, function)(**call)
 
 
+def plans_remembered() -> int:
+    (plans,) = (memo for memo in memos() if memo.name == "plans of attention calls")
+    return len(plans)
+
+
 @contextmanager
 def refused(argument: str, error: type[Exception] | None = None, came: str = "") -> Iterator[None]:
     """The block is refused with a message that answers all four questions, and nothing was done."""
-    plans, randomness = dict(dispatch._plans), torch.get_rng_state()
+    plans, randomness = plans_remembered(), torch.get_rng_state()
     kinds = (ArgumentError, ArgumentTypeError, UnsupportedError)
     with (
         virtual_ascend.record() as rec,
@@ -108,7 +113,7 @@ def refused(argument: str, error: type[Exception] | None = None, came: str = "")
     assert not rec.launches
     assert not rec.host_to_device
     assert not served.tallies
-    assert dispatch._plans == plans
+    assert plans_remembered() == plans
     assert torch.equal(torch.get_rng_state(), randomness)
 
 

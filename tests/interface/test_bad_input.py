@@ -12,8 +12,8 @@ import torch
 from calls import Call, refused
 
 import flash_attn_npu
-from flash_attn_npu.attention.dispatch import forget_plans
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
+from flash_attn_npu.memory import forget_all
 
 Spoil = Callable[[Call], Call]
 
@@ -25,7 +25,7 @@ both = pytest.mark.parametrize("function", [DENSE, VARLEN])
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    forget_plans()
+    forget_all()
 
 
 @pytest.fixture(params=["first", "after a right call"])

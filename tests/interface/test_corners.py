@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flash_attn_npu
 from flash_attn_npu import attention_forward_varlen, flash_attn_func, flash_attn_varlen_func
 from flash_attn_npu import flash_attn_interface as interface
-from flash_attn_npu.attention.dispatch import forget_plans
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
+from flash_attn_npu.memory import forget_all
 
 
 def tensor(device: torch.device, *shape: int) -> torch.Tensor:
@@ -25,7 +25,7 @@ def test_the_fused_alibi_starts_at_the_first_query_that_sees_a_key(
     npu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flash_attn_npu.settings._alibi_offset", True)
-    forget_plans()
+    forget_all()
     cu_q, cu_k = ([0, *accumulate(lengths)] for lengths in ([5, 6], [3, 4]))
     q, k, slopes = tensor(npu, 11, 2, 8), tensor(npu, 7, 2, 8), torch.tensor([0.3, 0.9]).to(npu)
     out = flash_attn_varlen_func(q, k, k, cu_q, cu_k, 6, 4, causal=True, alibi_slopes=slopes)
@@ -33,7 +33,7 @@ def test_the_fused_alibi_starts_at_the_first_query_that_sees_a_key(
         q.cpu(), k.cpu(), k.cpu(), cu_q, cu_k, max_seqlen_k=4, causal=True,
         alibi_slopes=slopes.cpu(),
     )  # fmt: skip
-    forget_plans()
+    forget_all()
     assert (out.cpu() - exact.out).abs().max() < 1e-6
 
 
@@ -58,7 +58,7 @@ def test_the_low_level_operator_has_no_gradient_for_parts_of_the_keys(
 
 
 def test_a_traced_call_leaves_no_fake_mask_behind(npu: torch.device) -> None:
-    forget_plans()
+    forget_all()
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(tensor(npu, 6, 2, 8))
         attention_forward_varlen(fake, fake, fake, [0, 6], [0, 6], causal=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_attn_npu
-from flash_attn_npu.attention.dispatch import forget_plans
+from flash_attn_npu.memory import forget_all
 
 DENSE, VARLEN = "flash_attn_func", "flash_attn_varlen_func"
 DIFFERENT = {"softmax_scale": 0.3, "causal": True, "window_size": (3, 0)}
@@ -24,7 +24,7 @@ DIFFERENT = {"softmax_scale": 0.3, "causal": True, "window_size": (3, 0)}
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    forget_plans()
+    forget_all()
     torch.manual_seed(0)
 
 
@@ -95,7 +95,7 @@ def test_forms_of_a_value(argument: str, function: str, device: torch.device) ->
     call = calls.RIGHT[function](device)
     for form, plain in (*FORMS[argument], *(pair for name, *pair in EQUAL if name == argument)):
         for step in (calls.run, trained):
-            forget_plans()
+            forget_all()
             got = step(function, call | {argument: form})
             same(got, step(function, call | {argument: plain}))
             same(got, step(function, call | {argument: form}))

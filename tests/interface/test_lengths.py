@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import threading
@@ -22,13 +21,12 @@ from flash_attn_npu import (
 )
 from flash_attn_npu.attention.lengths import (
     MEMO_SIZE,
-    PerTensorMemo,
-    forget_lengths,
     host_ends,
     host_lengths,
     remember_lengths,
 )
 from flash_attn_npu.errors import ArgumentError
+from flash_attn_npu.memory import PerTensorMemo, forget_lengths, memos
 
 Change = Callable[[Tensor], Any]
 
@@ -270,22 +268,23 @@ def test_wrong_lengths_are_not_remembered(npu: torch.device) -> None:
 
 
 def test_the_memory_is_bounded_and_lets_go(npu: torch.device) -> None:
-    memo: PerTensorMemo[int] = PerTensorMemo(4)
+    memo: PerTensorMemo[int] = PerTensorMemo("for a test", 4)
     alive = [lengths(i) for i in range(10)]
     for i, tensor in enumerate(alive):
         assert memo.get(tensor, lambda x: x.item()) == i
         assert len(memo) <= 4
+    # the oldest made room
+    assert [memo.known(tensor) for tensor in alive] == [None] * 6 + [6, 7, 8, 9]
     del tensor
     alive.clear()
-    gc.collect()
-    keep = [lengths(i) for i in range(3)]
-    for tensor in keep:
-        memo.get(tensor, lambda x: x.item())
-    # the dead made room, so that all of these are still known
-    for i, tensor in enumerate(keep):
-        assert memo.recall(tensor) == i
-    memo.clear()
+    # what was read of a tensor goes with it
     assert len(memo) == 0
+    keep = lengths(1)
+    memo.get(keep, lambda x: x.item())
+    memo.clear()
+    assert memo.known(keep) is None
+    del memo
+    assert all(memo.name != "for a test" for memo in memos())
 
 
 def test_more_tensors_than_are_remembered(npu: torch.device) -> None:

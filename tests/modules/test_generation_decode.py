@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
+from flash_attn_npu.memory import forget_all
 from flash_attn_npu.modules.block import Block
 from flash_attn_npu.modules.mha import MHA
 from flash_attn_npu.modules.mlp import Mlp
-from flash_attn_npu.utils import decoding_cache, generation
+from flash_attn_npu.utils import generation
 from flash_attn_npu.utils.generation import (
     DecodingCGCache,
     GenerationMixin,
@@ -219,10 +220,10 @@ def test_speculation_samples_and_says_what_it_keeps(capsys):
     assert "kept 0 of 3 drafted tokens" in capsys.readouterr().out
 
 
-def test_caches_are_kept_between_generations(caplog, monkeypatch):
-    monkeypatch.setattr(decoding_cache, "_said", set())
+def test_caches_are_kept_between_generations(caplog):
+    forget_all()
     model, prompt = Model(), _prompt()
-    with caplog.at_level(logging.INFO, logger="flash_attn_npu"):
+    with caplog.at_level(logging.WARNING, logger="flash_attn_npu"):
         first = decode(prompt, model, 10, cg=True)
         cache = model._decoding_cache
         tensors = cache.inference_params.key_value_memory_dict

@@ -9,8 +9,8 @@ import torch
 import virtual_ascend
 from torch import Tensor
 
-from flash_attn_npu import kernels
 from flash_attn_npu.layers.rotary import apply_rotary_emb
+from flash_attn_npu.memory import forget_all
 from flash_attn_npu.ops.activations import swiglu
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
@@ -41,7 +41,7 @@ COMPILED: dict[str, tuple[Run, list[str]]] = {
 def fresh() -> Iterator[None]:
     """Nothing is compiled yet, and the chip's name was not asked for."""
     torch._dynamo.reset()
-    kernels.forget()
+    forget_all()
     yield
     torch._dynamo.reset()
 

@@ -11,9 +11,10 @@ import torch
 import virtual_ascend
 from torch import Tensor
 
-from flash_attn_npu import fallback, policy, reporting
+from flash_attn_npu import fallback, reporting
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from flash_attn_npu.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
+from flash_attn_npu.memory import forget_all
 from flash_attn_npu.ops.activations import swiglu, swiglu_bwd, swiglu_fwd
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, layer_norm_linear_fn, rms_norm_fn
@@ -22,8 +23,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def first_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "_warned", set())
+def first_warning() -> None:
+    forget_all()
     torch.manual_seed(0)
 
 

@@ -11,10 +11,11 @@ import torch
 import virtual_ascend
 
 from examples import EXAMPLES, SMALL_CACHED_SEQUENCES, SMALL_SEQUENCES, SMALL_TOKENS
-from flash_attn_npu import compat, policy, usage
+from flash_attn_npu import compat, usage
 from flash_attn_npu.attention import dispatch, support
 from flash_attn_npu.attention.support import TABLE, Row
 from flash_attn_npu.errors import UnsupportedError
+from flash_attn_npu.memory import forget_all
 
 ROWS = {row.name: row for row in TABLE}
 CHIPS = {"Ascend 310P and 200I": "Ascend310P3", "sink, Ascend 950": "Ascend950PR"}
@@ -23,8 +24,7 @@ CHIPS = {"Ascend 310P and 200I": "Ascend310P3", "sink, Ascend 950": "Ascend950PR
 @pytest.fixture(autouse=True)
 def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plans and warnings of other tests must not answer here; some rows need another chip."""
-    dispatch.forget_plans()
-    monkeypatch.setattr(policy, "_warned", set())
+    forget_all()
     row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
     if isinstance(row, Row) and row.name in CHIPS:
         monkeypatch.setattr(support, "soc_name", lambda device: CHIPS[row.name])
@@ -32,7 +32,7 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(support, "MAX_TOKENS", SMALL_TOKENS)
     monkeypatch.setattr(support, "MAX_CACHED_SEQUENCES", SMALL_CACHED_SEQUENCES)
     yield
-    dispatch.forget_plans()
+    forget_all()
 
 
 def launches(recorded: object) -> list[str]:
