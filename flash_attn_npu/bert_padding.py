@@ -15,9 +15,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import rearranging
-from .attention.checks import at_least, require_tensors
 from .attention.lengths import remember_lengths
-from .errors import ArgumentError, explain
+from .errors import ArgumentError, ArgumentTypeError, explain
+from .rowwise.arguments import (
+    LARGEST,
+    called,
+    refuse_transforms,
+    require_dense,
+    require_values,
+    whole,
+)
 
 __all__ = [
     "IndexFirstAxis",
@@ -49,7 +56,7 @@ class IndexFirstAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, indices: Tensor) -> Tensor:
         """Gather rows."""
-        _check_indices(indices)
+        _check_rows(input, indices)
         ctx.save_for_backward(indices)
         ctx.rows = input.shape[0]
         return input.index_select(0, indices)
@@ -68,7 +75,9 @@ class IndexPutFirstAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
         """Put rows among zeros."""
-        _check_indices(indices)
+        require_dense(values=values, indices=indices)
+        first_axis_dim = whole("first_axis_dim", first_axis_dim)
+        _check_indices(indices, first_axis_dim, "first_axis_dim", values.device)
         if values.shape[:1] != indices.shape:
             raise ArgumentError(
                 explain(
@@ -79,8 +88,8 @@ class IndexPutFirstAxis(torch.autograd.Function):
                 )
             )
         ctx.save_for_backward(indices)
-        whole = values.new_zeros(first_axis_dim, *values.shape[1:])
-        return whole.index_copy(0, indices.long(), values)
+        zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
+        return zeros.index_copy(0, indices.long(), values)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
@@ -95,7 +104,7 @@ class IndexFirstAxisResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Gather rows, and hand the input on."""
-        _check_indices(indices)
+        _check_rows(input, indices)
         ctx.save_for_backward(indices)
         return input.index_select(0, indices), input.detach()
 
@@ -110,11 +119,12 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     """Rows `indices`, (n,) int32 or int64, of input (rows, ...): (n, ...).
 
     Raises:
-        ArgumentError: indices have another rank or dtype.
+        ArgumentError: indices have another rank, dtype or device; on the host, or name a row that
+            does not exist.
 
     Contract: flash-attention 2.8, `index_first_axis`.
     """
-    require_tensors(input=input, indices=indices)
+    refuse_transforms("input")
     out: Tensor = IndexFirstAxis.apply(input, indices)  # type: ignore[no-untyped-call]
     return out
 
@@ -125,11 +135,12 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     The indices, (n,) int32 or int64, must differ from one another.
 
     Raises:
-        ArgumentError: indices have another rank or dtype, or another length than values.
+        ArgumentError: indices have another rank, dtype, device or length than values allow; on the
+            host, or name a row that does not exist.
 
     Contract: flash-attention 2.8, `index_put_first_axis`.
     """
-    require_tensors(values=values, indices=indices)
+    refuse_transforms("values")
     out: Tensor = IndexPutFirstAxis.apply(  # type: ignore[no-untyped-call]
         values, indices, first_axis_dim
     )
@@ -140,11 +151,12 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
     """`index_first_axis`, and input itself for a residual connection, in one autograd node.
 
     Raises:
-        ArgumentError: indices have another rank or dtype.
+        ArgumentError: indices have another rank, dtype or device; on the host, or name a row that
+            does not exist.
 
     Contract: flash-attention 2.8, `index_first_axis_residual`.
     """
-    require_tensors(input=input, indices=indices)
+    refuse_transforms("input")
     out: tuple[Tensor, Tensor] = IndexFirstAxisResidual.apply(  # type: ignore[no-untyped-call]
         input, indices
     )
@@ -173,7 +185,7 @@ def unpad_input(
     Contract: flash-attention 2.8, `unpad_input`. Wider: masks on the host. In one graph under
     torch.compile if `torch._dynamo.config` captures scalar outputs and dynamic output shapes.
     """
-    require_tensors(hidden_states=hidden_states)
+    require_dense(hidden_states=hidden_states)
     _check_mask("attention_mask", attention_mask, hidden_states)
     kept = attention_mask != 0
     seqused = kept.sum(dim=-1, dtype=torch.int32)
@@ -217,7 +229,7 @@ def unpad_input_for_concatenated_sequences(
     Contract: flash-attention 2.8, `unpad_input_for_concatenated_sequences`. Wider: lengths on the
     host.
     """
-    require_tensors(hidden_states=hidden_states)
+    require_dense(hidden_states=hidden_states)
     _check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states)
     rows = attention_mask_in_length.tolist()
     seqlen = hidden_states.shape[1]
@@ -243,15 +255,26 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         (batch, seqlen, ...), with zeros where there was padding.
 
     Raises:
-        ArgumentError: as `index_put_first_axis`, or a negative size.
-        IndexError: on the host, an index outside the batch.
+        ArgumentError: as `index_put_first_axis`, or a size is negative, or both are too large.
 
     Contract: flash-attention 2.8, `pad_input`.
     """
-    if not torch.compiler.is_compiling():
-        at_least(0, batch=batch, seqlen=seqlen)
-    whole = index_put_first_axis(hidden_states, indices, batch * seqlen)
-    return whole.view(batch, seqlen, *whole.shape[1:])
+    batch, seqlen = whole("batch", batch), whole("seqlen", seqlen)
+    if not torch.compiler.is_compiling() and batch * seqlen > LARGEST:
+        raise ArgumentError(
+            explain(
+                "seqlen",
+                f"{seqlen}, in a batch of {batch}",
+                f"{LARGEST} tokens at most",
+                "pass the batch and seqlen that unpad_input got",
+            )
+        )
+    try:
+        padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    except (ArgumentError, ArgumentTypeError) as error:
+        names = {"values": "hidden_states", "first_axis_dim": "seqlen"}
+        raise called(error, names) from None
+    return padded.view(batch, seqlen, *padded.shape[1:])
 
 
 def _kept_rows(kept: Tensor, total: int) -> Tensor:
@@ -282,7 +305,15 @@ def _cumulative(seqlens: Tensor, lengths: list[int]) -> Tensor:
     return cu_seqlens
 
 
-def _check_indices(indices: Tensor) -> None:
+def _check_rows(input: Tensor, indices: Tensor) -> None:
+    require_dense(input=input, indices=indices)
+    if input.dim() == 0:
+        allowed = "(rows, ...)"
+        raise ArgumentError(explain("input", "a scalar tensor", allowed, "pass input[None]"))
+    _check_indices(indices, input.shape[0], "input", input.device)
+
+
+def _check_indices(indices: Tensor, rows: int, of: str, device: torch.device) -> None:
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(
             explain(
@@ -293,9 +324,22 @@ def _check_indices(indices: Tensor) -> None:
             )
         )
 
+    if torch.compiler.is_compiling():
+        return
+    if indices.device != device:
+        remedy = "pass indices.to(the device of the rows)"
+        raise ArgumentError(explain("indices", indices.device, f"{device}, as the rows", remedy))
+    if device.type == "cpu" and indices.numel():
+        least, largest = (int(end) for end in indices.aminmax())
+        if least < 0 or largest >= rows:
+            came = f"row {least if least < 0 else largest}"
+            allowed = f"0 to {rows - 1}, the rows of {of}"
+            remedy = "pass the indices that unpad_input returned"
+            raise ArgumentError(explain("indices", came, allowed, remedy))
+
 
 def _check_mask(argument: str, mask: Tensor, hidden_states: Tensor) -> None:
-    require_tensors(**{argument: mask})
+    require_values(**{argument: mask})
     if mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
         raise ArgumentError(
             explain(

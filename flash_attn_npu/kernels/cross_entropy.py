@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..attention import checks
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
+from ..rowwise.arguments import number, require_dense, require_group
 from ..rowwise.memory import overlaps_itself
 from ..utils import distributed
 
@@ -48,7 +48,7 @@ def check(
     process_group: ProcessGroup | None,
 ) -> Options:
     """The options as plain numbers, once every argument is found to fit."""
-    checks.require_tensors(logits=logits, labels=labels)
+    require_dense(logits=logits, labels=labels)
     _check_logits(logits)
     _check_rows("labels", labels, logits)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -56,17 +56,18 @@ def check(
             explain("labels", labels.dtype, "an integer dtype", "pass labels.long()")
         )
     if precomputed_lse is not None:
-        checks.require_tensors(precomputed_lse=precomputed_lse)
+        require_dense(precomputed_lse=precomputed_lse)
         _check_rows("precomputed_lse", precomputed_lse, logits)
         _check_floating("precomputed_lse", precomputed_lse)
     if not isinstance(ignore_index, (int, Integral)):
         raise ArgumentTypeError(
             explain("ignore_index", type(ignore_index).__name__, "an int", "pass a class index")
         )
+    require_group(process_group)
     options = Options(
-        checks.real("label_smoothing", smoothing),
-        checks.real("logit_scale", logit_scale),
-        checks.real("lse_square_scale", lse_square_scale),
+        number("label_smoothing", smoothing),
+        number("logit_scale", logit_scale),
+        number("lse_square_scale", lse_square_scale),
         int(ignore_index),
     )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -8,8 +8,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..attention.checks import real, require_tensors
 from ..errors import ArgumentError, explain
+from ..rowwise.arguments import number, require_dense, require_truth
 from ..rowwise.memory import require_writable, share_memory
 from .norms import LIKE_WEIGHT, NormCall, tensors_of, total_dtype
 
@@ -27,7 +27,9 @@ def check(call: NormCall, renamed: Mapping[str, str]) -> None:
         ArgumentTypeError: an argument is an object of the wrong type.
     """
     x, of_x = call.x, renamed.get("x", "x")
-    require_tensors(**{of_x: x, renamed.get("weight", "weight"): call.weight})
+    require_dense(**{of_x: x, renamed.get("weight", "weight"): call.weight})
+    flags = ("prenorm", "residual_in_fp32", "zero_centered_weight", "is_rms_norm")
+    require_truth(**{name: getattr(call, name) for name in flags})
     if x.dim() == 0:
         _refuse(of_x, "a tensor without dimensions", "(..., hidden)", f"reshape {of_x}")
     whole, hidden = x.shape, x.shape[-1:]
@@ -57,8 +59,7 @@ def check_tensor(
     name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, of_x: str = "x"
 ) -> None:
     """Raise unless `tensor` is floating, of this shape, and on x's device; x is called of_x."""
-    if not isinstance(tensor, Tensor):
-        require_tensors(**{name: tensor})
+    require_dense(**{name: tensor})
     if tensor.shape != shape:
         allowed = f"{tuple(shape)}, to fit {of_x} of shape {tuple(x.shape)}"
         _refuse(name, f"shape {tuple(tensor.shape)}", allowed, f"reshape or expand {name}")
@@ -71,9 +72,8 @@ def check_tensor(
 
 def _check_options(call: NormCall, renamed: Mapping[str, str]) -> None:
     for field, value in (("eps", call.eps), ("dropout_p", call.dropout_p)):
-        # asked first because torch.compile has no Real for its symbols
-        if not isinstance(value, float):
-            real(renamed.get(field, field), value)
+        if type(value) is not float:
+            number(renamed.get(field, field), value)
     if not 0.0 <= call.dropout_p <= 1.0:
         name = renamed.get("dropout_p", "dropout_p")
         _refuse(name, call.dropout_p, "a probability, 0 to 1", "pass the share to drop")

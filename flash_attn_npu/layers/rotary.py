@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attention.checks import at_least, require_tensors
-from ..errors import ArgumentError, explain
+from ..errors import ArgumentError, ArgumentTypeError, explain
 from ..ops.triton.rotary import apply_rotary
+from ..rowwise.arguments import LARGEST, called, require_dense, whole
 from ..rowwise.memory import require_writable
 from ..rowwise.rotation import check_dense
 from .rotary_checks import check_kv
@@ -73,7 +73,7 @@ class RotaryEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        at_least(1, dim=dim)
+        dim = whole("dim", dim, 1)
         self.dim = dim
         self.base = float(base)
         self.interleaved = interleaved
@@ -111,16 +111,21 @@ class RotaryEmbedding(nn.Module):
         Raises:
             ArgumentError: offsets in a tensor, and no tables yet; otherwise as `apply_rotary`.
         """
-        require_tensors(qkv=qkv)
+        require_dense(qkv=qkv)
+        if qkv.dim() < 2:
+            came = f"shape {tuple(qkv.shape)}"
+            allowed = "(batch, seqlen, ...)"
+            raise ArgumentError(explain("qkv", came, allowed, "reshape qkv"))
         seqlen = qkv.shape[1]
         if kv is not None:
             check_kv(kv)
             seqlen = max(seqlen, kv.shape[1])
         if max_seqlen is not None:
+            max_seqlen = whole("max_seqlen", max_seqlen)
             self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
         elif not isinstance(seqlen_offset, Tensor):
             # a negative offset is refused below, by its positions
-            reach = seqlen + max(seqlen_offset, 0)
+            reach = seqlen + max(whole("seqlen_offset", seqlen_offset, -LARGEST), 0)
             self._update_cos_sin_cache(reach, qkv.device, qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached
         cos_k, sin_k = self._cos_k_cached, self._sin_k_cached
@@ -133,16 +138,19 @@ class RotaryEmbedding(nn.Module):
                     "pass max_seqlen",
                 )
             )
-        if kv is None:
-            return apply_rotary_emb_qkv_(
-                qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q
-            )
-        cos_k, sin_k = (cos if cos_k is None else cos_k), (sin if sin_k is None else sin_k)
-        # before q is written, so that a wrong kv has no effect
-        require_writable(kv=kv)
-        check_dense(kv[:, :, 0], cos_k, sin_k, seqlen_offset)
-        q = apply_rotary_emb_func(qkv, cos, sin, self.interleaved, True, seqlen_offset)
-        return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+        try:
+            if kv is None:
+                return apply_rotary_emb_qkv_(
+                    qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q
+                )
+            cos_k, sin_k = (cos if cos_k is None else cos_k), (sin if sin_k is None else sin_k)
+            # before q is written, so that a wrong kv has no effect
+            require_writable(kv=kv)
+            check_dense(kv[:, :, 0], cos_k, sin_k, seqlen_offset)
+            q = apply_rotary_emb_func(qkv, cos, sin, self.interleaved, True, seqlen_offset)
+            return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+        except (ArgumentError, ArgumentTypeError) as error:
+            raise called(error, {"seqlen_offsets": "seqlen_offset", "x": "qkv"}) from None
 
     def _compute_inv_freq(self, device: torch.device | str | None = None) -> Tensor:
         exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim

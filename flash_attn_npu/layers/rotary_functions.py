@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
+from ..rowwise.arguments import refuse_transforms
 from ..rowwise.memory import require_writable
 from ..rowwise.rotation import rotate
-from .rotary_checks import check_k_tables, check_kv, packed_heads
+from .rotary_checks import check_k_tables, check_kv, check_plain, packed_heads
 
 _creation_meta = torch._C._autograd._get_creation_meta
 _PLAIN_VIEW = torch._C._autograd.CreationMeta.DEFAULT
@@ -64,7 +64,7 @@ def apply_rotary_emb_torch(
 
     Contract: flash-attention 2.8, `apply_rotary_emb_torch`.
     """
-    require_tensors(x=x, cos=cos, sin=sin)
+    check_plain(x, cos, sin)
     rotary_dim = 2 * cos.shape[-1]
     if rotary_dim > x.shape[-1]:
         raise ArgumentError(
@@ -151,6 +151,7 @@ def apply_rotary_emb(
     """
     if not _is_differentiated(x):
         return rotate(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
+    refuse_transforms("x")
     where = x.clone() if inplace and _is_written_beside(x) else x
     out: Tensor = ApplyRotaryEmb.apply(  # type: ignore[no-untyped-call]
         where, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen
@@ -266,6 +267,7 @@ def apply_rotary_emb_qkv_(
             qkv, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
         )
         # fmt: on
+    refuse_transforms("qkv")
     where = qkv.clone() if _is_written_beside(qkv) else qkv
     out: Tensor = ApplyRotaryEmbQKV_.apply(  # type: ignore[no-untyped-call]
         where, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q
@@ -342,6 +344,7 @@ def apply_rotary_emb_kv_(
         require_writable(kv=kv)
         rotate(kv[:, :, 0], cos, sin, seqlen_offsets, None, None, interleaved, inplace=True)
         return kv
+    refuse_transforms("kv")
     where = kv.clone() if _is_written_beside(kv) else kv
     out: Tensor = ApplyRotaryEmbKV_.apply(  # type: ignore[no-untyped-call]
         where, cos, sin, interleaved, seqlen_offsets

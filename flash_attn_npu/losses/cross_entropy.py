@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError, explain
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
 from ..ops.triton.cross_entropy import cross_entropy_loss
+from ..rowwise.arguments import called
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,17 +79,20 @@ class CrossEntropyLoss(nn.Module):
         Raises:
             ArgumentError, ArgumentTypeError: as `cross_entropy_loss`.
         """
-        loss, z_loss = cross_entropy_loss(
-            input,
-            target,
-            precomputed_lse=precomputed_lse,
-            label_smoothing=self.label_smoothing,
-            logit_scale=self.logit_scale,
-            lse_square_scale=self.lse_square_scale,
-            ignore_index=self.ignore_index,
-            inplace_backward=self.inplace_backward,
-            process_group=self.process_group,
-        )
+        try:
+            loss, z_loss = cross_entropy_loss(
+                input,
+                target,
+                precomputed_lse=precomputed_lse,
+                label_smoothing=self.label_smoothing,
+                logit_scale=self.logit_scale,
+                lse_square_scale=self.lse_square_scale,
+                ignore_index=self.ignore_index,
+                inplace_backward=self.inplace_backward,
+                process_group=self.process_group,
+            )
+        except (ArgumentError, ArgumentTypeError, UnsupportedError) as error:
+            raise called(error, {"logits": "input", "labels": "target"}) from None
         if self.reduction == "mean":
             counted = (target.long() != self.ignore_index).sum()
             loss, z_loss = loss.sum() / counted, z_loss.sum() / counted

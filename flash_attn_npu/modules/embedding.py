@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
 from ..ops.dense_steps import place
+from ..rowwise.arguments import LARGEST, require_dense, whole
 from ..utils.distributed import all_reduce, reduce_scatter
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class GPT2Embeddings(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes(embed_dim, vocab_size, max_position_embeddings)
         width = embed_dim if word_embed_proj_dim is None else word_embed_proj_dim
         self.word_embeddings = nn.Embedding(
             vocab_size, width, padding_idx=padding_idx, device=device, dtype=dtype
@@ -113,6 +114,8 @@ class BertEmbeddings(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes(embed_dim, vocab_size, max_position_embeddings)
+        whole("type_vocab_size", type_vocab_size, -LARGEST)
         self.word_embeddings = nn.Embedding(
             vocab_size, embed_dim, padding_idx=padding_idx, device=device, dtype=dtype
         )
@@ -259,6 +262,7 @@ class ParallelGPT2Embeddings(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes(embed_dim, vocab_size, max_position_embeddings)
         self.process_group = process_group
         self.sequence_parallel = sequence_parallel
         self.word_embeddings = VocabParallelEmbedding(
@@ -323,7 +327,7 @@ def _positions(input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
 
 
 def _check_ids(input_ids: Tensor) -> None:
-    require_tensors(input_ids=input_ids)
+    require_dense(input_ids=input_ids)
     if input_ids.dim() != 2:
         raise ArgumentError(
             explain(
@@ -335,8 +339,15 @@ def _check_ids(input_ids: Tensor) -> None:
         )
 
 
+def _check_sizes(embed_dim: int, vocab_size: int, max_position_embeddings: int) -> None:
+    whole("embed_dim", embed_dim)
+    whole("vocab_size", vocab_size)
+    whole("max_position_embeddings", max_position_embeddings, -LARGEST)
+
+
 def _share(argument: str, size: int, process_group: ProcessGroup | None) -> int:
     """How many of an embedding's rows or columns each rank holds."""
+    size = whole(argument, size, 1)
     _, world_size = place(process_group)
     if size % world_size:
         raise ArgumentError(

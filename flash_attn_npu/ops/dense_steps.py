@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..errors import ArgumentError, UnsupportedError, explain
+from ..rowwise.arguments import require_group, whole
 from ..rowwise.gates import require_floating
 from ..utils.distributed import (
     all_gather_raw,
@@ -53,12 +54,14 @@ def place(process_group: ProcessGroup | None) -> tuple[int, int]:
     """(rank, world_size) in a process group; one process is (0, 1)."""
     if process_group is None:
         return 0, 1
+    require_group(process_group)
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
 def share(argument: str, size: int, process_group: ProcessGroup | None, multiple_of: int) -> int:
     """How many of a layer's features this rank holds."""
-    if multiple_of < 1 or size % multiple_of:
+    size, multiple_of = whole(argument, size, 1), whole("multiple_of", multiple_of, 1)
+    if size % multiple_of:
         raise ArgumentError(
             explain(
                 argument,

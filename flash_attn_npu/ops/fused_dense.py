@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..rowwise.arguments import refuse_transforms, require_group
 from ..utils.distributed import (
     all_gather_raw,
     all_reduce,
@@ -80,6 +81,7 @@ class FusedDenseFunc(torch.autograd.Function):
         tensors, ctx.dtypes, changed = cast(x=x, weight=weight, bias=bias)
         x, weight, bias = tensors
         check_linear(x, x.shape[-1], weight, bias, ("weight", "bias"))
+        require_group(process_group)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.process_group, ctx.sequence_parallel = process_group, sequence_parallel
         ctx.whole = process_group is None and not changed
@@ -135,6 +137,7 @@ def fused_dense_func(
     Contract: flash-attention 2.8, `fused_dense_func`. Wider: a process_group and return_residual
     together, any device, float32 and float64, any sizes, second derivatives.
     """
+    refuse_transforms("x")
     return FusedDenseFunc.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, return_residual, process_group, sequence_parallel
     )

@@ -7,6 +7,7 @@ computes the rest again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, relu
 
 from ..errors import ArgumentError, explain
+from ..rowwise.arguments import refuse_transforms, require_group
 from .activations import gelu_bwd, gelu_fwd, sqrelu_bwd, sqrelu_fwd
 from .dense_steps import (
     begin_gather,
@@ -82,6 +84,7 @@ class FusedMLPFunc(torch.autograd.Function):
         x, weight1, bias1, weight2, bias2 = tensors
         check_linear(x, x.shape[-1], weight1, bias1, ("weight1", "bias1"))
         check_linear(x, weight1.shape[0], weight2, bias2, ("weight2", "bias2"))
+        require_group(process_group)
         with without_autocast(x):
             total = ready(begin_gather(x, process_group, sequence_parallel))
             pre_act = linear(total, weight1, bias1)
@@ -179,6 +182,7 @@ def fused_mlp_func(
     Contract: flash-attention 2.8, `fused_mlp_func`. Wider: any device, float32 and float64, any
     sizes, a backward without save_pre_act, second derivatives.
     """
+    refuse_transforms("x")
     # fmt: off
     return FusedMLPFunc.apply(  # type: ignore[no-untyped-call]
         x, weight1, bias1, weight2, bias2, activation, save_pre_act, return_residual,
@@ -198,11 +202,11 @@ def check_options(activation: str, checkpoint_lvl: int, heuristic: int | str) ->
                 "use modules.mlp.Mlp for other activations",
             )
         )
-    if checkpoint_lvl not in (0, 1, 2):
+    if not isinstance(checkpoint_lvl, Integral) or checkpoint_lvl not in (0, 1, 2):
         raise ArgumentError(
             explain(
                 "checkpoint_lvl",
-                repr(checkpoint_lvl),
+                f"{checkpoint_lvl!r:.60}",
                 "0, 1 or 2",
                 "pass 0 to keep everything for the backward, 2 to keep the least",
             )

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..attention.checks import at_least, real, require_tensors
 from ..errors import ArgumentError, explain
 from ..first_order import first_order
 from ..kernels import norm_checks, norms
 from ..kernels.norms import NormCall, Saved
+from ..rowwise.arguments import number, refuse_transforms, require_dense, whole
 from .triton.layer_norm_functions import X0, Answer, compose, gradients, keep, normalize, serve
 
 __all__ = [
@@ -60,6 +60,7 @@ def dropout_add_parallel_residual(function: str, call: NormCall, return_dropout_
 def dropout_add_subset(call: NormCall, subsets: Subsets, return_dropout_mask: bool) -> Any:
     """As `dropout_add`, of some rows."""
     _check_subset_call(call, subsets, X0)
+    refuse_transforms("x0")
     # fmt: off
     return DropoutAddLayerNormSubsetFn.apply(  # type: ignore[no-untyped-call]
         call.x, call.residual, call.weight, call.bias, call.layerscale, subsets.x0_subset,
@@ -286,14 +287,14 @@ def _like_x0(rows: Tensor, x0_shape: torch.Size) -> Tensor:
 def _check_subset_call(call: NormCall, subsets: Subsets, renamed: Mapping[str, str]) -> None:
     """Raise for the first argument that does not fit; `call` has x0 and residual as they came."""
     x0, residual = call.x, call.residual
-    given = {"x0": x0, "residual": residual, **subsets._asdict()}
+    given = {"residual": residual, **subsets._asdict()}
     del given["out_numrows"]
-    require_tensors(**{name: value for name, value in given.items() if value is not None})
+    require_dense(x0=x0, **{name: value for name, value in given.items() if value is not None})
     if x0.dim() == 0:
         _refuse("x0", "a tensor without dimensions", "(..., hidden)", "reshape x0")
     rows = _check_subsets(x0, residual, subsets)
     if type(call.rowscale_const) is not float:
-        real("rowscale_const", call.rowscale_const)
+        number("rowscale_const", call.rowscale_const)
     # what the others are compared with has the shape that is computed in, and no memory
     shape = (rows, x0.shape[-1])
     stand_in = None if residual is None else residual.new_empty(()).expand(shape)
@@ -335,7 +336,7 @@ def _check_subsets(x0: Tensor, residual: Tensor | None, subsets: Subsets) -> int
 
 
 def _check_out_numrows(out_numrows: int, rows: int) -> None:
-    at_least(0, out_numrows=out_numrows)
+    whole("out_numrows", out_numrows)
     if out_numrows > rows:
         _refuse(
             "out_numrows",

@@ -11,10 +11,10 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from ..attention.checks import require_tensors
 from ..errors import ArgumentError, explain
 from ..kernels import fused
 from ..kernels import gates as composed
+from .arguments import require_dense
 from .dispatch import choose, serves
 from .problem import Gate
 from .support import TORCH
@@ -65,9 +65,13 @@ def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def require_floating(**tensors: Tensor) -> None:
-    """Raise unless every argument is a tensor of a floating dtype."""
-    require_tensors(**tensors)
+    """Raise unless every argument is a dense tensor of a floating dtype, all on one device."""
+    require_dense(**tensors)
+    first, x = next(iter(tensors.items()))
     for name, tensor in tensors.items():
+        if tensor.device != x.device:
+            allowed = f"{x.device}, as {first}"
+            raise ArgumentError(explain(name, tensor.device, allowed, f"pass {name}.to(...)"))
         if not tensor.is_floating_point():
             raise ArgumentError(
                 explain(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")

@@ -17,6 +17,7 @@ from ..attention.lengths import Lengths, host_lengths
 from ..errors import ArgumentError, ArgumentTypeError, explain
 from ..kernels import fused
 from ..kernels import rotation as composed
+from .arguments import require_dense, require_truth, require_values
 from .dispatch import choose
 from .memory import blocks, require_writable
 from .problem import Rotation
@@ -69,6 +70,7 @@ def rotate(
     function: str = "apply_rotary",
 ) -> Tensor:
     """What `apply_rotary` promises, reported under the name `function`."""
+    require_truth(interleaved=interleaved, inplace=inplace, conjugate=conjugate)
     packed = cu_seqlens is not None
     if cu_seqlens is None:
         check_dense(x, cos, sin, seqlen_offsets)
@@ -150,8 +152,8 @@ def check_dense(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tenso
         start = _checked_offset(seqlen_offsets)
         _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
         return
-    _check_offsets(seqlen_offsets, batch)
-    _check_reach("x", 0, seqlen, seqlen_ro)
+    _check_offsets(seqlen_offsets, batch, x)
+    _check_reach("cos", 0, seqlen, seqlen_ro)
     if _readable(seqlen_offsets):
         for start in seqlen_offsets.tolist():
             _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
@@ -170,12 +172,12 @@ def _packed_positions(
     cu_seqlens: Tensor,
     max_seqlen: int | Tensor | None,
 ) -> _Positions:
-    checks.require_tensors(cu_seqlens=cu_seqlens)
+    require_values(cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     offsets: int | Tensor
     if isinstance(seqlen_offsets, Tensor):
-        _check_offsets(seqlen_offsets, cu_seqlens.shape[0] - 1)
+        _check_offsets(seqlen_offsets, cu_seqlens.shape[0] - 1, x)
         offsets = seqlen_offsets.to(x.device, torch.int64)
     else:
         offsets = _checked_offset(seqlen_offsets)
@@ -196,7 +198,7 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def _check_kinds(x: Tensor, cos: Tensor, sin: Tensor, least: int) -> None:
-    checks.require_tensors(x=x, cos=cos, sin=sin)
+    require_dense(x=x, cos=cos, sin=sin)
     _check_rank(x, least)
     _check_tables(x, cos, sin)
 
@@ -259,7 +261,11 @@ def _checked_offset(seqlen_offsets: object) -> int:
     )
 
 
-def _check_offsets(seqlen_offsets: Tensor, batch: int) -> None:
+def _check_offsets(seqlen_offsets: Tensor, batch: int, x: Tensor) -> None:
+    if x.device.type == "meta":
+        require_dense(seqlen_offsets=seqlen_offsets)
+    else:
+        require_values(seqlen_offsets=seqlen_offsets)
     if seqlen_offsets.dtype not in (torch.int32, torch.int64) or seqlen_offsets.shape != (batch,):
         raise ArgumentError(
             explain(
@@ -295,6 +301,8 @@ def _check_packed(x: Tensor, lengths: Lengths, max_seqlen: int | Tensor | None) 
         )
     if max_seqlen is None:
         return
+    if isinstance(max_seqlen, Tensor):
+        require_dense(max_seqlen=max_seqlen)
     longest = checks.longest("max_seqlen", max_seqlen, lengths.longest)
     if longest < lengths.longest:
         raise ArgumentError(

@@ -68,4 +68,6 @@ custom_bwd = custom_amp_decorator(torch.amp.custom_bwd, True)
 
 def _device_type(*values: Any) -> str:
     types = [value.device.type for value in values if isinstance(value, Tensor)]
-    return next((kind for kind in types if kind != "cpu"), "cpu")
+    # meta, for one, has no autocast
+    known = (k for k in types if k != "cpu" and torch.amp.is_autocast_available(k))
+    return next(known, "cpu")

@@ -74,7 +74,7 @@ def refusals(rank: int, group: Any) -> None:
     for make, argument in (
         (lambda: fused_dense.ColumnParallelLinear(4, 6, group, multiple_of=4), "out_features"),
         (lambda: fused_dense.RowParallelLinear(6, 4, group, multiple_of=4), "in_features"),
-        (lambda: fused_dense.RowParallelLinear(6, 4, group, multiple_of=0), "in_features"),
+        (lambda: fused_dense.RowParallelLinear(6, 4, group, multiple_of=0), "multiple_of"),
         (lambda: embedding.VocabParallelEmbedding(5, 4, process_group=group), "num_embeddings"),
         (lambda: embedding.ColumnParallelEmbedding(4, 5, process_group=group), "embedding_dim"),
         (

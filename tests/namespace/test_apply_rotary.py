@@ -216,7 +216,7 @@ BAD = [
     ("x", ArgumentError, {**GOOD, "x": torch.zeros(2, 4, 3, 8, dtype=torch.int32)}),
     ("x", ArgumentError, {**PACKED, "x": torch.zeros(3, 8)}),
     (
-        "x",
+        "cos",
         ArgumentError,
         {**GOOD, "x": torch.zeros(2, 7, 3, 8), "seqlen_offsets": torch.ones(2).int()},
     ),

@@ -182,13 +182,16 @@ def test_bad_input_is_named_and_has_no_effect() -> None:
         ("max_seqlen", lambda: module(q, torch.ones(1, 4, 2, 2, 8), offsets)),
         ("kv", lambda: module(q, torch.ones(1, 4, 3, 2, 8))),
         ("qkv", lambda: module(q)),
-        ("dim", lambda: RotaryEmbedding("8")),
+        ("max_seqlen", lambda: module(torch.ones(1, 4, 3, 2, 8), max_seqlen=2**31)),
+        ("seqlen_offset", lambda: module(torch.ones(1, 4, 3, 2, 8), seqlen_offset=2**31)),
         ("dim", lambda: RotaryEmbedding(-8)),
     ):
         with pytest.raises(ArgumentError, match=f"^{argument}: got "):
             call()
     with pytest.raises(ArgumentTypeError, match=r"^qkv: got "):
         module(None)
+    with pytest.raises(ArgumentTypeError, match=r"^dim: got "):
+        RotaryEmbedding("8")
     assert bool((q == 1).all())
 
 
@@ -196,13 +199,13 @@ def test_bad_input_is_named_and_has_no_effect() -> None:
     ("argument", "shape", "options"),
     [
         ("cos", (2, 4, 2, 2, 4), {}),
-        ("seqlen_offsets", (2, 8, 2, 2, 8), {"max_seqlen": 4}),
+        ("seqlen_offset", (2, 8, 2, 2, 8), {"max_seqlen": 4}),
         (
-            "seqlen_offsets",
+            "seqlen_offset",
             (3, 4, 2, 2, 8),
             {"seqlen_offset": torch.tensor([0, 1]), "max_seqlen": 8},
         ),
-        ("seqlen_offsets", (2, 4, 2, 2, 8), {"seqlen_offset": -9}),
+        ("seqlen_offset", (2, 4, 2, 2, 8), {"seqlen_offset": -9}),
     ],
     ids=["narrow", "long", "batch", "negative"],
 )

@@ -279,7 +279,11 @@ def test_autocast_changes_nothing(device: torch.device) -> None:
         ("out_numrows", {"out_subset": torch.tensor([1, 2]), "out_numrows": 3}, ArgumentError),
         ("out_numrows", {"out_subset": torch.tensor([1, 2]), "out_numrows": 2**40}, ArgumentError),
         ("out_numrows", {"out_subset": torch.tensor([1, 2]), "out_numrows": -1}, ArgumentError),
-        ("out_numrows", {"out_subset": torch.tensor([1, 2]), "out_numrows": 1.5}, ArgumentError),
+        (
+            "out_numrows",
+            {"out_subset": torch.tensor([1, 2]), "out_numrows": 1.5},
+            ArgumentTypeError,
+        ),
         ("out_subset", {"out_subset": torch.tensor([1, 2]), "out_numrows": 1}, ArgumentError),
         (
             "out_numrows",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...kernels import cross_entropy as kernel
 from ...kernels import fused
+from ...rowwise.arguments import refuse_transforms
 from ...rowwise.dispatch import choose
 from ...rowwise.problem import Loss
 from ...rowwise.support import TORCH
@@ -141,6 +142,7 @@ def cross_entropy_loss(
     )
     if choose(problem) != TORCH:
         return fused.losses(logits, labels, options.ignore_index)
+    refuse_transforms("logits")
     losses, z_losses = CrossEntropyLoss.apply(  # type: ignore[no-untyped-call]
         logits,
         labels,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, layer_norm
 
 from ...kernels.norms import NormCall
+from ...rowwise.arguments import refuse_transforms
 from ...utils.library import triton_op
 from ...utils.torch import custom_bwd, custom_fwd
 from .layer_norm_functions import LayerNormFn, LayerNormLinearFn, arranged, normalize
@@ -248,6 +249,7 @@ def layer_norm_linear_fn(
 
     Contract: flash-attention 2.8, `layer_norm_linear_fn`.
     """
+    refuse_transforms("x")
     # fmt: off
     return LayerNormLinearFn.apply(  # type: ignore[no-untyped-call]
         x, norm_weight, norm_bias, linear_weight, linear_bias, residual, eps, prenorm,

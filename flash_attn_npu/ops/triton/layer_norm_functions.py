@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...attention.checks import require_tensors
 from ...first_order import first_order
 from ...kernels import fused, norm_checks, norms
 from ...kernels.norms import NormCall, Normed, Saved
+from ...rowwise.arguments import refuse_transforms, require_dense
 from ...rowwise.dispatch import choose, recall, remember
 from ...rowwise.memory import share_memory
 from ...rowwise.support import TORCH
@@ -77,6 +77,7 @@ def normalize(function: str, call: NormCall) -> Answer:
             remember(key, problem)
     if operator != TORCH:
         return _fused(operator, call)
+    refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
     written = _without_gradient(call)
     if written is not None:
         return written
@@ -118,6 +119,8 @@ def _key(function: str, call: NormCall) -> Hashable:
     facts: list[Any] = [function, torch.is_grad_enabled()]
     for tensor in given:
         if isinstance(tensor, Tensor):
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                return None
             facts += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
         elif tensor is not None:
             return None
@@ -324,7 +327,7 @@ class LayerNormLinearFn(torch.autograd.Function):
         _check_linear(x, linear_weight, linear_bias)
         compose("layer_norm_linear_fn", call)
         kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         call = call._replace(out_dtype=torch.get_autocast_dtype(kind) if autocast else x.dtype)
         answer = serve(ctx, call, norm_bias, linear_weight)
         ctx.prenorm, ctx.out_dtype = prenorm, call.out_dtype
@@ -367,7 +370,7 @@ def _linear_gradients(
 
 
 def _check_linear(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    require_tensors(linear_weight=linear_weight)
+    require_dense(linear_weight=linear_weight)
     features = linear_weight.shape[0] if linear_weight.dim() else 1
     norm_checks.check_tensor("linear_weight", linear_weight, (features, x.shape[-1]), x)
     if linear_bias is not None:
