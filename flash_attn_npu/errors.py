@@ -12,6 +12,7 @@ __all__ = [
     "ArgumentTypeError",
     "UnsupportedError",
     "explain",
+    "renamed",
 ]
 
 
@@ -64,3 +65,17 @@ def explain(argument: str, came: object, allowed: str, remedy: str) -> Explanati
     message.argument, message.came = argument, str(came)
     message.allowed, message.remedy = allowed, remedy
     return message
+
+
+def renamed(error: Exception, names: dict[str, str]) -> Exception:
+    """The error about an argument that the caller knows by another of `names`."""
+    old = getattr(error, "argument", None)
+    if not isinstance(error, _ExplainedError) or old not in names:
+        return error
+    new = names[old]
+    remedy = error.remedy or ""
+    if len(old) == 1:
+        remedy = remedy.replace(f"{old} = {old}.", f"{new} = {new}.")
+    else:
+        remedy = remedy.replace(old, new)
+    return type(error)(explain(new, error.came, error.allowed or "", remedy))

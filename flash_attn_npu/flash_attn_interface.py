@@ -21,6 +21,7 @@ from .autograd_classes import (
     FlashAttnVarlenKVPackedFunc,
     FlashAttnVarlenQKVPackedFunc,
 )
+from .errors import ArgumentError, ArgumentTypeError, renamed
 from .low_level import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -80,6 +81,13 @@ __all__ = [
     "noop_register_fake_wrapper",
     "round_multiple",
 ]
+
+_ERRORS = (ArgumentError, ArgumentTypeError)
+_KV = {"k": "kv", "v": "kv"}
+_QKV = {"q": "qkv", "k": "qkv", "v": "qkv"} | {
+    f"{name}_{side}": name for name in ("cu_seqlens", "max_seqlen") for side in "qk"
+}
+"""What a function calls the arguments that its tensor packs; errors say those names."""
 
 
 def flash_attn_func(
@@ -197,12 +205,16 @@ def flash_attn_qkvpacked_func(
     Contract: flash-attention 2.8, `flash_attn_qkvpacked_func`.
     """
     q, k, v = call.unpacked("qkv", qkv, 3, 5)
-    # fmt: off
-    return call.attend(
-        "flash_attn_qkvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-    )
-    # fmt: on
+    try:
+        # fmt: off
+        return call.attend(
+            "flash_attn_qkvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
+            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+            return_attn_probs,
+        )
+        # fmt: on
+    except _ERRORS as error:
+        raise renamed(error, _QKV) from None
 
 
 def flash_attn_kvpacked_func(
@@ -222,12 +234,16 @@ def flash_attn_kvpacked_func(
     Contract: flash-attention 2.8, `flash_attn_kvpacked_func`.
     """
     k, v = call.unpacked("kv", kv, 2, 5)
-    # fmt: off
-    return call.attend(
-        "flash_attn_kvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-    )
-    # fmt: on
+    try:
+        # fmt: off
+        return call.attend(
+            "flash_attn_kvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
+            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+            return_attn_probs,
+        )
+        # fmt: on
+    except _ERRORS as error:
+        raise renamed(error, _KV) from None
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -248,13 +264,16 @@ def flash_attn_varlen_qkvpacked_func(
     Contract: flash-attention 2.8, `flash_attn_varlen_qkvpacked_func`.
     """
     q, k, v = call.unpacked("qkv", qkv, 3, 4)
-    # fmt: off
-    return call.attend(
-        "flash_attn_varlen_qkvpacked_func", True, q, k, v, cu_seqlens, cu_seqlens,
-        max_seqlen, max_seqlen, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-    )
-    # fmt: on
+    try:
+        # fmt: off
+        return call.attend(
+            "flash_attn_varlen_qkvpacked_func", True, q, k, v, cu_seqlens, cu_seqlens,
+            max_seqlen, max_seqlen, dropout_p, softmax_scale,
+            causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        )
+        # fmt: on
+    except _ERRORS as error:
+        raise renamed(error, _QKV) from None
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -278,13 +297,16 @@ def flash_attn_varlen_kvpacked_func(
     Contract: flash-attention 2.8, `flash_attn_varlen_kvpacked_func`.
     """
     k, v = call.unpacked("kv", kv, 2, 4)
-    # fmt: off
-    return call.attend(
-        "flash_attn_varlen_kvpacked_func", True, q, k, v, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-    )
-    # fmt: on
+    try:
+        # fmt: off
+        return call.attend(
+            "flash_attn_varlen_kvpacked_func", True, q, k, v, cu_seqlens_q, cu_seqlens_k,
+            max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+            causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        )
+        # fmt: on
+    except _ERRORS as error:
+        raise renamed(error, _KV) from None
 
 
 def flash_attn_with_kvcache(

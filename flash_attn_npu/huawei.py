@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .attention import call
-from .attention.checks import require_tensors
+from .attention.checks import require_plain, same
 from .attention.lengths import host_ends, host_lengths
 from .errors import ArgumentError, UnsupportedError, explain
 from .kernels.fusion import UNLIMITED, causal_mask, fusion_attention
@@ -78,6 +78,9 @@ def attention_forward_varlen(
             explain("dropout_p", dropout_p, "0.0 (evaluation)", "pass dropout_p=0.0")
         )
     _check_rank(q, k, v)
+    if not q.device == k.device == v.device:
+        same("k", "device", k.device, q.device)
+        same("v", "device", v.device, q.device)
     if q.device.type != "npu":
         return _off_device(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
     # fmt: off
@@ -117,7 +120,7 @@ def _refuse_reserved(values: tuple[object, ...]) -> None:
 
 
 def _check_rank(q: Tensor, k: Tensor, v: Tensor) -> None:
-    require_tensors(q=q, k=k, v=v)
+    require_plain(q=q, k=k, v=v)
     for argument, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ArgumentError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, explain
 from ..memory import PerTensorMemo
-from .checks import require_tensors
+from .checks import require_plain, require_values
 from .places import Layout, Span, positions, wrong_block
 from .problem import Pages
 from .support import MAX_PAGE, PAGE_UNIT
@@ -45,7 +45,7 @@ class Cache:
     ) -> None:
         for argument, tensor in (("block_table", block_table), ("cache_batch_idx", batch_idx)):
             if tensor is not None:
-                require_tensors(**{argument: tensor})
+                require_plain(**{argument: tensor})
         _check_shapes(k, v, names)
         self.k, self.v = k, v
         self._lengths = names[2]
@@ -138,7 +138,7 @@ def pages_of(cache: Cache, spans: Sequence[Span]) -> Pages:
 
 def host_values(argument: str, tensor: Tensor) -> tuple[int, ...]:
     """The entries of an int32 tensor, flattened; one copy for each tensor and version."""
-    require_tensors(**{argument: tensor})
+    require_values(**{argument: tensor})
     if tensor.dtype != torch.int32:
         raise ArgumentError(
             explain(

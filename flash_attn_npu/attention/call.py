@@ -88,7 +88,7 @@ def attend(
         found = recall_plan(key)
     except (AttributeError, TypeError):
         # not a tensor, or not hashable: the checks of `lookup` accept it or name it
-        checks.require_tensors(q=q, k=k, v=v, sink=q if sink is None else sink)
+        checks.require_plain(q=q, k=k, v=v, sink=q if sink is None else sink)
         key = None
     if found is None:
         tensors = (q, k, v) if sink is None else (q, k, v, sink)
@@ -103,7 +103,13 @@ def attend(
         remember_plan(key, found)
     if found.direct is not None:
         found.tally.calls += 1
-        return found.direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
+        try:
+            return found.direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
+        except Exception:
+            # what no kernel takes looks to a remembered plan like any tensor of its shape
+            checks.require_plain(q=q, k=k, v=v)
+            raise
+    checks.require_plain(q=q, k=k, v=v)
     plain = checks.plain(
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
     )
@@ -135,7 +141,7 @@ def unpacked(argument: str, packed: Tensor, parts: int, dims: int) -> tuple[Tens
     Args:
         dims: 5 for a padded batch, 4 for packed sequences.
     """
-    checks.require_tensors(**{argument: packed})
+    checks.require_plain(**{argument: packed})
     if packed.dim() != dims or packed.shape[-3] != parts:
         tokens = "(batch, seqlen" if dims == 5 else "(total"
         raise ArgumentError(
@@ -170,11 +176,11 @@ def attend_paged(
     block_table: Tensor,
 ) -> Answer:
     """`attend` over keys in pages; where a gradient is wanted they are gathered first."""
-    checks.require_tensors(q=q, k=k, v=v, block_table=block_table)
+    checks.require_plain(q=q, k=k, v=v, block_table=block_table)
     if _forward_ad._current_level >= 0:
         _refuse_tangents(q=q, k=k, v=v)
     if alibi_slopes is not None:
-        checks.require_tensors(alibi_slopes=alibi_slopes)
+        checks.require_plain(alibi_slopes=alibi_slopes)
     lengths_q = host_lengths("cu_seqlens_q", cu_seqlens_q)
     lengths_k = host_lengths("cu_seqlens_k", cu_seqlens_k)
     longest_q = checks.longest("max_seqlen_q", max_seqlen_q, lengths_q.longest)

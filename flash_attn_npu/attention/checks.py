@@ -21,8 +21,11 @@ __all__ = [
     "longest",
     "plain",
     "real",
+    "require_plain",
     "require_tensors",
+    "require_values",
     "same",
+    "together",
     "window",
 ]
 
@@ -40,23 +43,78 @@ def require_tensors(**tensors: Any) -> None:
             )
 
 
+def require_plain(**tensors: Any) -> None:
+    """`require_tensors`, and each of them dense, with rows that kernels can walk through."""
+    require_tensors(**tensors)
+    for argument, tensor in tensors.items():
+        if type(tensor).__name__ == "DTensor":
+            raise ArgumentTypeError(
+                explain(
+                    argument,
+                    "a DTensor",
+                    "a plain tensor: heads and sequences of other ranks are not seen here",
+                    f"pass {argument}.to_local(), or wrap the call in "
+                    "torch.distributed.tensor.experimental.local_map",
+                )
+            )
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise ArgumentTypeError(
+                explain(
+                    argument,
+                    f"a {'nested' if tensor.is_nested else str(tensor.layout)} tensor",
+                    "a dense tensor",
+                    f"pass {argument}.values() with {argument}.offsets() as cu_seqlens to the "
+                    f"varlen functions; of a sparse one {argument}.to_dense()",
+                )
+            )
+
+
+def require_values(**tensors: Any) -> None:
+    """`require_plain`, and each of them with values that can be read on the host."""
+    require_plain(**tensors)
+    for argument, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ArgumentError(
+                explain(
+                    argument,
+                    "a tensor on meta, which has no values",
+                    "a tensor with values",
+                    f"make {argument} on the device of q, or on the host",
+                )
+            )
+
+
+def together(q: torch.Tensor, beside: dict[str, Any], host: dict[str, Any]) -> None:
+    """Raise ArgumentError for a tensor of `beside` that is not on q's device.
+
+    Those of `host` may be on any device where they have values; all may be None. The dispatcher
+    takes the fake of an operator if any tensor is on meta, so fakes have to ask this.
+    """
+    for argument, tensor in beside.items():
+        if tensor is not None:
+            same(argument, "device", tensor.device, q.device)
+    for argument, tensor in host.items():
+        if tensor is not None and tensor.device.type == "meta" != q.device.type:
+            same(argument, "device", tensor.device, q.device)
+
+
 def flag(argument: str, value: Any) -> bool:
-    """`value` as a bool; so are numbers equal to 0 or 1, numpy's among them."""
+    """`value` as a bool; so are numbers equal to 0 or 1, numpy's and 0-d tensors among them."""
     if isinstance(value, bool):
         return value
-    if not isinstance(value, (torch.Tensor, str)) and _is_scalar(value) and value in (0, 1):
-        return bool(value)
+    number = _number(value)
+    if isinstance(number, Real) and number in (0, 1):
+        return bool(number)
     raise ArgumentTypeError(
         explain(argument, _named(value), "True or False", f"pass {argument}=True or False")
     )
 
 
 def real(argument: str, value: Any) -> float:
-    """`value` as a finite float; a host tensor with one element is taken too."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
-        value = value.item()
-    if isinstance(value, Real):
-        number = float(value)
+    """`value` as a finite float; numpy's numbers and tensors with one element are taken too."""
+    number = _number(value)
+    if isinstance(number, Real):
+        number = float(number)
         if number == number and abs(number) != float("inf"):
             return number
         raise ArgumentError(
@@ -91,14 +149,21 @@ def same(argument: str, what: str, came: object, expected: object) -> None:
 
 
 def window(argument: str, value: Any) -> tuple[int, int]:
-    """`value` as two integers (left, right); a negative one means unlimited."""
-    if (
-        isinstance(value, (tuple, list))
-        and len(value) == 2
-        and all(isinstance(side, Real) and side == side // 1 for side in value)
-    ):
-        left, right = (min(max(int(side), -1), LARGEST_WINDOW) for side in value)
-        return left, right
+    """`value` as two integers (left, right); a negative one means unlimited.
+
+    Args:
+        value: a tuple, a list, a tensor or an array of two, of any whole numbers.
+    """
+    pair = value
+    if isinstance(value, torch.Tensor):
+        require_values(**{argument: value})
+    if getattr(value, "shape", None) == (2,):
+        pair = value.tolist()
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        sides = [_number(side) for side in pair]
+        if all(isinstance(side, Real) and side == side // 1 for side in sides):
+            left, right = (min(max(int(side), -1), LARGEST_WINDOW) for side in sides)
+            return left, right
     raise ArgumentTypeError(
         explain(
             argument,
@@ -113,10 +178,13 @@ def longest(argument: str, value: Any, known: int) -> int:
     """A maximum length as an int; `known` for a tensor on a device, which a look would copy."""
     if type(value) is int:
         return value
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
-        return int(value.item()) if value.device.type == "cpu" else known
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        one = not value.is_nested and value.numel() == 1
+        number = None if not one or value.is_floating_point() or value.is_complex() else known
+    else:
+        number = _number(value)
+    if isinstance(number, Integral) and not isinstance(number, bool):
+        return int(number)
     raise ArgumentTypeError(
         explain(
             argument,
@@ -160,12 +228,17 @@ def plain(
     )
 
 
-def _is_scalar(value: Any) -> bool:
-    # numpy's bool is no number to Python
-    return isinstance(value, Real) or type(value).__name__ in ("bool", "bool_")
+def _number(value: Any) -> Any:
+    """The Python number in a numpy scalar or a tensor or array of one element; else `value`."""
+    if isinstance(value, torch.Tensor):
+        strange = value.is_nested or value.is_meta or value.layout is not torch.strided
+        return value if strange or value.numel() != 1 else value.item()
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _named(value: Any) -> str:
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        return f"a nested {value.dtype} tensor"
     if isinstance(value, torch.Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     return f"{value!r} ({type(value).__name__})" if len(repr(value)) < 60 else type(value).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -44,22 +44,24 @@ class Rotary(NamedTuple):
 
 
 def cache_lengths(
-    argument: str, value: int | Tensor | None, batch: int, default: int
+    argument: str, value: int | Tensor | Sequence[int] | None, batch: int, default: int
 ) -> tuple[int, ...]:
-    """One length for each sequence, from an int, an int32 tensor (batch,) or None."""
+    """One length for each sequence, from an int, a list, an int32 tensor (batch,) or None."""
     if value is None:
         return (default,) * batch
     if isinstance(value, Tensor):
         lengths = host_values(argument, value)
         lengths = lengths * batch if value.dim() == 0 else lengths
-    elif isinstance(value, Integral) and not isinstance(value, bool):
+    elif _whole(value):
         lengths = (int(value),) * batch
+    elif isinstance(value, (list, tuple)) and all(_whole(length) for length in value):
+        lengths = tuple(int(length) for length in value)
     else:
         raise ArgumentTypeError(
             explain(
                 argument,
                 type(value).__name__,
-                "an int, or an int32 tensor of shape (batch,)",
+                "an int, a list of ints, or an int32 tensor of shape (batch,)",
                 f"pass {argument} as one of them",
             )
         )
@@ -73,6 +75,10 @@ def cache_lengths(
             )
         )
     return lengths
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _attend(
@@ -220,7 +226,7 @@ def with_kvcache(
     caches: tuple[Tensor, Tensor],
     new: tuple[Tensor | None, Tensor | None],
     tables: tuple[Tensor | None, Tensor | None, bool],
-    cache_seqlens: int | Tensor | None,
+    cache_seqlens: int | Tensor | Sequence[int] | None,
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
@@ -232,7 +238,7 @@ def with_kvcache(
     Returns out (batch, seqlen_q, nheads, headdim), and softmax_lse (batch, nheads, seqlen_q) if
     wanted.
     """
-    checks.require_tensors(q=q, k_cache=caches[0], v_cache=caches[1])
+    checks.require_plain(q=q, k_cache=caches[0], v_cache=caches[1])
     want_lse = checks.flag("return_softmax_lse", want_lse)
     if q.dim() != 4:
         raise ArgumentError(
@@ -264,7 +270,7 @@ def _new_keys(
     if k is None or v is None:
         given, absent = ("v", "k") if k is None else ("k", "v")
         raise _missing(absent, given, "the other half of the new keys and values")
-    checks.require_tensors(k=k, v=v)
+    checks.require_plain(k=k, v=v)
     heads, headdim = cache.k.shape[2:]
     for argument, tensor in (("k", k), ("v", v)):
         expected = (q.shape[0], k.shape[1] if k.dim() == 4 else 0, heads, headdim)
@@ -298,7 +304,7 @@ def _rotary(
     if cos is None or sin is None:
         absent = "rotary_cos" if cos is None else "rotary_sin"
         raise _missing(absent, "the other table", "both tables")
-    checks.require_tensors(rotary_cos=cos, rotary_sin=sin)
+    checks.require_plain(rotary_cos=cos, rotary_sin=sin)
     if new is None:
         raise _missing("k and v", "rotary_cos and rotary_sin", "the new keys that they rotate")
     if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > q.shape[-1]:

@@ -141,7 +141,7 @@ def lookup(
             *(deterministic, return_attn_probs, uses_lse, needs_grad, sink),
         )._replace(mask_from=mask_from, pages=pages)
         if pages is None:
-            checks.require_tensors(q=q, k=k, v=v)
+            checks.require_plain(q=q, k=k, v=v)
         tensors = (Facts.of(q), Facts.of(k), Facts.of(v))
         if lengths_q is None or lengths_k is None:
             problem = dense_problem(function, *tensors, options)
@@ -191,10 +191,16 @@ def _plan(problem: Problem) -> Plan:
 
 def remember_plan(key: tuple[Any, ...] | None, found: Plan) -> None:
     """Let `recall_plan(key)` answer; the key must hold all that the plan depends on."""
-    # a scale given as a tensor may change under the same key
-    if key is None or any(isinstance(part, Tensor) for part in key):
+    # a number given as a tensor may change under the same key
+    if key is None or any(_holds_tensor(part) for part in key):
         return
     _plans.put(key, found)
+
+
+def _holds_tensor(part: Any) -> bool:
+    if type(part) is tuple:
+        return any(isinstance(entry, Tensor) for entry in part)
+    return isinstance(part, Tensor)
 
 
 def _options(
@@ -212,7 +218,7 @@ def _options(
 ) -> Options:
     for argument, value in (("alibi_slopes", alibi_slopes), ("sink", sink)):
         if value is not None:
-            checks.require_tensors(**{argument: value})
+            checks.require_plain(**{argument: value})
     plain = checks.plain(
         *(dropout_p, softmax_scale, causal, window_size, softcap),
         *(deterministic, return_attn_probs),

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import ArgumentError, ArgumentTypeError, explain
 from ..memory import Memo, PerTensorMemo
+from .checks import require_values
 
 __all__ = [
     "Lengths",
@@ -83,7 +84,11 @@ def host_lengths(argument: str, cu_seqlens: torch.Tensor | Sequence[int] | None)
 def host_ends(argument: str, cu_seqlens: torch.Tensor | Sequence[int]) -> list[int]:
     """The entries of `cu_seqlens` behind the first, as they are: a kernel judges them."""
     if isinstance(cu_seqlens, torch.Tensor):
-        return _ends_memo.get(cu_seqlens, _ends)
+        try:
+            return _ends_memo.get(cu_seqlens, _ends)
+        except RuntimeError:
+            require_values(**{argument: cu_seqlens})
+            raise
     if isinstance(cu_seqlens, (list, tuple)):
         return list(cu_seqlens[1:])
     raise not_lengths(argument, type(cu_seqlens).__name__)
@@ -116,6 +121,7 @@ def not_lengths(argument: str, came: str) -> ArgumentTypeError:
 
 
 def _read(argument: str, tensor: torch.Tensor) -> Lengths:
+    require_values(**{argument: tensor})
     if tensor.dim() != 1 or tensor.dtype != torch.int32:
         raise ArgumentError(
             explain(

@@ -90,8 +90,10 @@ def attend(
     block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """What a public function returns, through the operators; can be traced."""
-    scale = default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
-    options = (dropout_p, scale, causal, *window_size, softcap, alibi_slopes)
+    scale = default_scale(q.shape[-1]) if softmax_scale is None else number(softmax_scale)
+    dropout_p, window = number(dropout_p), (number(window_size[0]), number(window_size[1]))
+    options = (dropout_p, scale, number(causal), *window, number(softcap), alibi_slopes)
+    deterministic, return_attn_probs = number(deterministic), number(return_attn_probs)
     s_dmask = return_attn_probs and 1.0 - dropout_p < 1.0
     ops = torch.ops.flash_attn_npu
     if not packed:
@@ -110,12 +112,15 @@ def attend(
 
 def _longest(max_seqlen_q: Any, max_seqlen_k: Any) -> tuple[Any, Any]:
     """Both as integers; one tensor passed twice is read once."""
-    same = max_seqlen_k is max_seqlen_q
-    if isinstance(max_seqlen_q, Tensor):
-        max_seqlen_q = max_seqlen_q.item()
-    if same:
-        return max_seqlen_q, max_seqlen_q
-    return max_seqlen_q, max_seqlen_k.item() if isinstance(max_seqlen_k, Tensor) else max_seqlen_k
+    longest_q = number(max_seqlen_q)
+    return longest_q, longest_q if max_seqlen_k is max_seqlen_q else number(max_seqlen_k)
+
+
+def number(value: Any) -> Any:
+    """What a graph may hold where the schema has a number: a tensor or a numpy scalar is read."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value
+    return value.item() if hasattr(value, "item") else value
 
 
 def _tensor(argument: str, cu_seqlens: Tensor | Sequence[int] | None) -> Tensor:

@@ -124,6 +124,7 @@ def _lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Lengths, Lengt
 def _run(
     found: Plan, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None
 ) -> Forward:
+    checks.require_plain(q=q, k=k, v=v)
     permit(found)
     found.tally.calls += 1
     answer: Forward = found.kernel.forward(found.problem, q, k, v, slopes, sink)
@@ -139,7 +140,7 @@ def _run_backward(
     rng_state: Tensor | None,
 ) -> None:
     q, k, v, out, lse = saved
-    checks.require_tensors(dout=dout, out=out, softmax_lse=lse)
+    checks.require_plain(dout=dout, out=out, softmax_lse=lse)
     rows = (found.problem.rows_q,) if found.problem.varlen else (q.shape[0], q.shape[1])
     lse_shape = torch.Size((*rows[:-1], q.shape[-2], rows[-1]))
     lse = _as_it_lies(lse, lse_shape)
@@ -172,7 +173,7 @@ def _run_backward(
 def _written(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.require_tensors(dq=dq, dk=dk, dv=dv)
+    checks.require_plain(dq=dq, dk=dk, dv=dv)
     return dq, dk, dv  # type: ignore[return-value]
 
 
@@ -195,6 +196,16 @@ def _mask_from(dropout_p: float, rng_state: Tensor | None) -> str | None:
                 "rng_state",
                 None,
                 "the rng_state that the forward returned, because dropout_p is not 0",
+                "keep the fourth result of the forward and pass it here",
+            )
+        )
+    checks.require_values(rng_state=rng_state)
+    if tuple(rng_state.shape) != (2,) or rng_state.dtype != torch.int64:
+        raise ArgumentError(
+            explain(
+                "rng_state",
+                f"a {rng_state.dtype} tensor of shape {tuple(rng_state.shape)}",
+                "the int64 tensor of 2 that the forward returned",
                 "keep the fourth result of the forward and pass it here",
             )
         )

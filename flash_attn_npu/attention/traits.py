@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, explain
 from ..first_order import first_order
 from ..settings import fallback, fallback_policy
+from . import checks
 from .dispatch import decided, decision
 from .result import ROUNDING, accumulator, rounded_up
 
@@ -38,6 +39,7 @@ def forward(
     function: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes of dense attention."""
+    checks.together(q, {"k": k, "v": v, "alibi_slopes": alibi_slopes, "sink": sink}, {})
     batch, seqlen_q, nheads, _ = q.shape
     probs = return_softmax and 1.0 - dropout_p < 1.0
     return _shapes(q, (batch, nheads, seqlen_q), batch, seqlen_q, k.shape[1], probs)
@@ -53,6 +55,11 @@ def varlen_forward(
     sink: Tensor | None = None, deterministic: bool = False, function: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes of packed attention."""
+    checks.together(
+        q, {"k": k, "v": v, "alibi_slopes": alibi_slopes, "sink": sink},
+        {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": block_table,
+         "leftpad_k": leftpad_k, "seqused_k": seqused_k},
+    )
     total_q, nheads, _ = q.shape
     batch = cu_seqlens_q.shape[0] - 1
     probs = return_softmax and 1.0 - dropout_p < 1.0
@@ -81,6 +88,10 @@ def backward(
     rng_state: Tensor | None = None, function: str = "",
 ) -> Tensor:
     """Shape of the row sums of a dense backward."""
+    checks.together(
+        q, {"dout": dout, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse, "dq": dq,
+            "dk": dk, "dv": dv, "alibi_slopes": alibi_slopes}, {"rng_state": rng_state},
+    )
     batch, seqlen_q, nheads, _ = q.shape
     return q.new_empty(batch, nheads, rounded_up(seqlen_q), dtype=accumulator(q.dtype))
 
@@ -94,6 +105,11 @@ def varlen_backward(
     rng_state: Tensor | None = None, zero_tensors: bool = False, function: str = "",
 ) -> Tensor:
     """Shape of the row sums of a packed backward."""
+    checks.together(
+        q, {"dout": dout, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse, "dq": dq,
+            "dk": dk, "dv": dv, "alibi_slopes": alibi_slopes},
+        {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "rng_state": rng_state},
+    )
     total_q, nheads, _ = q.shape
     padded = total_q + ROUNDING * (cu_seqlens_q.shape[0] - 1)
     return q.new_empty(nheads, padded, dtype=accumulator(q.dtype))

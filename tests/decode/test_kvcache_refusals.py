@@ -84,7 +84,7 @@ OF_LENGTHS: dict[str, tuple[str, Change]] = {
     "a negative padding": ("cache_leftpad", {"cache_leftpad": int32(0, -1)}),
     "padding of int64": ("cache_leftpad", {"cache_leftpad": int32(0, 1).long()}),
     "too much padding": ("cache_leftpad", {"cache_leftpad": int32(0, 1, 2)}),
-    "padding that is a list": ("cache_leftpad", {"cache_leftpad": [0, 1]}),
+    "padding that is a list": ("cache_leftpad", {"cache_leftpad": [0.0, 1]}),
 }
 OF_KEYS: dict[str, tuple[str, Change]] = {
     "k alone": ("v", only("k")),
