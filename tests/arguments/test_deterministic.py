@@ -1,5 +1,8 @@
 """deterministic=True: the card is asked for it at the backward, and torch's setting is put back."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import argument_harness as harness
 import pytest
 import torch
@@ -91,6 +94,44 @@ def test_the_setting_is_put_back_after_an_error(npu, setting, monkeypatch, funct
     with pytest.raises(RuntimeError, match="on fire"):
         harness.run(function, call, npu)
     assert current() == setting
+
+
+def test_two_threads_do_not_take_the_setting_from_each_other(npu, monkeypatch):
+    """The second would find what the first has set, and lose it when the first puts it back."""
+    import torch_npu
+
+    function, problem = LOW_LEVEL[0]
+    before = current()
+    launch = torch_npu.npu_fusion_attention_grad
+    inside, both_inside, first_over = (threading.Event() for _ in range(3))
+    seen = []
+
+    def watched(*args, **kwargs):
+        if not inside.is_set():
+            inside.set()
+            # the second has a hundred turns to come in too, which it must not
+            any(both_inside.wait(0.01) for _ in range(100))
+        else:
+            both_inside.set()
+            assert first_over.wait(60)
+        seen.append(current())
+        return launch(*args, **kwargs)
+
+    def run(over: threading.Event) -> None:
+        call = harness.arguments_for(function, problem) | {"deterministic": True}
+        try:
+            harness.run(function, call, npu)
+        finally:
+            over.set()
+
+    monkeypatch.setattr(torch_npu, "npu_fusion_attention_grad", watched)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, first_over)
+        assert inside.wait(60)
+        second = pool.submit(run, threading.Event())
+        first.result(), second.result()
+    assert seen == [(True, False)] * 2
+    assert current() == before
 
 
 @every_backward

@@ -120,6 +120,11 @@ IN_PLACE = {
         BACKWARDS[1],
         Problem(((6, 3), (4, 0), (5, 9)), 2, 2, 16, causal=True, tail_q=2, tail_k=3),
     ),
+    "varlen-tails": (
+        BACKWARDS[1],
+        Problem(((3, 6), (4, 4), (5, 9)), 2, 2, 16, causal=True, tail_q=2, tail_k=3),
+    ),
+    "varlen-tail-of-queries": (BACKWARDS[1], Problem(((3, 6), (4, 4)), 2, 2, 16, tail_q=2)),
     "nothing-to-see": (BACKWARDS[1], Problem(((6, 0), (0, 4)), 2, 2, 16)),
 }
 
