@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from .memory import snapshot
+
 __all__ = ["Report", "Tally", "report", "reporting", "summary", "tally"]
 
 
@@ -45,7 +47,9 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([*cells, row[-1]]).rstrip()
 
 
-_tallies: dict[tuple[str, str, tuple[str, ...]], Tally] = {}
+_Key = tuple[str, str, tuple[str, ...]]
+
+_tallies: dict[_Key, Tally] = {}
 
 
 def tally(function: str, kernel: str, reasons: tuple[str, ...]) -> Tally:
@@ -58,21 +62,38 @@ def report() -> Report:
 
     The backward of a fused forward belongs to its call and is not counted apart.
     """
-    return Report([replace(entry) for entry in list(_tallies.values()) if entry.calls])
+    return Report(_served({}))
+
+
+class _Region(Report):
+    """What was served since it was made, until it is closed."""
+
+    def __init__(self) -> None:
+        self._known = {key: entry.calls for key, entry in snapshot(_tallies)}
+        self._closed: list[Tally] | None = None
+
+    @property
+    def tallies(self) -> list[Tally]:  # type: ignore[override]
+        return _served(self._known) if self._closed is None else self._closed
+
+    def close(self) -> None:
+        self._closed = self.tallies
+
+
+def _served(before: dict[_Key, int]) -> list[Tally]:
+    """Copies of the tallies that count more calls than before."""
+    now = [(entry, entry.calls - before.get(key, 0)) for key, entry in snapshot(_tallies)]
+    return [replace(entry, calls=calls) for entry, calls in now if calls]
 
 
 @contextmanager
 def reporting() -> Iterator[Report]:
-    """A report of one region: filled when the block ends."""
-    before = {key: entry.calls for key, entry in _tallies.items()}
-    region = Report()
+    """A report of one region: up to date inside the block, and left as it is when that ends."""
+    region = _Region()
     try:
         yield region
     finally:
-        for key, entry in list(_tallies.items()):
-            calls = entry.calls - before.get(key, 0)
-            if calls:
-                region.tallies.append(replace(entry, calls=calls))
+        region.close()
 
 
 def summary() -> str:

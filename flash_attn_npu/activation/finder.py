@@ -8,16 +8,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from ..locks import Lock
+
 __all__ = ["AliasFinder", "PostImportFinder", "insert_first", "take_out"]
 
-_LOCK = threading.RLock()
+_LOCK = Lock()
 
 
 def insert_first(finder: MetaPathFinder) -> None:

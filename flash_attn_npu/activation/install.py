@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import logging
 import sys
-import threading
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -15,6 +14,7 @@ from typing import cast
 from .._version import FLASH_ATTN_VERSION
 from ..errors import ActivationError, explain
 from ..integrations import transformers
+from ..locks import Lock
 from . import occupant, operators
 from .finder import AliasFinder, PostImportFinder
 from .metadata import VirtualDistribution, VirtualDistributionFinder
@@ -71,7 +71,7 @@ PROVIDER = "flash-attn-npu-shim"
 RIVAL = "flash-attn-npu"
 
 _log = logging.getLogger(PACKAGE)
-_lock = threading.RLock()
+_lock = Lock()
 _claims: set[Activation] = set()
 _set_aside: dict[str, ModuleType | None] = {}
 

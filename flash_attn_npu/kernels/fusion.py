@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from threading import RLock
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from ..attention.problem import Problem
 from ..attention.result import Forward, Saved
 from ..first_order import once, watch
+from ..locks import Lock
 from ..memory import Memo
 from .rows import Rows
 
@@ -276,7 +276,7 @@ def _lse(problem: Problem, top: Tensor, total: Tensor) -> Tensor:
     return lse.t().contiguous() if problem.varlen else lse
 
 
-_deterministic_lock = RLock()
+_deterministic_lock = Lock()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..memory import snapshot
 from .rules import Rules
 from .signatures import differences
 
@@ -237,7 +238,7 @@ def _exists(name: str) -> bool:
 
 def _place(package: str, name: str) -> str | None:
     """The loaded module of the package whose file defines `name`."""
-    for loaded, module in sorted(sys.modules.items()):
+    for loaded, module in sorted(snapshot(sys.modules)):
         if (loaded == package or loaded.startswith(f"{package}.")) and name in _defined(module):
             return loaded
     return None
