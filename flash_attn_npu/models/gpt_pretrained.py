@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError, explain
+from ..utils.checkpoint_files import read_json
 from .gpt_blocks import registry
 
 __all__ = ["GPTPreTrainedModel"]
@@ -96,7 +96,7 @@ def _family(model_name: str | os.PathLike[str]) -> str:
     name, told = os.fspath(model_name), None
     file = Path(model_name) / "config.json"
     if file.is_file():
-        told = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        told = read_json("model_name", file).get("model_type")
         if told in _TYPES:
             return _TYPES[told]
     for family, beginnings in _FAMILIES.items():

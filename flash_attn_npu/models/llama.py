@@ -9,16 +9,15 @@ pairs side by side, as Meta has it, with rotary_emb_interleaved, which
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, UnsupportedError, explain
+from ..utils.checkpoint_files import inside, load_tensors, positive, read_json
 from .checkpoint_names import Names, apart, changed, joined, with_vocabulary, without_padding
 from .gpt_config import make_config, require, rotary_base, sizes
 
@@ -177,6 +176,12 @@ def llama_config_to_gpt2_config(llama_config: Any) -> Any:
     )
 
 
+NAMES = "checkpoint_path, model_name"
+OPTIONAL = ("n_kv_heads", "rope_theta", "ffn_dim_multiplier", "multiple_of")
+"""What params.json may leave out."""
+FRACTIONS = ("norm_eps", "rope_theta", "ffn_dim_multiplier")
+
+
 def config_from_meta_checkpoint(checkpoint_path: str | os.PathLike[str], model_name: str) -> Any:
     """The LlamaConfig of checkpoint_path/model_name/params.json.
 
@@ -184,14 +189,15 @@ def config_from_meta_checkpoint(checkpoint_path: str | os.PathLike[str], model_n
     for which sentencepiece is needed, or 32000 without one.
 
     Raises:
-        ArgumentError: there is no params.json.
+        ArgumentError: there is no params.json, or it lacks a number, or has one that cannot be.
         UnsupportedError: rotary embedding that is scaled, or a package is not installed.
 
     Contract: flash-attention 2.8, `config_from_meta_checkpoint`. Different: a vocab_size in
     params.json counts.
     """
     folder = Path(checkpoint_path) / model_name
-    params = json.loads(_existing(folder / "params.json").read_text(encoding="utf-8"))
+    file = _existing(folder, "params.json")
+    params = read_json(NAMES, file)
     require(
         not params.get("use_scaled_rope", False),
         "use_scaled_rope",
@@ -199,17 +205,22 @@ def config_from_meta_checkpoint(checkpoint_path: str | os.PathLike[str], model_n
         "false: rotary embedding is not scaled here",
         "take the model of transformers",
     )
-    hidden, heads = params["dim"], params["n_heads"]
+    needed = ("dim", "n_heads", "n_layers", "norm_eps")
+    given = [key for key in OPTIONAL if params.get(key) is not None]
+    numbers = {
+        key: positive(NAMES, file, params, key, key in FRACTIONS) for key in (*needed, *given)
+    }
+    heads = numbers["n_heads"]
     config = _package("transformers").LlamaConfig(
         vocab_size=_vocabulary(folder, params),
-        hidden_size=hidden,
-        intermediate_size=_intermediate(params),
-        num_hidden_layers=params["n_layers"],
+        hidden_size=numbers["dim"],
+        intermediate_size=_intermediate(numbers),
+        num_hidden_layers=numbers["n_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=params.get("n_kv_heads") or heads,
-        rms_norm_eps=params["norm_eps"],
+        num_key_value_heads=numbers.get("n_kv_heads", heads),
+        rms_norm_eps=numbers["norm_eps"],
     )
-    config.rotary_emb_base = float(params.get("rope_theta", 10000.0))
+    config.rotary_emb_base = float(numbers.get("rope_theta", 10000.0))
     return config
 
 
@@ -222,7 +233,8 @@ def config_from_hf_checkpoint(checkpoint_path: str | os.PathLike[str], model_nam
 
     Contract: flash-attention 2.8, `config_from_hf_checkpoint`.
     """
-    file = _existing(Path(checkpoint_path) / f"{model_name}-hf" / "config.json")
+    file = _existing(Path(checkpoint_path) / f"{model_name}-hf", "config.json")
+    read_json(NAMES, file)
     return _package("transformers").LlamaConfig.from_pretrained(file.parent)
 
 
@@ -256,16 +268,17 @@ def state_dicts_from_checkpoint(
     """The parts of a checkpoint of Meta's, checkpoint_path/model_name/consolidated.*.pth.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: there is none, or one that is no checkpoint, or a link out of the folder.
 
     Contract: flash-attention 2.8, `state_dicts_from_checkpoint`. Different: they are loaded with
     weights_only=True.
     """
     folder = Path(checkpoint_path) / model_name
-    files = sorted(folder.glob("consolidated.*.pth"), key=lambda file: int(file.suffixes[-2][1:]))
-    if not files:
-        _existing(folder / "consolidated.00.pth")
-    return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
+    numbered = {file.name: file.name.split(".") for file in folder.glob("consolidated.*.pth")}
+    names = [n for n, parts in numbered.items() if len(parts) == 3 and parts[1].isdecimal()]
+    names.sort(key=lambda name: int(numbered[name][1]))
+    files = [_existing(folder, name) for name in names or ["consolidated.00.pth"]]
+    return [load_tensors(NAMES, file) for file in files]
 
 
 def _joined(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -310,22 +323,23 @@ def _intermediate(params: Mapping[str, Any]) -> int:
 
 def _vocabulary(folder: Path, params: Mapping[str, Any]) -> int:
     told = params.get("vocab_size", -1)
-    if told > 0:
-        return int(told)
-    tokenizer = folder / "tokenizer.model"
+    if told is not None and told != -1:
+        return int(positive(NAMES, folder / "params.json", dict(params), "vocab_size"))
+    tokenizer = inside(NAMES, folder, "tokenizer.model")
     if not tokenizer.is_file():
         return 32000
     processor = _package("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer))
     return int(processor.vocab_size())
 
 
-def _existing(file: Path) -> Path:
+def _existing(folder: Path, name: str) -> Path:
+    file = inside(NAMES, folder, name)
     if file.is_file():
         return file
     raise ArgumentError(
         explain(
-            "checkpoint_path, model_name",
-            f"{file.parent}, without {file.name}",
+            NAMES,
+            f"{folder}, without {name}",
             "a folder with the files of a checkpoint",
             "check both names, and the format of the checkpoint",
         )

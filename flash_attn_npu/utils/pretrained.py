@@ -6,17 +6,15 @@ files of that format, and only a name that is no folder is asked for from the hu
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, UnsupportedError, explain
+from ..errors import ArgumentError, explain
+from .checkpoint_files import inside, load_tensors, package, parts_of
 
 __all__ = ["state_dict_from_pretrained"]
 
@@ -45,7 +43,8 @@ def state_dict_from_pretrained(
         Every tensor of every part, by name.
 
     Raises:
-        ArgumentError: the folder or the hub has no checkpoint of that name.
+        ArgumentError: the folder or the hub has no checkpoint of that name, or one that is
+            malformed, or that names or links to files out of its folder.
         UnsupportedError: it takes a package that is not installed.
 
     Contract: flash-attention 2.8, `state_dict_from_pretrained`. Different: tensors that are not
@@ -57,8 +56,9 @@ def state_dict_from_pretrained(
     if found is None:
         raise _missing(model_name, ", ".join(_NAMES))
     state: dict[str, Tensor] = {}
+    where = "cpu" if device is None or dtype is not None else str(device)
     for part in _parts(found, find, model_name):
-        state.update(_load(part, device if dtype is None else None))
+        state.update(load_tensors("model_name", part, where))
     if dtype is not None:
         state = {
             name: tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor
@@ -73,12 +73,12 @@ def _finder(model_name: str | os.PathLike[str]) -> Callable[[str], Path | None]:
     if folder.is_dir():
 
         def find(name: str) -> Path | None:
-            path = folder / name
+            path = inside("model_name", folder, name)
             return path if path.is_file() else None
 
         return find
-    hub = _package("huggingface_hub", f"to download {os.fspath(model_name)}")
-    errors = _package("huggingface_hub.errors", "to download")
+    hub = package("huggingface_hub", "model_name", f"to download {os.fspath(model_name)}")
+    errors = package("huggingface_hub.errors", "model_name", "to download")
     absent = errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError
 
     def download(name: str) -> Path | None:
@@ -95,37 +95,11 @@ def _parts(
 ) -> list[Path]:
     if found.suffix != ".json":
         return [found]
-    files = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
-    paths = [(name, find(name)) for name in files]
+    paths = [(name, find(name)) for name in parts_of("model_name", found)]
     for name, path in paths:
         if path is None:
             raise _missing(model_name, f"{name}, which {found.name} names")
     return [path for _, path in paths if path is not None]
-
-
-def _load(path: Path, device: torch.device | str | None) -> dict[str, Tensor]:
-    where = "cpu" if device is None else str(device)
-    if path.suffix == ".safetensors":
-        reader = _package("safetensors.torch", f"to read {path.name}")
-        tensors: dict[str, Tensor] = reader.load_file(path, device=where)
-    else:
-        tensors = torch.load(path, map_location=where, weights_only=True)
-    return tensors
-
-
-def _package(name: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        raise UnsupportedError(
-            explain(
-                "model_name",
-                f"a checkpoint that needs {package}, {purpose}",
-                f"a local folder, or an environment with {package}",
-                f"install {package}",
-            )
-        ) from error
 
 
 def _missing(model_name: str | os.PathLike[str], what: str) -> ArgumentError:
