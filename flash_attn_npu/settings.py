@@ -15,10 +15,11 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from threading import local
 
 from .errors import ArgumentError, explain
 
-__all__ = ["alibi_offset", "fallback", "fallback_policy"]
+__all__ = ["alibi_offset", "fallback", "fallback_policy", "traced"]
 
 POLICIES = ("warn", "allow", "error")
 
@@ -39,6 +40,17 @@ def _from_environment(variable: str, allowed: tuple[str, ...]) -> str:
 
 _default_policy = _from_environment("FLASH_ATTN_NPU_FALLBACK", POLICIES)
 _fallback: ContextVar[str] = ContextVar("flash_attn_npu.fallback", default=_default_policy)
+
+
+class _Traced(local):
+    def __init__(self) -> None:
+        # of the class it would not be guarded: a block sets it on the instance
+        self.policy = _default_policy
+
+
+traced = _Traced()
+"""The policy of this thread, for code that torch.compile traces, which knows no ContextVar."""
+
 _alibi_offset = _from_environment("FLASH_ATTN_NPU_ALIBI_OFFSET", ("0", "1")) == "1"
 
 
@@ -67,11 +79,13 @@ def fallback(policy: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _within(policy: str) -> Iterator[None]:
-    token = _fallback.set(policy)
+    token, before = _fallback.set(policy), traced.policy
+    traced.policy = policy
     try:
         yield
     finally:
         _fallback.reset(token)
+        traced.policy = before
 
 
 def alibi_offset() -> bool:

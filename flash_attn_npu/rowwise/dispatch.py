@@ -1,7 +1,7 @@
 """The operator that serves a rotation, norm, gate or loss: the first that the table admits.
 
-A choice is remembered for each distinct problem. Under torch.compile nothing is remembered,
-counted or logged, so that tracing leaves no trace in the graph.
+A choice is remembered for each distinct problem. Under torch.compile nothing is remembered, and
+counted and logged once for each graph, so that tracing leaves no trace in it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .. import policy, usage
 from ..memory import Memo
 from .problem import Problem
 from .support import TORCH, candidates, refusals
+from .traced import note
 
 __all__ = ["choose", "recall", "remember", "serves"]
 
@@ -36,7 +37,10 @@ def choose(problem: Problem) -> str:
         UnsupportedError: no fused operator serves it, and the fallback policy is `error`.
     """
     if torch.compiler.is_compiling():
-        return _first(problem)[0]
+        operator, reasons = _first(problem)
+        work = not problem.empty
+        note(problem.function, problem.device.type, operator, reasons, work)
+        return operator
     choice = _choice(problem)
     if choice.operator == TORCH and not problem.empty:
         policy.permit(problem.function, problem.device, choice.reasons)
