@@ -41,21 +41,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(program)
     finally:
-        for line in usage.summary().splitlines():
-            print(f"flash_attn_npu: {line}", file=sys.stderr)
+        if not options.quiet and _speaks_for_all():
+            for line in usage.summary().splitlines():
+                print(f"flash_attn_npu: {line}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flash_attn_npu",
-        usage="%(prog)s [-h] [-v] (script | -m module | -c command) [args ...]",
+        usage="%(prog)s [-h] [-q] [-v] (script | -m module | -c command) [args ...]",
         description="Run a Python program in which `import flash_attn` gives flash_attn_npu.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="do not say at the end which kernels served"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log to stderr what is done")
     return parser
+
+
+def _speaks_for_all() -> bool:
+    # a launcher tells its workers who they are; each would say the same
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", ""))
+    return rank in ("", "0")
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import sys
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -65,6 +66,26 @@ MIRRORED = (
 )
 """Our modules that mirror upstream ones; anything else of ours is absent under `flash_attn`."""
 
+NAMES = (
+    "__version__",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+)
+"""What upstream's package itself holds; nothing else of ours is shown under its name."""
+
+NOTED_AS_ABSENT = {
+    "flash_attn": None,
+    "flash_attn_func": None,
+    "flash_attn_varlen_func": None,
+    "_flash_attn_available": False,
+}
+"""What clients hold, diffusers among them, that looked for flash_attn and did not find it."""
+
 ALIAS = "flash_attn"
 PACKAGE = "flash_attn_npu"
 PROVIDER = "flash-attn-npu-shim"
@@ -73,15 +94,36 @@ RIVAL = "flash-attn-npu"
 _log = logging.getLogger(PACKAGE)
 _lock = Lock()
 _claims: set[Activation] = set()
-_set_aside: dict[str, ModuleType | None] = {}
 
-_alias = AliasFinder(ALIAS, PACKAGE, MIRRORED)
+
+def _why_absent(name: str) -> str | None:
+    # read when an import fails, and at no other time
+    from ..surface.exceptions import RULES
+
+    return RULES.absent_module(name)
+
+
+_alias = AliasFinder(ALIAS, PACKAGE, MIRRORED, NAMES, _why_absent)
 _distribution = VirtualDistributionFinder(
     VirtualDistribution(
         "flash-attn", FLASH_ATTN_VERSION, ALIAS, PROVIDER, Path(__file__).parents[2]
     )
 )
 _hooks = PostImportFinder(transformers.HOOKS)
+
+
+class _State:
+    """What is to be undone.
+
+    touched: something of ours may be in place. It is set before the first change and cleared
+        after the last one is undone, so that whatever interrupts, the rest can be made up for.
+    set_aside: what comes back under the name.
+    given_up: placeholders, which come back only if what removes them fails.
+    """
+
+    touched = False
+    set_aside: dict[str, ModuleType | None] = {}  # noqa: RUF012
+    given_up: dict[str, ModuleType | None] = {}  # noqa: RUF012
 
 
 class Activation:
@@ -92,12 +134,11 @@ class Activation:
     """
 
     def uninstall(self) -> None:
-        """Give this claim up; a second call does nothing."""
+        """Give this claim up; a second call does nothing that the first did not leave undone."""
         with _lock:
-            if self in _claims:
-                _claims.remove(self)
-                if not _claims:
-                    _switch_off()
+            _claims.discard(self)
+            if not _claims:
+                _switch_off()
 
     def __enter__(self) -> Activation:
         return self
@@ -128,57 +169,80 @@ def install(*, force: bool = False) -> Activation:
     Raises:
         ActivationError: a real flash_attn is already imported, or the name is blocked.
     """
+    claim = Activation()
     with _lock:
-        _clear_the_way(force)
         if not _claims:
-            _switch_on()
-        claim = Activation()
-        _claims.add(claim)
-        return claim
+            # what an interrupted uninstall has left
+            _switch_off()
+        try:
+            _clear_the_way(force)
+            if not _claims:
+                _switch_on()
+            _claims.add(claim)
+            _warn_of_those_before_us()
+            _State.given_up = {}
+        except BaseException:
+            claim.uninstall()
+            raise
+    return claim
 
 
 def uninstall() -> None:
     """Give the name up, whoever claimed it; does nothing when not installed.
 
-    Modules that imported names from flash_attn meanwhile keep them.
+    Modules that imported names from flash_attn meanwhile keep them. If it fails or is
+    interrupted, calling it again does the rest.
     """
     with _lock:
-        if _claims:
-            _claims.clear()
-            _switch_off()
+        _claims.clear()
+        _switch_off()
 
 
 def installed() -> bool:
     """Whether `import flash_attn` gives this package."""
-    return bool(_claims)
+    return _alias in sys.meta_path
 
 
 def _switch_on() -> None:
     _warn_of_rival()
     _tell_what_is_shadowed()
-    try:
-        _distribution.insert()
-        _alias.insert()
-        transformers.forget_cached_answers()
-        _hooks.insert()
-        operators.insert()
-    except BaseException:
-        _switch_off()
-        raise
+    _warn_who_came_too_early()
+    _State.touched = True
+    _distribution.insert()
+    _alias.insert()
+    transformers.forget_cached_answers()
+    _hooks.insert()
+    operators.insert()
     _log.info("flash_attn is now flash_attn_npu, mirroring flash-attn %s", FLASH_ATTN_VERSION)
 
 
 def _switch_off() -> None:
-    operators.remove()
-    _hooks.remove()
-    transformers.undo()
-    _alias.remove()
-    _distribution.remove()
-    transformers.forget_cached_answers()
-    for name, module in _set_aside.items():
-        # typeshed has no None here, though Python does
-        sys.modules.setdefault(name, cast(ModuleType, module))
-    _set_aside.clear()
+    # each step looks at what is there, so that it can be taken again
+    if not _State.touched:
+        return
+    with ExitStack() as last:
+        # one that raises does not keep the others from being taken
+        last.callback(_restore)
+        last.callback(transformers.forget_cached_answers)
+        last.callback(_distribution.remove)
+        last.callback(_alias.remove)
+        last.callback(transformers.undo)
+        last.callback(_hooks.remove)
+        last.callback(operators.remove)
+    _State.touched = False
+
+
+def _restore() -> None:
+    if installed() or any(_alias.owns(*entry) for entry in occupant.loaded_as(ALIAS).items()):
+        # what should have taken us away has failed, and is to be called again
+        return
+    before = {**_State.set_aside, **_State.given_up}
+    # whoever has taken the name meanwhile keeps it, and nothing of another package's beside it
+    if sys.modules.get(ALIAS, before.get(ALIAS)) is before.get(ALIAS):
+        for name, module in before.items():
+            # typeshed has no None here, though Python does
+            sys.modules.setdefault(name, cast(ModuleType, module))
+    _State.set_aside = _State.given_up = {}
 
 
 def _clear_the_way(force: bool) -> None:
@@ -187,6 +251,7 @@ def _clear_the_way(force: bool) -> None:
         for name, module in occupant.loaded_as(ALIAS).items()
         if not _alias.owns(name, module)
     }
+    comes_back = False
     if ALIAS not in found:
         # children without their parent, or placed under ours: nobody but a placeholder does that
         found = {
@@ -196,12 +261,18 @@ def _clear_the_way(force: bool) -> None:
         }
     elif (head := found[ALIAS]) is None:
         _refuse_blocked(force)
-        _set_aside.update(found)
+        comes_back = True
     elif not occupant.is_placeholder(head):
         _refuse_loaded(head, force)
-        _set_aside.update(found)
-    if found:
-        _log.info("removed from sys.modules: %s", ", ".join(sorted(found)))
+        comes_back = True
+    if not found:
+        return
+    _State.touched = True
+    if comes_back:
+        _State.set_aside = {**_State.set_aside, **found}
+    else:
+        _State.given_up = {**_State.given_up, **found}
+    _log.info("removed from sys.modules: %s", ", ".join(sorted(found)))
     occupant.evict(found)
 
 
@@ -254,6 +325,27 @@ def _warn_of_rival() -> None:
         RIVAL,
         PROVIDER,
     )
+
+
+def _warn_who_came_too_early() -> None:
+    early = occupant.holding(NOTED_AS_ABSENT)
+    if early:
+        _log.warning(
+            "imported before install(), these found no flash_attn and go on without it: %s; call "
+            "flash_attn_npu.install() before they are imported, or start the program with "
+            "`python -m flash_attn_npu`",
+            ", ".join(early),
+        )
+
+
+def _warn_of_those_before_us() -> None:
+    before = occupant.answering_before(_alias, ALIAS)
+    if before:
+        _log.warning(
+            "`import flash_attn` does not ask flash_attn_npu first: in sys.meta_path these "
+            "answer before it: %s; take them out, or uninstall() and install() again",
+            ", ".join(before),
+        )
 
 
 def _tell_what_is_shadowed() -> None:

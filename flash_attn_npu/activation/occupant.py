@@ -1,15 +1,30 @@
 """Who else holds a module name in this process, and how to move them out of the way.
 
-Facts only, for any name: what is loaded, whether it is a mere placeholder, and which modules
-keep references that a replacement cannot reach. What follows from them is decided elsewhere.
+Facts only, for any name: what is loaded, whether it is a mere placeholder, which modules keep
+references that a replacement cannot reach, and which came too early to find it. What follows
+from them is decided elsewhere. Nothing here runs code of a module that it looks at.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from importlib.abc import MetaPathFinder
 from types import FunctionType, ModuleType
+from typing import Any
 
-__all__ = ["evict", "is_placeholder", "loaded_as", "references_to", "whereabouts"]
+from ..integrations.untouched import namespace
+from .finder import Facade
+
+__all__ = [
+    "answering_before",
+    "evict",
+    "holding",
+    "is_placeholder",
+    "loaded_as",
+    "references_to",
+    "whereabouts",
+]
 
 _KINDS_THAT_NAME_THEIR_MODULE = (FunctionType, type)
 
@@ -28,8 +43,8 @@ def loaded_as(name: str) -> dict[str, ModuleType | None]:
 
 def is_placeholder(module: ModuleType) -> bool:
     """Whether `module` only keeps a name taken: no package, or nothing ever loaded it."""
-    spec = getattr(module, "__spec__", None)
-    return getattr(module, "__path__", None) is None or getattr(spec, "loader", None) is None
+    loader = getattr(_own(module, "__spec__"), "loader", None)
+    return loader is None or _own(module, "__path__") is None
 
 
 def references_to(name: str) -> list[str]:
@@ -40,12 +55,31 @@ def references_to(name: str) -> list[str]:
     for key, module in list(sys.modules.items()):
         if module is None or key == name or key.startswith(f"{name}."):
             continue
-        namespace = getattr(module, "__dict__", None)
-        if isinstance(namespace, dict) and any(
-            id(value) in inside or _comes_from(value, name) for value in list(namespace.values())
+        if any(
+            id(value) in inside or _comes_from(value, name)
+            for value in list(namespace(module).values())
         ):
             holders.setdefault(id(module), key)
     return sorted(holders.values())
+
+
+def holding(marks: Mapping[str, Any]) -> list[str]:
+    """Names of modules that hold one of these names with this very value."""
+    return sorted(
+        {
+            key
+            for key, module in list(sys.modules.items())
+            for name, value in marks.items()
+            if namespace(module).get(name, marks) is value
+        }
+    )
+
+
+def answering_before(finder: MetaPathFinder, name: str) -> list[str]:
+    """The finders that stand before `finder` in `sys.meta_path` and know a module `name`."""
+    finders = list(sys.meta_path)
+    before = finders[: finders.index(finder)] if finder in finders else []
+    return [repr(other) for other in before if _answers(other, name)]
 
 
 def evict(modules: dict[str, ModuleType | None]) -> None:
@@ -55,14 +89,32 @@ def evict(modules: dict[str, ModuleType | None]) -> None:
     for key, module in modules.items():
         parent, _, child = key.rpartition(".")
         holder = sys.modules.get(parent)
-        if module is not None and holder is not None and vars(holder).get(child) is module:
+        if module is None:
+            continue
+        if isinstance(holder, Facade) and getattr(holder, child, None) is module:
             delattr(holder, child)
+        elif namespace(holder).get(child) is module:
+            del namespace(holder)[child]
 
 
 def whereabouts(module: ModuleType) -> str:
     """Where a module says it comes from."""
-    file = getattr(module, "__file__", None)
-    return str(file) if file else f"no file ({module!r})"
+    file = _own(module, "__file__")
+    return str(file) if file else f"no file (a {type(module).__qualname__})"
+
+
+def _answers(finder: Any, name: str) -> bool:
+    try:
+        return finder.find_spec(name, None) is not None
+    except Exception:  # whatever it is, an import of the name ends with it
+        return True
+
+
+def _own(module: object, name: str) -> Any:
+    # who puts something else than a module there has nothing that could be loaded later
+    if issubclass(type(module), ModuleType):
+        return namespace(module).get(name)
+    return getattr(module, name, None)
 
 
 def _comes_from(value: object, name: str) -> bool:

@@ -10,32 +10,34 @@ transformers itself is never imported from here.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import sys
-from collections.abc import Callable, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 
-from .. import flash_attn_interface
-from ..attention import call
-from ..attention.lengths import host_lengths
-from ..errors import UnsupportedError, explain
+from .. import bert_padding, flash_attn_interface
 from ..memory import forget_lengths
+from .changes import Changes
+from .stand_ins import STAND_INS
 from .unpadding import memoised_upad_input, once_per_tensor
+from .untouched import loaded, namespace
 
 __all__ = ["HOOKS", "forget_cached_answers", "undo"]
 
 _log = logging.getLogger("flash_attn_npu")
-_undo = ExitStack()
+_changes = Changes()
 
 _PROBES = "transformers.utils.import_utils"
 _PROBE = "is_flash_attn_2_available"
 _FLASH = "transformers.modeling_flash_attention_utils"
 _MATRIX = "FLASH_ATTENTION_COMPATIBILITY_MATRIX"
 _NPU = "transformers.integrations.npu_flash_attention"
+_FORWARD = "transformers.integrations.flash_attention"
+_TARGET = "get_target_dtype"
 _READ_IN_EVERY_LAYER = ("prepare_fa_kwargs_from_position_ids", "_is_packed_sequence")
 _MODELS = "transformers.modeling_utils"
 _ADJUST = "_check_and_adjust_attn_implementation"
@@ -53,123 +55,12 @@ _LOADED = (
 )
 
 
-def npu_flash_attn_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    s_aux: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`flash_attn_func` as transformers calls it; `s_aux` is an attention sink, (nheads,)."""
-    # fmt: off
-    if s_aux is None:
-        out = flash_attn_interface.flash_attn_func(
-            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            deterministic,
-        )
-    else:
-        out = call.attend(
-            "npu_flash_attn_func", False, q, k, v, None, None, None, None, dropout_p, softmax_scale,
-            causal, window_size, softcap, alibi_slopes, deterministic, False, s_aux,
-        )
-    # fmt: on
-    return cast(torch.Tensor, out)
-
-
-def npu_flash_attn_varlen_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    s_aux: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`flash_attn_varlen_func` as transformers calls it: it reads this signature.
-
-    What the signature does not name, transformers drops without a word. `max_seqlen_*` may be
-    left out, as with transformers' own function.
-    """
-    if max_seqlen_q is None:
-        max_seqlen_q = host_lengths("cu_seqlens_q", cu_seqlens_q).longest
-    if max_seqlen_k is None:
-        max_seqlen_k = host_lengths("cu_seqlens_k", cu_seqlens_k).longest
-    # fmt: off
-    if s_aux is None:
-        out = flash_attn_interface.flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        )
-    else:
-        out = call.attend(
-            "npu_flash_attn_varlen_func", True, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-            max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            deterministic, False, s_aux,
-        )
-    # fmt: on
-    return cast(torch.Tensor, out)
-
-
-def npu_flash_attn_with_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    cache_seqlens: int | torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    s_aux: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`flash_attn_with_kvcache` as transformers' continuous batching calls it."""
-    if s_aux is not None:
-        raise UnsupportedError(
-            explain(
-                "s_aux",
-                f"an attention sink of shape {tuple(s_aux.shape)}",
-                "None: sinks are not served over a paged cache yet",
-                'generate without continuous batching, or with attn_implementation="eager"',
-            )
-        )
-    out = flash_attn_interface.flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cache_seqlens=cache_seqlens,
-        block_table=block_table,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-    )
-    return cast(torch.Tensor, out)
-
-
 def undo() -> None:
-    """Put back everything the hooks changed."""
-    _undo.close()
-    forget_lengths()
+    """Put back everything the hooks changed; called again, what a call before it has not."""
+    try:
+        _changes.undo()
+    finally:
+        forget_lengths()
 
 
 def forget_cached_answers() -> None:
@@ -177,7 +68,6 @@ def forget_cached_answers() -> None:
 
     It asks once per process, so answers from before a change of ours would stay.
     """
-    module = sys.modules.get(_PROBES)
     for name in (
         "_package_distribution_mapping",
         "is_flash_attn_2_available",
@@ -185,40 +75,50 @@ def forget_cached_answers() -> None:
         "is_flash_attn_4_available",
         "is_flash_attn_greater_or_equal",
     ):
-        clear = getattr(getattr(module, name, None), "cache_clear", None)
+        clear = getattr(loaded(_PROBES).get(name), "cache_clear", None)
         if clear is not None:
             clear()
 
 
 def _on_probes(module: ModuleType) -> None:
-    if _has(module, _PROBE):
-        original = getattr(module, _PROBE)
-        _replace_probe(original, _available)
-        _undo.callback(_replace_probe, _available, original)
+    if not _has(module, _PROBE):
+        return
+    # somebody may have replaced it here; others hold transformers' own all the same
+    for original in (module, *list(sys.modules.values())):
+        probe = namespace(original).get(_PROBE)
+        if isinstance(probe, _CACHED) and _defines(module, probe.__wrapped__):
+            _changes.before(functools.partial(_replace_probe, _available, probe))
+            _replace_probe(probe, _available)
+            return
 
 
 def _on_flash(module: ModuleType) -> None:
     if not _has(module, "_upad_input", "_lazy_imports", _MATRIX):
         return
+    _changes.before(functools.partial(_forget_loaded, module))
     _forget_loaded(module)
-    _undo.callback(_forget_loaded, module)
-    _set_attribute(module, "_upad_input", memoised_upad_input(module._upad_input))
+    _stand_in(module, "_upad_input", functools.partial(_short_upad_input, module))
     for name in _READ_IN_EVERY_LAYER:
         if hasattr(module, name):
-            _set_attribute(module, name, once_per_tensor(getattr(module, name)))
-    _set_attribute(module, "_lazy_imports", _lazy_imports_with_ours(module))
+            _stand_in(module, name, once_per_tensor)
+    _stand_in(module, "_lazy_imports", functools.partial(_lazy_imports_with_ours, module))
     checks = getattr(module, _MATRIX)[2]
-    _set_item(checks, "supported_devices", (*checks["supported_devices"], (lambda: True, "cpu")))
+    _changes.set(checks, "supported_devices", (*checks["supported_devices"], _ON_CPU))
     for name in (_FLASH, _MODELS):
         logger, untrue = logging.getLogger(name), _UntrueHere()
+        _changes.before(functools.partial(logger.removeFilter, untrue))
         logger.addFilter(untrue)
-        _undo.callback(logger.removeFilter, untrue)
+
+
+def _on_forward(module: ModuleType) -> None:
+    if _has(module, _TARGET):
+        _stand_in(module, _TARGET, _target_without_linear)
 
 
 def _on_npu(module: ModuleType) -> None:
-    for ours in (npu_flash_attn_func, npu_flash_attn_varlen_func, npu_flash_attn_with_kvcache):
-        if _has(module, ours.__name__):
-            _set_attribute(module, ours.__name__, ours)
+    for name, ours in STAND_INS.items():
+        if _has(module, f"npu_{name}"):
+            _stand_in(module, f"npu_{name}", functools.partial(_instead, ours))
 
 
 def _on_models(module: ModuleType) -> None:
@@ -250,17 +150,21 @@ def _on_models(module: ModuleType) -> None:
         if vars(base).get(_ADJUST) is adjust:
             setattr(base, _ADJUST, original)
 
+    _changes.before(restore)
     setattr(base, _ADJUST, adjust)
-    _undo.callback(restore)
 
 
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
     _PROBES: _on_probes,
     _FLASH: _on_flash,
+    _FORWARD: _on_forward,
     _NPU: _on_npu,
     _MODELS: _on_models,
 }
 """Module of transformers -> what to do with it once it is imported."""
+
+
+_ON_CPU = (lambda: True, "cpu")
 
 
 @functools.cache
@@ -269,17 +173,93 @@ def _available(kernels_fallback_ok: bool = False) -> bool:
     return True
 
 
-def _lazy_imports_with_ours(module: ModuleType) -> Callable[..., Any]:
-    original = module._lazy_imports
+_CACHED = type(_available)
 
+
+def _instead(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    return ours
+
+
+def _short_upad_input(module: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_upad_input`, short while each function that transformers' own would ask is nobody else's.
+
+    Packing recipes replace `_get_unpad_data`.
+    """
+    short = memoised_upad_input(original)
+
+    @functools.wraps(original)
+    def _upad_input(
+        query_layer: torch.Tensor,
+        key_layer: torch.Tensor,
+        value_layer: torch.Tensor,
+        attention_mask: torch.Tensor,
+        query_length: int,
+        unpad_input_func: Callable[..., Any],
+    ) -> Any:
+        asked = (vars(module).get("_get_unpad_data"), vars(module).get("_index_first_axis"))
+        untouched = all(_defines(module, function) for function in asked) and (
+            _defines(module, unpad_input_func) or _defines(bert_padding, unpad_input_func)
+        )
+        upad = short if untouched else original
+        return upad(
+            query_layer, key_layer, value_layer, attention_mask, query_length, unpad_input_func
+        )
+
+    return _upad_input
+
+
+def _lazy_imports_with_ours(module: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def _lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        # off Ascend transformers would take the bare functions, whose signatures have no sink
-        if implementation != "flash_attention_2" or module.is_torch_npu_available():
+        if (
+            implementation != "flash_attention_2"
+            or module.is_torch_npu_available()
+            or not module.is_flash_attn_2_available()
+        ):
             return original(implementation, *args, **kwargs)
-        attention = (npu_flash_attn_func, npu_flash_attn_varlen_func, npu_flash_attn_with_kvcache)
-        return (*attention, module._pad_input, module._unpad_input)
+        # off Ascend transformers would take these, whose signatures have no sink
+        attention = [_taken("flash_attn", name, ours) for name, ours in STAND_INS.items()]
+        pad = _taken("flash_attn.bert_padding", "pad_input", module._pad_input)
+        unpad = _taken("flash_attn.bert_padding", "unpad_input", module._unpad_input)
+        return (*attention, pad, unpad)
 
     return _lazy_imports
+
+
+def _taken(package: str, name: str, instead: Callable[..., Any]) -> Any:
+    """What a client has set as `package.name`, and `instead` of our own function there."""
+    found = getattr(importlib.import_module(package), name)
+    own = any(_defines(ours, found) for ours in (flash_attn_interface, bert_padding))
+    return instead if own else found
+
+
+def _target_without_linear(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`get_target_dtype`, which looks for an nn.Linear, and GPT-2 has none."""
+
+    @functools.wraps(original)
+    def get_target_dtype(query: torch.Tensor, module: torch.nn.Module) -> torch.dtype | None:
+        try:
+            return cast("torch.dtype | None", original(query, module))
+        except StopIteration:
+            return next((weight.dtype for weight in module.parameters()), query.dtype)
+
+    return get_target_dtype
+
+
+def _stand_in(
+    module: ModuleType, name: str, made_from: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Replace a function of transformers, unless somebody has done so before us."""
+    original = vars(module)[name]
+    if _defines(module, original):
+        _changes.set(vars(module), name, made_from(original))
+    else:
+        _log.info("%s.%s is not transformers' own: it is left as it is", module.__name__, name)
+
+
+def _defines(module: ModuleType, function: object) -> bool:
+    """Whether `function` comes from the file of `module`, and not from whoever replaced it."""
+    return getattr(function, "__globals__", None) is vars(module)
 
 
 class _UntrueHere(logging.Filter):
@@ -309,33 +289,18 @@ def _has(module: ModuleType, *names: str) -> bool:
             "%s of transformers %s has no %s, which flash_attn_npu would have to replace: that "
             "part is left as it is; use transformers 5.20 to 5.x, or call flash_attn_npu directly",
             module.__name__,
-            getattr(sys.modules.get("transformers"), "__version__", "(unknown)"),
+            loaded("transformers").get("__version__", "(unknown)"),
             ", ".join(missing),
         )
     return not missing
 
 
-def _set_attribute(owner: ModuleType, name: str, value: object) -> None:
-    _set_item(vars(owner), name, value)
-
-
-def _set_item(mapping: MutableMapping[str, Any], key: str, value: object) -> None:
-    _undo.callback(_put_back, mapping, key, value, mapping[key])
-    mapping[key] = value
-
-
-def _put_back(mapping: MutableMapping[str, Any], key: str, ours: object, old: object) -> None:
-    # somebody who replaced it after us keeps their replacement
-    if mapping.get(key) is ours:
-        mapping[key] = old
-
-
 def _replace_probe(old: object, new: object) -> None:
     # whoever imported the probe by name holds it: modules, and one table
     for module in list(sys.modules.values()):
-        namespace = getattr(module, "__dict__", None)
-        if isinstance(namespace, dict) and namespace.get(_PROBE) is old:
-            namespace[_PROBE] = new
-    checks = getattr(sys.modules.get(_FLASH), _MATRIX, {}).get(2, {})
+        held = namespace(module)
+        if held.get(_PROBE) is old:
+            held[_PROBE] = new
+    checks = loaded(_FLASH).get(_MATRIX, {}).get(2, {})
     if checks.get("general_availability_check") is old:
         checks["general_availability_check"] = new

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 
+import flash_attn_npu
+from flash_attn_npu import __main__ as command_line
+from flash_attn_npu import usage
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
-PROBE = """
+OURS = 'flash_attn.flash_attn_func.__module__.split(".")[0]'
+PROBE = f"""
 import sys, flash_attn
-print(flash_attn.__name__, __name__, sys.argv, repr(sys.path[0]))
+print({OURS}, __name__, sys.argv, repr(sys.path[0]))
 print(sys.modules["__main__"].__dict__ is globals())
 """
-PLAIN = PROBE.replace(", flash_attn", "").replace("flash_attn.__name__", "'flash_attn_npu'")
+PLAIN = PROBE.replace(", flash_attn", "").replace(OURS, "'flash_attn_npu'")
 ARGS = ("-v", "-m", "x", "--report", "-h")
 
 
@@ -141,19 +146,53 @@ def test_what_served_is_said_at_exit(python: Run) -> None:
     assert " x1" in last
 
 
+@pytest.mark.parametrize(
+    ("options", "ranks", "said"),
+    [
+        ((), {"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ((), {"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ((), {"LOCAL_RANK": "1"}, False),
+        ((), {"LOCAL_RANK": "0"}, True),
+        (("-q",), {}, False),
+        (("--quiet",), {"RANK": "0"}, False),
+    ],
+)
+def test_one_rank_says_what_served_and_none_when_quiet(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    ranks: dict[str, str],
+    said: bool,
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, rank in ranks.items():
+        monkeypatch.setenv(name, rank)
+    monkeypatch.setattr(usage, "summary", lambda: "one line")
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        command_line.main([*options, "-c", "pass"])
+    finally:
+        flash_attn_npu.uninstall()
+    assert capsys.readouterr().err == ("flash_attn_npu: one line\n" if said else "")
+
+
 def test_a_launcher_starts_it_in_every_worker(python: Run, tmp_path: Path) -> None:
     """The launch of the help text; the workers of a launcher are processes of their own."""
     # to a file each: on the pipe that they share, the lines of both may mix
     (tmp_path / "train.py").write_text(
         "import os, sys, flash_attn\n"
         "with open('rank' + os.environ['RANK'], 'w') as file:\n"
-        "    print(flash_attn.__name__, sys.argv[1:], file=file)\n"
+        "    print(flash_attn.flash_attn_func.__module__, sys.argv[1:], file=file)\n"
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = python(*launcher, "-m", "flash_attn_npu", "train.py", "--lr", "1")
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        assert (tmp_path / f"rank{rank}").read_text() == "flash_attn_npu ['--lr', '1']\n"
+        said = (tmp_path / f"rank{rank}").read_text()
+        assert said == "flash_attn_npu.flash_attn_interface ['--lr', '1']\n"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="safe_path came with Python 3.11")

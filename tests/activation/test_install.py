@@ -39,7 +39,7 @@ def test_every_spelling_of_the_import_gives_our_modules(script: Script) -> None:
         import flash_attn, flash_attn.bert_padding as padding
         from flash_attn import bert_padding, flash_attn_interface, flash_attn_func
         from flash_attn.flash_attn_interface import flash_attn_varlen_func
-        assert flash_attn is flash_attn_npu
+        assert flash_attn.flash_attn_func is flash_attn_npu.flash_attn_func
         assert padding is bert_padding is flash_attn_npu.bert_padding
         assert flash_attn_func is flash_attn_interface.flash_attn_func
         assert flash_attn_npu.__spec__.name == flash_attn_npu.__name__ == "flash_attn_npu"
@@ -87,7 +87,7 @@ def test_import_before_install_finds_nothing_and_does_not_spoil_it(script: Scrip
         import flash_attn_npu
         flash_attn_npu.install()
         import flash_attn
-        assert flash_attn is flash_attn_npu
+        assert flash_attn.flash_attn_func is flash_attn_npu.flash_attn_func
         """
     )
 
@@ -169,7 +169,7 @@ def test_threads(script: Script) -> None:
             for _ in range(20):
                 with package.install():
                     import flash_attn.bert_padding
-                    got.append(flash_attn is package)
+                    got.append(flash_attn.bert_padding is package.bert_padding)
 
         threads = [threading.Thread(target=work) for _ in range(8)]
         for thread in threads: thread.start()
@@ -215,7 +215,7 @@ def test_force_replaces_a_loaded_flash_attn_and_uninstall_restores_it(
         import flash_attn as real, flash_attn_npu
         with flash_attn_npu.install(force=True):
             import flash_attn
-            assert flash_attn is flash_attn_npu
+            assert flash_attn.flash_attn_func is flash_attn_npu.flash_attn_func
             assert "flash_attn.core" not in sys.modules
             assert metadata.version("flash-attn") == flash_attn_npu.__version__
         import flash_attn
@@ -239,7 +239,7 @@ def test_a_flash_attn_on_disk_is_shadowed_and_said_once(
         for _ in range(2):
             with flash_attn_npu.install():
                 import flash_attn
-                assert flash_attn is flash_attn_npu
+                assert flash_attn.flash_attn_func is flash_attn_npu.flash_attn_func
         import flash_attn
         print("version", flash_attn.__version__)
         """,
@@ -264,7 +264,7 @@ def test_a_blocked_name_is_respected(script: Script) -> None:
         assert sys.modules["flash_attn"] is None and not flash_attn_npu.installed()
         with flash_attn_npu.install(force=True):
             import flash_attn
-            assert flash_attn is flash_attn_npu
+            assert flash_attn.flash_attn_func is flash_attn_npu.flash_attn_func
         assert sys.modules["flash_attn"] is None
         """
     )
@@ -305,7 +305,7 @@ def test_placeholders_give_way_for_good(script: Script, placeholder: str) -> Non
             import flash_attn_npu
             with flash_attn_npu.install():
                 import flash_attn.bert_padding, flash_attn.flash_attn_interface
-                assert flash_attn is flash_attn_npu
+                assert flash_attn.flash_attn_func is flash_attn_npu.flash_attn_func
                 assert flash_attn.bert_padding is flash_attn_npu.bert_padding
                 assert flash_attn.flash_attn_interface is flash_attn_npu.flash_attn_interface
             assert not [name for name in sys.modules if name.split(".")[0] == "flash_attn"]
@@ -331,7 +331,7 @@ def test_a_second_install_evicts_placeholders_that_came_after_the_first(script: 
         sys.modules["flash_attn"] = types.ModuleType("flash_attn")
         flash_attn_npu.install()
         import flash_attn
-        assert flash_attn is flash_attn_npu
+        assert flash_attn.flash_attn_func is flash_attn_npu.flash_attn_func
         """
     )
 
@@ -375,4 +375,246 @@ def test_a_failure_half_way_leaves_nothing(script: Script) -> None:
             pass
         assert sys.meta_path == finders and not flash_attn_npu.installed()
         """
+    )
+
+
+def test_the_names_under_the_alias_are_upstreams(script: Script) -> None:
+    script(
+        """
+        import inspect
+        import flash_attn_npu
+        from flash_attn_npu.activation.install import MIRRORED
+        from flash_attn_npu.surface import FROZEN
+        flash_attn_npu.install()
+        import flash_attn
+        upstream = {name for name in FROZEN["flash_attn"] if name != "__path__"}
+        assert upstream <= set(dir(flash_attn))
+        extra = {name for name in set(dir(flash_attn)) - upstream if not name.startswith("__")}
+        submodules = {name for name in MIRRORED if name and "." not in name}
+        assert extra <= submodules and inspect.ismodule(flash_attn.bert_padding)
+        for name in upstream:
+            assert getattr(flash_attn, name) is getattr(flash_attn_npu, name)
+
+        import flash_attn_npu.kernels
+        ours = set(dir(flash_attn_npu)) - upstream - submodules
+        ours = {name for name in ours if not name.startswith("__")}
+        assert {"kernels", "policy", "settings", "errors", "activation", "install"} <= ours
+        for name in ours:
+            assert not hasattr(flash_attn, name), name
+            try:
+                exec(f"from flash_attn import {name}")
+            except ImportError as error:
+                assert f"cannot import name {name!r} from 'flash_attn'" in str(error)
+            else:
+                raise AssertionError(name)
+
+        import flash_attn.losses.cross_entropy
+        assert flash_attn.losses is flash_attn_npu.losses
+        """
+    )
+
+
+def test_why_a_module_is_absent_is_said_by_its_import_alone(script: Script) -> None:
+    out = script(
+        """
+        import importlib, importlib.util
+        import flash_attn_npu
+        flash_attn_npu.install()
+        for name in ("flash_attn.ops.triton.linear", "flash_attn.models.btlm", "flash_attn.cute"):
+            assert importlib.util.find_spec(name) is None
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                assert error.name == name
+                print(error)
+        """
+    )
+    linear, btlm, cute = out.splitlines()
+    assert linear == (
+        "No module named 'flash_attn.ops.triton.linear': Triton kernels, with their launchers and "
+        "tables"
+    )
+    assert btlm.startswith("No module named 'flash_attn.models.btlm': a model that is remote code")
+    assert cute == "No module named 'flash_attn.cute'"
+
+
+def test_a_finder_that_answers_first_is_named_by_the_next_install(script: Script) -> None:
+    out = script(
+        """
+        import importlib.abc, importlib.machinery, logging, sys
+        logging.basicConfig(stream=sys.stdout)
+        import flash_attn_npu
+
+        class Rival(importlib.abc.MetaPathFinder):
+            def __repr__(self):
+                return "a rival of ours"
+            def find_spec(self, name, path=None, target=None):
+                if name == "flash_attn":
+                    return importlib.machinery.ModuleSpec(name, None)
+
+        class Refusing(Rival):
+            def __repr__(self):
+                return "one that refuses"
+            def find_spec(self, name, path=None, target=None):
+                if name == "flash_attn":
+                    raise ImportError("not here")
+
+        flash_attn_npu.install()
+        sys.meta_path.insert(0, importlib.machinery.BuiltinImporter)
+        flash_attn_npu.install()
+        print("nothing before us")
+        sys.meta_path[:0] = [Rival(), Refusing()]
+        flash_attn_npu.install()
+        print("and again")
+        del sys.meta_path[:2]
+        flash_attn_npu.install()
+        """
+    )
+    first, second = out.split("nothing before us\n")
+    said, nothing = second.split("and again\n")
+    assert (first, nothing) == ("", "")
+    assert said.startswith("WARNING:flash_attn_npu:`import flash_attn` does not ask")
+    assert "a rival of ours, one that refuses; take them out" in said
+
+
+def test_clients_that_came_too_early_are_named(script: Script, tmp_path: Path) -> None:
+    clients = tmp_path / "clients"
+    (clients / "diffusers" / "utils").mkdir(parents=True)
+    for package in ("diffusers", "diffusers/utils"):
+        (clients / package / "__init__.py").write_text("")
+    (clients / "diffusers" / "utils" / "import_utils.py").write_text(
+        "import importlib.util\n"
+        "_flash_attn_available = importlib.util.find_spec('flash_attn') is not None\n"
+    )
+    (clients / "model.py").write_text(
+        "try:\n    from flash_attn import flash_attn_func\n"
+        "except ImportError:\n    flash_attn_func = None\n"
+    )
+    program = """
+        import logging, sys
+        logging.basicConfig(stream=sys.stdout)
+        import flash_attn_npu
+        {}
+        import diffusers.utils.import_utils, model
+        {}
+        """
+    early = script(program.format("", "flash_attn_npu.install()"), path=(clients,))
+    assert early.startswith("WARNING:flash_attn_npu:imported before install()")
+    assert "without it: diffusers.utils.import_utils, model; call" in early
+    assert "python -m flash_attn_npu" in early
+    assert script(program.format("flash_attn_npu.install()", ""), path=(clients,)) == ""
+
+
+LAZY = """
+import importlib.util, sys
+
+def lazy(name):
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def asleep(module):
+    return type(module).__name__ == "_LazyModule"
+"""
+
+
+def test_lazy_modules_are_left_asleep(script: Script, real_flash_attn: Path) -> None:
+    (real_flash_attn / "failing.py").write_text("raise RuntimeError('touched')\n")
+    (real_flash_attn / "flash_attn" / "__init__.py").write_text("raise RuntimeError('touched')\n")
+    script(
+        LAZY
+        + textwrap.dedent(
+            """
+            import flash_attn_npu
+            from flash_attn_npu.errors import ActivationError
+            failing = lazy("failing")
+            flash_attn_npu.install().uninstall()
+            real = lazy("flash_attn")
+            try:
+                flash_attn_npu.install()
+            except ActivationError as error:
+                assert "elsewhere" in str(error)
+            else:
+                raise AssertionError
+            with flash_attn_npu.install(force=True):
+                import flash_attn
+                assert flash_attn is not real
+            assert sys.modules["flash_attn"] is real
+            assert asleep(failing) and asleep(real)
+            """
+        ),
+        path=(real_flash_attn,),
+    )
+
+
+def test_what_was_set_aside_comes_back_once(script: Script, real_flash_attn: Path) -> None:
+    script(
+        """
+        import sys
+        import flash_attn, flash_attn_npu
+        flash_attn_npu.install(force=True).uninstall()
+        assert sys.modules.pop("flash_attn") is flash_attn
+        del sys.modules["flash_attn.core"]
+        flash_attn_npu.install().uninstall()
+        assert not [name for name in sys.modules if name.startswith("flash_attn.")]
+        assert "flash_attn" not in sys.modules
+        """,
+        path=(real_flash_attn,),
+    )
+
+
+def test_what_took_the_name_meanwhile_keeps_it(script: Script, real_flash_attn: Path) -> None:
+    script(
+        """
+        import importlib, sys
+        import flash_attn as first, flash_attn_npu
+        module = importlib.import_module("flash_attn_npu.activation.install")
+        flash_attn_npu.install(force=True)
+        restore = module._restore
+        module._restore = lambda: 1 / 0
+        try:
+            flash_attn_npu.uninstall()
+        except ZeroDivisionError:
+            module._restore = restore
+        import flash_attn as second
+        core = sys.modules["flash_attn.core"]
+        assert second is not first and not flash_attn_npu.installed()
+        flash_attn_npu.uninstall()
+        assert sys.modules["flash_attn"] is second and sys.modules["flash_attn.core"] is core
+        """,
+        path=(real_flash_attn,),
+    )
+
+
+def test_a_finder_that_refuses_the_name_loses_nothing(
+    script: Script, real_flash_attn: Path
+) -> None:
+    script(
+        """
+        import importlib.abc, sys
+        import flash_attn, flash_attn_npu
+
+        class Refusing(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name == "flash_attn":
+                    raise RuntimeError("no")
+
+        def state():
+            return list(sys.meta_path), {
+                name: module for name, module in sys.modules.items() if "flash_attn." in f"{name}."
+            }
+
+        sys.meta_path.insert(0, Refusing())
+        before = state()
+        try:
+            flash_attn_npu.install(force=True)
+        except RuntimeError:
+            pass
+        else:
+            raise AssertionError
+        assert not flash_attn_npu.installed() and state() == before
+        """,
+        path=(real_flash_attn,),
     )
