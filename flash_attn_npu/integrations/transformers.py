@@ -112,7 +112,8 @@ def _on_flash(module: ModuleType) -> None:
 
 def _on_forward(module: ModuleType) -> None:
     if _has(module, _TARGET):
-        _stand_in(module, _TARGET, _target_without_linear)
+        # whoever may have replaced it is asked first, and theirs may ask transformers' own
+        _changes.set(vars(module), _TARGET, _target_without_linear(getattr(module, _TARGET)))
 
 
 def _on_npu(module: ModuleType) -> None:
