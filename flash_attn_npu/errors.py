@@ -12,6 +12,7 @@ __all__ = [
     "ArgumentTypeError",
     "UnsupportedError",
     "explain",
+    "printable",
     "renamed",
 ]
 
@@ -60,9 +61,10 @@ class ActivationError(_ExplainedError, RuntimeError):
 
 
 def explain(argument: str, came: object, allowed: str, remedy: str) -> Explanation:
-    """`q: got ...; allowed: ...; to fix it: ...`, the shape of every message."""
+    """`q: got ...; allowed: ...; to fix it: ...`, the shape of every message, in one line."""
+    came, allowed, remedy = printable(came), printable(allowed), printable(remedy)
     message = Explanation(f"{argument}: got {came}; allowed: {allowed}; to fix it: {remedy}")
-    message.argument, message.came = argument, str(came)
+    message.argument, message.came = argument, came
     message.allowed, message.remedy = allowed, remedy
     return message
 
@@ -79,3 +81,11 @@ def renamed(error: Exception, names: dict[str, str]) -> Exception:
     else:
         remedy = remedy.replace(old, new)
     return type(error)(explain(new, error.came, error.allowed or "", remedy))
+
+
+def printable(text: object) -> str:
+    """`text` with line ends and other control characters as escapes: nobody may forge a line."""
+    told = str(text)
+    if told.isprintable():
+        return told
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from .errors import UnsupportedError, explain
+from .errors import UnsupportedError, explain, printable
 from .memory import Memo
 from .settings import fallback_policy
 
@@ -58,4 +58,4 @@ def permit(
         return
     _warned.put(key, True)
     level = logging.WARNING if device.type == "npu" else logging.INFO
-    logger.log(level, "`%s` %s: %s", function, detour or COMPOSED, "; ".join(reasons))
+    logger.log(level, "`%s` %s: %s", function, detour or COMPOSED, printable("; ".join(reasons)))

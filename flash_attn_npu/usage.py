@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from .errors import printable
 from .memory import snapshot
 
 __all__ = ["Report", "Tally", "report", "reporting", "summary", "tally"]
@@ -35,7 +36,12 @@ class Report:
             return "flash_attn_npu has served no call"
         rows = [("function", "kernel", "calls", "why not fused")]
         rows += [
-            (entry.function, entry.kernel, str(entry.calls), "; ".join(entry.reasons))
+            (
+                printable(entry.function),
+                printable(entry.kernel),
+                str(entry.calls),
+                printable("; ".join(entry.reasons)),
+            )
             for entry in self.tallies
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]

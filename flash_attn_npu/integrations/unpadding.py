@@ -57,7 +57,7 @@ class _MaskReading:
         """One query per row, padded or not: a decoding step."""
         known = self._queries
         if known is None or known[0] != 1:
-            ones = torch.ones(len(self._kept), 1, dtype=torch.bool)
+            ones = torch.ones(len(self._kept), 1, dtype=torch.bool, device="cpu")
             rows = self._ragged(ones)
             # transformers indexes with the int32 cu_seqlens here
             self._queries = known = (1, rows._replace(indices=rows.cu_seqlens[:-1]))

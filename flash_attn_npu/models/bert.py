@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bert_padding import index_first_axis, index_first_axis_residual, pad_input, unpad_input
-from ..errors import ArgumentError, UnsupportedError, explain
+from ..errors import ArgumentError, UnsupportedError, explain, printable
 from ..kernels.gates import widened
 from ..losses.cross_entropy import CrossEntropyLoss
 from ..modules.block import Block
@@ -141,8 +141,10 @@ class BertPreTrainedModel(nn.Module):
         missing = sorted(names - state.keys())
         _require_trunk(model_name, [name for name in missing if _TRUNK.match(name)])
         if missing:
-            logger.warning("%s lacks, so they are random: %s", model_name, ", ".join(missing))
-        logger.info("not used of %s: %s", model_name, sorted(state.keys() - names))
+            told = printable(", ".join(missing))
+            logger.warning("%s lacks, so they are random: %s", printable(model_name), told)
+        left = sorted(state.keys() - names)
+        logger.info("not used of %s: %s", printable(model_name), left)
         model.load_state_dict(state, strict=False)
         return model
 

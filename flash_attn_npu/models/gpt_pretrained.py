@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError, explain
+from ..errors import UnsupportedError, explain, printable
 from ..utils.checkpoint_files import read_json
 from .gpt_blocks import registry
 
@@ -88,7 +88,7 @@ class GPTPreTrainedModel(nn.Module):
         if world_size > 1:
             state = names.shard_state_dict_tp(state, config, world_size, rank)
         outcome = model.load_state_dict(state, strict=strict)
-        names.logger.info("loaded %s: %s", model_name, outcome)
+        names.logger.info("loaded %s: %s", printable(model_name), printable(outcome))
         return model
 
 

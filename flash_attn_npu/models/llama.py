@@ -176,10 +176,10 @@ def llama_config_to_gpt2_config(llama_config: Any) -> Any:
     )
 
 
-NAMES = "checkpoint_path, model_name"
-OPTIONAL = ("n_kv_heads", "rope_theta", "ffn_dim_multiplier", "multiple_of")
+_NAMES = "checkpoint_path, model_name"
+_OPTIONAL = ("n_kv_heads", "rope_theta", "ffn_dim_multiplier", "multiple_of")
 """What params.json may leave out."""
-FRACTIONS = ("norm_eps", "rope_theta", "ffn_dim_multiplier")
+_FRACTIONS = ("norm_eps", "rope_theta", "ffn_dim_multiplier")
 
 
 def config_from_meta_checkpoint(checkpoint_path: str | os.PathLike[str], model_name: str) -> Any:
@@ -197,7 +197,7 @@ def config_from_meta_checkpoint(checkpoint_path: str | os.PathLike[str], model_n
     """
     folder = Path(checkpoint_path) / model_name
     file = _existing(folder, "params.json")
-    params = read_json(NAMES, file)
+    params = read_json(_NAMES, file)
     require(
         not params.get("use_scaled_rope", False),
         "use_scaled_rope",
@@ -206,9 +206,9 @@ def config_from_meta_checkpoint(checkpoint_path: str | os.PathLike[str], model_n
         "take the model of transformers",
     )
     needed = ("dim", "n_heads", "n_layers", "norm_eps")
-    given = [key for key in OPTIONAL if params.get(key) is not None]
+    given = [key for key in _OPTIONAL if params.get(key) is not None]
     numbers = {
-        key: positive(NAMES, file, params, key, key in FRACTIONS) for key in (*needed, *given)
+        key: positive(_NAMES, file, params, key, key in _FRACTIONS) for key in (*needed, *given)
     }
     heads = numbers["n_heads"]
     config = _package("transformers").LlamaConfig(
@@ -234,7 +234,7 @@ def config_from_hf_checkpoint(checkpoint_path: str | os.PathLike[str], model_nam
     Contract: flash-attention 2.8, `config_from_hf_checkpoint`.
     """
     file = _existing(Path(checkpoint_path) / f"{model_name}-hf", "config.json")
-    read_json(NAMES, file)
+    read_json(_NAMES, file)
     return _package("transformers").LlamaConfig.from_pretrained(file.parent)
 
 
@@ -278,7 +278,7 @@ def state_dicts_from_checkpoint(
     names = [n for n, parts in numbered.items() if len(parts) == 3 and parts[1].isdecimal()]
     names.sort(key=lambda name: int(numbered[name][1]))
     files = [_existing(folder, name) for name in names or ["consolidated.00.pth"]]
-    return [load_tensors(NAMES, file) for file in files]
+    return [load_tensors(_NAMES, file) for file in files]
 
 
 def _joined(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -324,8 +324,8 @@ def _intermediate(params: Mapping[str, Any]) -> int:
 def _vocabulary(folder: Path, params: Mapping[str, Any]) -> int:
     told = params.get("vocab_size", -1)
     if told is not None and told != -1:
-        return int(positive(NAMES, folder / "params.json", dict(params), "vocab_size"))
-    tokenizer = inside(NAMES, folder, "tokenizer.model")
+        return int(positive(_NAMES, folder / "params.json", dict(params), "vocab_size"))
+    tokenizer = inside(_NAMES, folder, "tokenizer.model")
     if not tokenizer.is_file():
         return 32000
     processor = _package("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer))
@@ -333,12 +333,12 @@ def _vocabulary(folder: Path, params: Mapping[str, Any]) -> int:
 
 
 def _existing(folder: Path, name: str) -> Path:
-    file = inside(NAMES, folder, name)
+    file = inside(_NAMES, folder, name)
     if file.is_file():
         return file
     raise ArgumentError(
         explain(
-            NAMES,
+            _NAMES,
             f"{folder}, without {name}",
             "a folder with the files of a checkpoint",
             "check both names, and the format of the checkpoint",

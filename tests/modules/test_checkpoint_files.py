@@ -13,6 +13,7 @@ import torch
 
 from flash_attn_npu.errors import ArgumentError
 from flash_attn_npu.models import gpt, llama
+from flash_attn_npu.usage import Report, Tally
 from flash_attn_npu.utils.pretrained import state_dict_from_pretrained
 
 SECRET = {"secret": torch.ones(2)}
@@ -201,3 +202,34 @@ def test_parts_of_a_checkpoint_of_metas(folder: Path) -> None:
     (folder / "consolidated.01.pth").symlink_to(folder.parent / "secret.bin")
     with pytest.raises(ArgumentError, match=r"consolidated.01.pth: it links to "):
         llama.state_dicts_from_checkpoint(folder.parent, "model")
+
+
+def test_a_name_forges_no_line_of_a_message(tmp_path: Path) -> None:
+    _index(tmp_path, "a\nERROR: all is lost\x1b[31m.bin")
+    with pytest.raises(ArgumentError) as raised:
+        state_dict_from_pretrained(tmp_path)
+    assert str(raised.value).isprintable()
+    assert r"a\nERROR: all is lost\x1b[31m.bin" in str(raised.value)
+    with pytest.raises(ArgumentError) as raised:
+        state_dict_from_pretrained(tmp_path / "no\nfolder/of\nmine\0")
+    assert str(raised.value).isprintable()
+    tallies = [Tally("one\ntwo", "torch", ("be\rcause",), 1), Tally("three", "torch", (), 2)]
+    assert str(Report(tallies)).splitlines()[1] == r"one\ntwo  torch   1      be\rcause"
+    assert len(str(Report(tallies)).splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\r\x1b[2Kb", "a\u2028b"])
+def test_what_is_logged_of_a_checkpoint_is_one_line(
+    folder: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    named = folder / text
+    named.mkdir()
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=8, n_positions=4)
+    (named / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    transformers.GPT2LMHeadModel(config).save_pretrained(named, safe_serialization=True)
+    with caplog.at_level("INFO"):
+        gpt.GPTLMHeadModel.from_pretrained(named, config)
+    loaded = [r.getMessage() for r in caplog.records if "loaded " in r.getMessage()]
+    assert len(loaded) == 1
+    assert loaded[0].isprintable()
