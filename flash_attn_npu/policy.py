@@ -50,7 +50,7 @@ def permit(
                 function,
                 "; ".join(reasons),
                 "calls that a fused kernel serves, under the fallback policy `error`",
-                "change the argument, or allow exact composed operations with `warn`",
+                f"change what is named here, or allow composed operations by {_setting('warn')}",
             )
         )
     key = (function, reasons)
@@ -58,4 +58,15 @@ def permit(
         return
     _warned.put(key, True)
     level = logging.WARNING if device.type == "npu" else logging.INFO
-    logger.log(level, "`%s` %s: %s", function, detour or COMPOSED, printable("; ".join(reasons)))
+    logger.log(
+        level,
+        "flash_attn_npu: `%s` %s: %s (no more of this: %s; an error instead: `error`)",
+        function,
+        detour or COMPOSED,
+        printable("; ".join(reasons)),
+        _setting("allow"),
+    )
+
+
+def _setting(policy: str) -> str:
+    return f'flash_attn_npu.fallback("{policy}") or FLASH_ATTN_NPU_FALLBACK={policy}'

@@ -143,6 +143,9 @@ def same(argument: str, what: str, came: object, expected: object) -> None:
     """Raise ArgumentError unless the dtype, device or headdim of the argument is that of q."""
     if came != expected:
         remedy = f"{argument} = {argument}.to(q.{what})" if what != "headdim" else "pad the shorter"
+        if what == "dtype" and getattr(came, "itemsize", 4) < getattr(expected, "itemsize", 0):
+            # the other way round the whole call would be computed in the wider dtype
+            remedy = f"q = q.to({argument}.dtype), the narrower one"
         raise ArgumentError(
             explain(argument, f"{what} {came}", f"the {what} of q, {expected}", remedy)
         )

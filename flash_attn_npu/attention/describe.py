@@ -183,12 +183,15 @@ def _check_tensors(q: Facts, k: Facts, v: Facts, layout: str, rank: int) -> None
 
 def _check_lengths(side: str, facts: Facts, lengths: Lengths, max_seqlen: int) -> None:
     if lengths.total > facts.shape[0]:
+        remedy = f"let cu_seqlens_{side} end at the number of rows that hold tokens"
+        if lengths.total == facts.shape[1]:
+            remedy = f"heads first? pass {side}.transpose(0, 1), (total, nheads, headdim)"
         raise ArgumentError(
             explain(
                 f"cu_seqlens_{side}",
                 f"a last entry of {lengths.total}",
                 f"at most {facts.shape[0]}, the rows of {side}",
-                f"let cu_seqlens_{side} end at the number of rows that hold tokens",
+                remedy,
             )
         )
     if max_seqlen < lengths.longest:

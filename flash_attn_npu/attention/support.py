@@ -45,7 +45,7 @@ class Cell:
 
 
 NATIVE = Cell()
-ROUNDED_BIAS = Cell("it takes a bias in the dtype of q only, which rounds it")
+ROUNDED_BIAS = Cell("it takes a bias in the dtype of q only, which rounds that of alibi_slopes")
 
 
 @dataclass(frozen=True)
@@ -143,24 +143,24 @@ TABLE: tuple[Row, ...] = (
     Row(
         "varlen, window_size (0, 0), with gradient or dropout",
         lambda p: p.varlen and p.left == p.right == 0 and p.needs_grad,
-        fusion=Cell("its packed backward demands left + right > 0"),
+        fusion=Cell("its packed backward demands a window_size with left + right > 0"),
     ),
     Row("softmax_lse (return_attn_probs)", lambda p: p.uses_lse),
-    Row("dropout_p", lambda p: p.dropout_p > 0, infer=Cell("it has no dropout")),
+    Row("dropout_p", lambda p: p.dropout_p > 0, infer=Cell("it has no dropout_p")),
     Row(
         "S_dmask (dropout_p with return_attn_probs)",
         lambda p: p.s_dmask,
-        fusion=Cell("it does not return probabilities"),
+        fusion=Cell("it does not return probabilities, as return_attn_probs asks for"),
     ),
     Row(
         "backward of a dropout mask drawn by blockwise",
         lambda p: p.mask_from == BLOCKWISE,
-        fusion=Cell("it can repeat its own dropout masks only"),
+        fusion=Cell("it can repeat its own dropout masks only, not that of rng_state"),
     ),
     Row(
         "backward of a dropout mask drawn by npu_fusion_attention",
         lambda p: p.mask_from == FUSION,
-        blockwise=Cell("it can repeat its own dropout masks only"),
+        blockwise=Cell("it can repeat its own dropout masks only, not that of rng_state"),
     ),
     Row("deterministic", lambda p: p.deterministic),
     Row(
@@ -177,24 +177,24 @@ TABLE: tuple[Row, ...] = (
     Row(
         "alibi_slopes, lengths that differ by a common offset",
         lambda p: p.alibi and bool(p.common_offset) and not _offset_allowed(p),
-        fusion=Cell("its ALiBi is documented for seqlen_q = seqlen_k only"),
+        fusion=Cell("its alibi_slopes are documented for seqlen_q = seqlen_k only"),
         infer=ROUNDED_BIAS,
     ),
     Row(
         "alibi_slopes, lengths that differ otherwise",
         lambda p: p.alibi and p.common_offset is None,
-        fusion=Cell("its ALiBi knows no offset for each sequence"),
+        fusion=Cell("its alibi_slopes know no offset for each sequence"),
         infer=ROUNDED_BIAS,
     ),
     Row(
         "alibi_slopes, sequences of length 0",
         lambda p: p.alibi and 0 in (*p.seqlens_q, *p.seqlens_k),
-        fusion=Cell("its ALiBi takes no sequence of length 0"),
+        fusion=Cell("with alibi_slopes it takes no sequence of length 0"),
     ),
     Row(
         "alibi_slopes, varlen, softmax_lse",
         lambda p: p.alibi and p.varlen and p.uses_lse,
-        fusion=Cell("its ALiBi returns packed statistics in one block per sequence"),
+        fusion=Cell("with alibi_slopes it returns packed statistics in one block per sequence"),
     ),
     Row("sink (transformers' s_aux)", lambda p: p.sink, infer=Cell("its sink is not used yet")),
     Row(
@@ -210,7 +210,7 @@ TABLE: tuple[Row, ...] = (
     Row(
         "sink, alibi_slopes",
         lambda p: p.sink and p.alibi,
-        fusion=Cell("its ALiBi and its sink are not documented together"),
+        fusion=Cell("alibi_slopes and a sink are not documented together"),
     ),
     Row(
         "sink, Ascend 950",
@@ -241,17 +241,17 @@ TABLE: tuple[Row, ...] = (
     Row(
         "keys in a cache that is not contiguous",
         lambda p: p.pages is not None and not p.pages.contiguous,
-        infer=Cell("it takes contiguous caches only"),
+        infer=Cell("it takes a contiguous k_cache and v_cache only"),
     ),
     Row(
         "keys in a cache, cache_leftpad",
         lambda p: p.pages is not None and p.pages.padded,
-        infer=Cell("its pages start at their first position"),
+        infer=Cell("it takes no cache_leftpad: its pages start at their first position"),
     ),
     Row(
         "keys in a cache, shared pages in a full cache",
         lambda p: p.pages is not None and p.pages.shared,
-        infer=Cell("it wants as many pages as its sequences use together"),
+        infer=Cell("it wants as many pages as the sequences of block_table use together"),
     ),
     Row(
         f"keys in a cache, nheads_k * headdim above {MAX_PAGE_WIDTH}",

@@ -130,10 +130,15 @@ TABLE: tuple[Rule, ...] = (
         lambda p: p.bias_dtype is not None,
         "it takes no bias",
     ),
-    Rule(NORMS, "norm with x1", lambda p: p.branches > 1, "it adds two tensors at most"),
-    Rule(NORMS, "norm with weight1", lambda p: p.outputs > 1, "it applies one weight"),
-    Rule(NORMS, "norm with rowscale or layerscale", lambda p: p.scaled, "it scales nothing"),
-    Rule(NORMS, "norm with dropout_p", lambda p: p.dropout, "it has no dropout"),
+    Rule(NORMS, "norm with x1", lambda p: p.branches > 1, "it adds two tensors at most, no x1"),
+    Rule(NORMS, "norm with weight1", lambda p: p.outputs > 1, "it applies one weight, no weight1"),
+    Rule(
+        NORMS,
+        "norm with rowscale or layerscale",
+        lambda p: p.scaled,
+        "it has no rowscale and layerscale",
+    ),
+    Rule(NORMS, "norm with dropout_p", lambda p: p.dropout, "it has no dropout_p"),
     Rule(
         NORMS,
         "norm in layer_norm_linear_fn, of a subset of rows, or by an autograd class",
@@ -146,7 +151,12 @@ TABLE: tuple[Rule, ...] = (
         lambda p: p.dtype == torch.float16,
         "a sum above 65504 would be lost before the norm",
     ),
-    Rule(NORMS, "norm with out or residual_out", lambda p: p.buffers, "it returns new tensors"),
+    Rule(
+        NORMS,
+        "norm with out or residual_out",
+        lambda p: p.buffers,
+        "it takes no out and no residual_out",
+    ),
     Rule(
         (SWIGLU,),
         "swiglu of other than halves of one tensor",
@@ -188,25 +198,25 @@ TABLE: tuple[Rule, ...] = (
         (CROSS_ENTROPY,),
         "lse_square_scale",
         lambda p: p.lse_square_scale != 0,
-        "its z-loss is documented as not supported",
+        "its lse_square_scale is documented as not supported",
     ),
     Rule(
         (CROSS_ENTROPY,),
         "precomputed_lse",
         lambda p: p.precomputed,
-        "it computes the lse itself",
+        "it takes no precomputed_lse",
     ),
     Rule(
         (CROSS_ENTROPY,),
         "cross entropy over a process group",
         lambda p: p.parallel,
-        "it sees the classes of one rank",
+        "it takes no process_group",
     ),
     Rule(
         (CROSS_ENTROPY,),
         "inplace_backward",
         lambda p: p.inplace_backward,
-        "it keeps log-probabilities of the size of the logits",
+        "inplace_backward would gain nothing: it keeps as much as the logits",
     ),
 )
 

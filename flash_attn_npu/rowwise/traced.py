@@ -38,7 +38,7 @@ def _note(
         try:
             policy.permit(function, torch.device(device), reasons)
         except UnsupportedError as error:
-            raise _refusal()(str(error)) from None
+            raise _refusal()(error) from None
     usage.tally(f"{function} (compiled)", operator, reasons).calls += 1
 
 
@@ -54,8 +54,9 @@ def _refusal() -> Any:
     class RefusedError(UnsupportedError, Unsupported):
         """A call that the policy refuses, found while tracing."""
 
-        def __init__(self, message: str) -> None:
-            Unsupported.__init__(self, message)
+        def __init__(self, error: UnsupportedError) -> None:
+            Unsupported.__init__(self, str(error))
+            self.__dict__.update(vars(error))
 
     RefusedError.__name__ = RefusedError.__qualname__ = UnsupportedError.__name__
     return RefusedError

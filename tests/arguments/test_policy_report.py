@@ -26,9 +26,7 @@ from flash_attn_npu import (
     reporting,
     settings,
 )
-from flash_attn_npu.attention import dispatch, support
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
-from flash_attn_npu.integrations.transformers import npu_flash_attn_func
 from flash_attn_npu.memory import forget_all
 from flash_attn_npu.settings import fallback_policy
 
@@ -36,7 +34,9 @@ DENSE = Problem(((9, 13),) * 2, nheads_k=2, group=2, headdim=16, dtype=torch.flo
 DIAGONAL = Problem(((5, 8), (9, 9)), 2, 2, 16, torch.bfloat16, window_size=(0, 0))
 CAPPED = {"softcap": 5.0}
 NO_SOFTCAP = "npu_fusion_attention: no Ascend kernel has softcap"
-NO_DIAGONAL = "npu_fusion_attention: its packed backward demands left + right > 0"
+NO_DIAGONAL = (
+    "npu_fusion_attention: its packed backward demands a window_size with left + right > 0"
+)
 OFF_NPU = "npu_fusion_attention: it runs on Ascend NPUs only"
 
 
@@ -118,7 +118,9 @@ def test_warn_says_each_reason_once_for_each_function(npu, said, function):
     (record,) = said.records
     assert (record.name, record.levelno) == ("flash_attn_npu", logging.WARNING)
     assert record.getMessage() == (
-        f"`{function.__name__}` is composed of torch operations, exact but not fused: {NO_SOFTCAP}"
+        f"flash_attn_npu: `{function.__name__}` is composed of torch operations, exact but not "
+        f'fused: {NO_SOFTCAP} (no more of this: flash_attn_npu.fallback("allow") or '
+        "FLASH_ATTN_NPU_FALLBACK=allow; an error instead: `error`)"
     )
     forward(function, DENSE, npu, dropout_p=0.2, return_attn_probs=True)
     assert len(said.records) == 2
@@ -146,7 +148,7 @@ def test_a_call_and_its_backward_say_it_once(npu, said, function, problem, chang
     for _ in range(2):
         with_gradients(function, problem, npu, **changes)
     (record,) = said.records
-    assert record.getMessage().startswith(f"`{function.__name__}`")
+    assert record.getMessage().startswith(f"flash_attn_npu: `{function.__name__}` is")
     assert reason in record.getMessage()
 
 
@@ -316,67 +318,6 @@ def test_a_composed_backward_is_counted_by_itself(npu):
         ("flash_attn_varlen_func", "blockwise", (NO_DIAGONAL,), 1),
         ("flash_attn_varlen_func (backward)", "blockwise", (NO_DIAGONAL,), 1),
     ]
-
-
-OFF_DIAGONAL = "npu_fusion_attention: its ALiBi knows no offset for each sequence"
-SINK_DTYPE = "npu_fusion_attention: it takes a sink with float16 and bfloat16 only"
-
-
-def _sunk(device: torch.device, **options) -> torch.Tensor:
-    q = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
-    sink = torch.zeros(4, device=device, requires_grad=True)
-    return npu_flash_attn_func(q, q, q, s_aux=sink, **options)
-
-
-def _sloped(device: torch.device, **options) -> torch.Tensor:
-    q, k = (torch.randn(n, 4, 16, device=device, requires_grad=True) for n in (14, 17))
-    slopes = torch.rand(4).to(device)
-    return flash_attn_varlen_func(
-        q, k, k, [0, 5, 14], [0, 8, 17], 9, 9, alibi_slopes=slopes, **options
-    )
-
-
-def _dense(device: torch.device, **options) -> torch.Tensor:
-    q = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
-    return flash_attn_func(q, q, q, **options)
-
-
-DECISIONS = {
-    "softcap": (_dense, CAPPED, (NO_SOFTCAP,)),
-    "sink in float32": (_sunk, {}, (SINK_DTYPE,)),
-    "packed ALiBi": (_sloped, {}, (OFF_DIAGONAL,)),
-    "packed ALiBi, deterministic": (
-        _sloped,
-        {"deterministic": True},
-        (f"{OFF_DIAGONAL}, its ALiBi returns packed statistics in one block per sequence",),
-    ),
-    "fused": (_dense, {}, ()),
-    "fused, deterministic": (_dense, {"deterministic": True}, ()),
-    "dropout": (_dense, {"dropout_p": 0.5, "softcap": 5.0}, (NO_SOFTCAP,)),
-}
-
-
-@pytest.mark.parametrize("name", DECISIONS)
-def test_a_call_is_decided_once(npu, monkeypatch, name):
-    """With the reasons that decided, and no others: nobody asked for softmax_lse."""
-    run, options, reasons = DECISIONS[name]
-    forget_all()
-    decided = []
-
-    def refusals(kernel, problem):
-        if kernel == support.FUSION:
-            decided.append(problem)
-        return support.refusals(kernel, problem)
-
-    monkeypatch.setattr(dispatch, "refusals", refusals)
-    with reporting() as region:
-        run(npu, **options).sum().backward()
-        run(npu, **options).sum().backward()
-    forget_all()
-    assert len(decided) == 1
-    assert {x.reasons for x in region.tallies} == {reasons}
-    forward = [x for x in region.tallies if not x.function.endswith(" (backward)")]
-    assert [x.calls for x in forward] == [2]
 
 
 def test_regions_nest_and_survive_errors(device):

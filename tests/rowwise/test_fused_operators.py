@@ -339,7 +339,7 @@ def test_a_label_that_is_no_class_is_nan(npu: torch.device) -> None:
 
 REASONS: dict[str, tuple[str, Callable[[torch.device], Any]]] = {
     "norm": (
-        "npu_rms_norm: it has no dropout",
+        "npu_rms_norm: it has no dropout_p",
         lambda device: rms_norm_fn(
             torch.randn(2, 8, device=device), torch.ones(8, device=device), None, dropout_p=0.5
         ),
@@ -368,7 +368,7 @@ REASONS: dict[str, tuple[str, Callable[[torch.device], Any]]] = {
         ),
     ),
     "loss": (
-        "npu_cross_entropy_loss: its z-loss is documented as not supported",
+        "npu_cross_entropy_loss: its lse_square_scale is documented as not supported",
         lambda device: cross_entropy_loss(
             torch.randn(2, 5, device=device),
             torch.tensor([1, 2]).to(device),
