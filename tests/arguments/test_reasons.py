@@ -8,7 +8,7 @@ import torch
 from flash_attn_npu import fallback, flash_attn_func, flash_attn_varlen_func, reporting
 from flash_attn_npu.attention import dispatch, support
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
-from flash_attn_npu.integrations.transformers import npu_flash_attn_func
+from flash_attn_npu.integrations.stand_ins import npu_flash_attn_func
 from flash_attn_npu.memory import forget_all
 from flash_attn_npu.rowwise import support as rowwise
 

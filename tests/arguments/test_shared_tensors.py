@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_attn_npu import flash_attn_func
 from flash_attn_npu.attention import call
-from flash_attn_npu.integrations.transformers import npu_flash_attn_func
+from flash_attn_npu.integrations.stand_ins import npu_flash_attn_func
 from flash_attn_npu.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
 from flash_attn_npu.ops.activations import bias_gelu_impl, swiglu
 from flash_attn_npu.ops.layer_norm import (

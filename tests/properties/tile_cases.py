@@ -19,7 +19,7 @@ from strategies import Problem
 from torch import Tensor
 
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func
-from flash_attn_npu.integrations.transformers import npu_flash_attn_func, npu_flash_attn_varlen_func
+from flash_attn_npu.integrations.stand_ins import npu_flash_attn_func, npu_flash_attn_varlen_func
 from flash_attn_npu.kernels import tiles
 
 Named = dict[str, Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flash_attn_npu import install, reporting
 from flash_attn_npu.errors import ArgumentError
-from flash_attn_npu.integrations.transformers import (
+from flash_attn_npu.integrations.stand_ins import (
     npu_flash_attn_func,
     npu_flash_attn_varlen_func,
 )
