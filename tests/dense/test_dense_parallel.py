@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dense_ranks import Answer, refusals, run_function, run_module, run_plain_module, sizes
+from dense_reference import assert_close_enough
 from parallel import world
 from parallel.world import per_rank
 from torch import Tensor, nn
@@ -271,12 +273,24 @@ def test_embeddings(scattered: bool, flat: bool, positions: int) -> None:
         torch.testing.assert_close(answer.gradients, want)
 
 
+def two_halves(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+    """The MLP as two ranks compute it, in torch's operations."""
+    hidden = (
+        F.gelu(F.linear(x, *half), approximate="tanh")
+        for half in zip(fc1.weight.chunk(2), fc1.bias.chunk(2), strict=True)
+    )
+    halves = zip(hidden, fc2.weight.chunk(2, dim=1), (fc2.bias, None), strict=True)
+    first, second = (F.linear(*half) for half in halves)
+    return first + second
+
+
 @each_mode
 def test_autocast(scattered: bool) -> None:
+    torch.manual_seed(0)
     make, options, splits = MODULES["ParallelFusedMLP, gelu_approx, 0"]
     whole = make(process_group=None, **options)
     x = torch.randn(4, 4)
-    want, dout = whole_answer(whole, x)
+    dout = torch.randn(4, options.get("out_features", 4))
     answers = world.run(
         run_module,
         make,
@@ -287,14 +301,27 @@ def test_autocast(scattered: bool) -> None:
         None,
         torch.bfloat16,
     )
-    close = partial(torch.testing.assert_close, rtol=0.05, atol=0.05)
-    for answer, gradients in zip(answers, states(want.gradients, splits), strict=True):
+    with torch.autocast("cpu", torch.bfloat16):
+        leaf = x.clone().requires_grad_()
+        out = two_halves(leaf, whole.fc1, whole.fc2)
+        out.backward(dout.to(out.dtype))
+    gradients = {name: p.grad.clone() for name, p in whole.named_parameters()}
+    plain = Answer(out.detach(), leaf.grad, gradients)
+    exact, _ = whole_answer(
+        copy.deepcopy(whole).double().requires_grad_(), x.double(), dout.double()
+    )
+    of_ranks = (states(answer.gradients, splits) for answer in (exact, plain))
+    for answer, *wanted in zip(answers, *of_ranks, strict=True):
         assert answer.out.dtype == torch.bfloat16
         assert answer.dx.dtype == torch.float32
-        close(answer.gradients, gradients)
+        for name, grad in answer.gradients.items():
+            assert_close_enough(grad, *(gradients[name] for gradients in wanted))
+        if not scattered:
+            assert_close_enough(answer.out, exact.out, plain.out)
+            assert_close_enough(answer.dx, exact.dx, plain.dx)
     if scattered:
-        close(torch.cat([answer.out for answer in answers]).float(), want.out)
-        close(torch.cat([answer.dx for answer in answers]), want.dx)
+        assert_close_enough(torch.cat([a.out for a in answers]), exact.out, plain.out)
+        assert_close_enough(torch.cat([a.dx for a in answers]), exact.dx, plain.dx)
 
 
 def test_what_each_rank_holds() -> None:

@@ -162,5 +162,11 @@ def test_second_derivatives_are_refused() -> None:
 def test_the_result_may_be_changed_in_place() -> None:
     leaves = drawn("", torch.device("cpu"), torch.float32)
     out = call(leaves, False, False)["out"]
+    untouched = out.detach().clone()
     out += 1
-    out.sum().backward()
+    assert torch.equal(out, untouched + 1)
+    got = torch.autograd.grad(out.sum(), list(leaves.values()))
+    again = call(leaves, False, False)["out"].sum()
+    wanted = torch.autograd.grad(again, list(leaves.values()))
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+    assert all(grad.ne(0).any() for grad in got)
