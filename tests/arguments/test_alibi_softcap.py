@@ -155,6 +155,22 @@ def test_a_common_offset_is_fused_where_the_setting_allows_it(
         assert (launch.arguments["q_start_idx"], launch.arguments["kv_start_idx"]) == ([3], [0])
 
 
+@slopes_kinds
+@pytest.mark.parametrize(
+    ("options", "start"),
+    # distances count from the first query that sees a key: its position after that of key 0
+    [({"causal": True}, None), ({"window_size": (3, 2)}, [-2])],
+    ids=str,
+)
+def test_a_common_offset_of_more_queries_is_fused_there_too(
+    npu, alibi_offset, per_sequence, options, start
+):
+    problem, more = case(((8, 5), (12, 9), (7, 4)), per_sequence, BF16, **options)
+    launches = check(flash_attn_varlen_func, problem, more, npu)
+    assert [x.name for x in launches] == [FORWARDS[1], GRADIENTS[1]]
+    assert all(launch.arguments["q_start_idx"] == start for launch in launches)
+
+
 @pytest.mark.parametrize(
     ("function", "seqlens"),
     [(flash_attn_func, OFFSET), (flash_attn_varlen_func, MIXED)],
