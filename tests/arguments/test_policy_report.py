@@ -104,10 +104,22 @@ def test_error_foresees_the_backward(npu):
     assert len(seen.launches) == 1
 
 
-def test_a_call_without_work_is_never_refused(device):
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=str)
+def test_a_call_without_work_is_never_refused(device, said, options):
     nothing = Problem(((4, 0),) * 2, nheads_k=2, group=2, headdim=16)
-    with fallback("error"):
-        with_gradients(flash_attn_func, nothing, device)
+    call = harness.arguments_for(flash_attn_func, nothing) | {"return_attn_probs": True} | options
+    with fallback("error"), reporting() as region:
+        answer = harness.run(flash_attn_func, call, device)
+        # a single key makes work of it
+        with pytest.raises(UnsupportedError, match=r"softcap|Ascend NPUs only"):
+            forward(flash_attn_func, Problem(((4, 1),) * 2, 2, 2, 16), device, **CAPPED)
+    # the forward and the backward
+    assert sum(tally.calls for tally in region.tallies) == 2
+    assert not said.records
+    shapes = {"out": (2, 4, 4, 16), "dq": (2, 4, 4, 16), "dk": (2, 0, 2, 16), "dv": (2, 0, 2, 16)}
+    for name, shape in shapes.items():
+        assert torch.equal(answer[name].cpu(), torch.zeros(shape))
+    assert torch.equal(answer["softmax_lse"].cpu(), torch.full((2, 4, 4), torch.inf))
 
 
 @pytest.mark.parametrize("function", [flash_attn_func, flash_attn_kvpacked_func])

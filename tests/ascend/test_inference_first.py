@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import reference
 import torch
 
 from flash_attn_npu import flash_attn_varlen_func
@@ -21,4 +24,20 @@ def test_training_after_inference(npu: torch.device, lengths_k: list[int]) -> No
     after = flash_attn_varlen_func(q, k, k, cu_q, cu_k, 6, 6, causal=True)
     after.sum().backward()
     assert torch.equal(before, after)
-    assert q.grad is not None
+    exact, plain = (
+        reference.with_gradients(
+            partial(reference.varlen, attend=attend),
+            *(x.detach().cpu().to(dtype) for x in (q, k, k)),
+            torch.ones(q.shape, dtype=dtype),
+            cu_seqlens_q=cu_q.tolist(),
+            cu_seqlens_k=cu_k.tolist(),
+            max_seqlen_k=6,
+            causal=True,
+        )
+        for dtype, attend in (
+            (torch.float64, reference.attention),
+            (torch.float32, reference.same_precision),
+        )
+    )
+    reference.assert_close_to_reference(after, exact[0].out, plain[0].out, "out")
+    reference.assert_close_to_reference(q.grad, exact[1][0], plain[1][0], "dq")
