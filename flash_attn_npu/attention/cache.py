@@ -93,6 +93,8 @@ class Cache:
                         "pass a longer cache or more pages",
                     )
                 )
+        if self.rows is not None:
+            return
         wrong = wrong_block(self.layout, spans)
         if wrong is not None:
             raise ArgumentError(

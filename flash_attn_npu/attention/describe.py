@@ -31,7 +31,7 @@ def dense_problem(function: str, q: Facts, k: Facts, v: Facts, options: Options)
         q,
         k,
         options,
-        seqlens=((seqlen_q,) * batch, (seqlen_k,) * batch),
+        batch=batch,
         rows=(batch * seqlen_q, batch * seqlen_k),
         lengths=(None, None),
         max_seqlens=(seqlen_q, seqlen_k),
@@ -66,7 +66,7 @@ def varlen_problem(
         q,
         k,
         options,
-        seqlens=(lengths_q.seqlens, lengths_k.seqlens),
+        batch=len(lengths_q.seqlens),
         rows=(q.shape[0], k.shape[0]),
         lengths=(lengths_q, lengths_k),
         max_seqlens=max_seqlens,
@@ -79,13 +79,13 @@ def _problem(
     k: Facts,
     options: Options,
     *,
-    seqlens: tuple[tuple[int, ...], tuple[int, ...]],
+    batch: int,
     rows: tuple[int, int],
     lengths: tuple[Lengths | None, Lengths | None],
     max_seqlens: tuple[int, int],
 ) -> Problem:
     headdim = q.shape[-1]
-    _check_options(options, len(seqlens[0]), q)
+    _check_options(options, batch, q)
     left, right = _normalised_window(options.causal, options.window_size, max_seqlens[1])
     scale = options.softmax_scale
     # 1e-30 is what clients pass to ask for softmax_lse: it drops nothing
@@ -97,8 +97,7 @@ def _problem(
         nheads=q.shape[-2],
         nheads_k=k.shape[-2],
         headdim=headdim,
-        seqlens_q=seqlens[0],
-        seqlens_k=seqlens[1],
+        batch=batch,
         rows_q=rows[0],
         rows_k=rows[1],
         lengths_q=lengths[0],

@@ -55,6 +55,10 @@ class Plan:
     reasons: tuple[str, ...]
     tally: usage.Tally
 
+    @property
+    def nbytes(self) -> int:
+        return self.problem.nbytes
+
     @cached_property
     def backward(self) -> Plan:
         """The same decision for the backward of the call, reported by a name of its own."""
@@ -87,7 +91,7 @@ def decision(*tensors: Tensor) -> Plan | None:
     return found if same else None
 
 
-_plans: Memo[tuple[Any, ...], Plan] = Memo("plans of attention calls", 256)
+_plans: Memo[tuple[Any, ...], Plan] = Memo("plans of attention calls", 256, nbytes=1 << 26)
 recall_plan = _plans.recall
 """The plan that was remembered for a key, None if there is none."""
 

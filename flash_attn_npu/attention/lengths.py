@@ -8,7 +8,7 @@ the same contents. This file reads lengths, and checks what it reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from operator import lt, sub
 from typing import cast
 
 import torch
@@ -47,14 +47,21 @@ class Lengths:
     def __init__(self, cumulative: tuple[int, ...]) -> None:
         self.cumulative = cumulative
         self.ends = list(cumulative[1:])
-        self.seqlens = tuple(after - before for before, after in pairwise(cumulative))
+        self.seqlens = tuple(map(sub, self.ends, cumulative))
         self.total = cumulative[-1]
         self.longest = max(self.seqlens, default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """What its lists take, about."""
+        return 128 * len(self.cumulative)
 
 
 _memo: PerTensorMemo[Lengths] = PerTensorMemo("cumulative lengths of a tensor", MEMO_SIZE)
 _ends_memo: PerTensorMemo[list[int]] = PerTensorMemo("ends of the sequences of a tensor", MEMO_SIZE)
-_interned: Memo[tuple[int, ...], Lengths] = Memo("cumulative lengths by their values", MEMO_SIZE)
+_interned: Memo[tuple[int, ...], Lengths] = Memo(
+    "cumulative lengths by their values", MEMO_SIZE, nbytes=1 << 26
+)
 recall_lengths = _memo.known
 """The lengths remembered of a tensor, None if there are none."""
 
@@ -140,7 +147,7 @@ def _lengths(cumulative: tuple[int, ...], argument: str) -> Lengths:
         return known
     if not cumulative or cumulative[0] != 0:
         complaint = "entries that start at 0"
-    elif any(after < before for before, after in pairwise(cumulative)):
+    elif any(map(lt, cumulative[1:], cumulative)):
         complaint = "entries that never decrease"
     else:
         made = Lengths(cumulative)

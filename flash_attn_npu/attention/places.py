@@ -45,11 +45,18 @@ _where: Memo[tuple[Layout, tuple[Span, ...], torch.device], tuple[Tensor, Tensor
 
 def wrong_block(layout: Layout, spans: Sequence[Span]) -> tuple[int, int] | None:
     """(sequence, block id) of the first id that a span uses and the cache does not have."""
-    sequence, _, page = _walk(layout, tuple(spans))
-    wrong = ((page < 0) | (page >= layout.blocks)).nonzero().flatten()
+    if not layout.ids or (min(layout.ids) >= 0 and max(layout.ids) < layout.blocks):
+        return None
+    bounds = torch.tensor(spans, dtype=torch.int64, device="cpu").view(-1, 2, 1)
+    start, end = bounds[:, 0], bounds[:, 1]
+    ids = torch.tensor(layout.ids, dtype=torch.int64, device="cpu").view(-1, max(layout.width, 1))
+    first = torch.arange(ids.shape[1], device="cpu") * layout.page
+    used = (first + layout.page > start) & (first < end) & (start < end)
+    wrong = (used & ((ids < 0) | (ids >= layout.blocks))).nonzero()
     if not wrong.numel():
         return None
-    return int(sequence[wrong[0]]), int(page[wrong[0]])
+    sequence, column = wrong[0].tolist()
+    return sequence, int(ids[sequence, column])
 
 
 def positions(layout: Layout, spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -59,14 +66,14 @@ def positions(layout: Layout, spans: Sequence[Span], device: torch.device) -> tu
     if known is None:
         # it outlives this call, and a backward cannot save a tensor made in inference mode
         with torch.inference_mode(False):
-            _, position, page = _walk(layout, key[1])
+            position, page = _walk(layout, key[1])
             known = page.to(device), (position % max(layout.page, 1)).to(device)
         _where.put(key, known)
     return known
 
 
-def _walk(layout: Layout, spans: tuple[Span, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """(sequence, position, page or row) of every position of every span, on the host."""
+def _walk(layout: Layout, spans: tuple[Span, ...]) -> tuple[Tensor, Tensor]:
+    """(position, page or row) of every position of every span, on the host."""
     bounds = torch.tensor(spans, dtype=torch.int64, device="cpu").view(-1, 2)
     lengths = bounds[:, 1] - bounds[:, 0]
     sequence = torch.repeat_interleave(lengths)
@@ -75,4 +82,4 @@ def _walk(layout: Layout, spans: tuple[Span, ...]) -> tuple[Tensor, Tensor, Tens
     position = count - before[sequence] + bounds[sequence, 0]
     ids = torch.tensor(layout.ids, dtype=torch.int64, device="cpu").view(-1, max(layout.width, 1))
     column = position // max(layout.page, 1) if layout.width > 1 else torch.zeros_like(position)
-    return sequence, position, ids[sequence, column]
+    return position, ids[sequence, column]

@@ -9,6 +9,7 @@ seqlen_q + right.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -90,8 +91,7 @@ class Problem:
     nheads: int
     nheads_k: int
     headdim: int
-    seqlens_q: tuple[int, ...]
-    seqlens_k: tuple[int, ...]
+    batch: int
     rows_q: int
     rows_k: int
     lengths_q: Lengths | None
@@ -116,9 +116,17 @@ class Problem:
     def varlen(self) -> bool:
         return self.lengths_q is not None
 
-    @property
-    def batch(self) -> int:
-        return len(self.seqlens_q)
+    @cached_property
+    def sequences(self) -> dict[tuple[int, int], Sequence[int]]:
+        """The sequences of each pair (seqlen_q, seqlen_k) of lengths: few, even of many."""
+        if self.lengths_q is None or self.lengths_k is None:
+            same = (self.max_seqlen_q, self.max_seqlen_k)
+            return {same: range(self.batch)} if self.batch else {}
+        found: dict[tuple[int, int], list[int]] = {}
+        pairs = zip(self.lengths_q.seqlens, self.lengths_k.seqlens, strict=True)
+        for sequence, pair in enumerate(pairs):
+            found.setdefault(pair, []).append(sequence)
+        return {**found}
 
     @property
     def causal(self) -> bool:
@@ -129,18 +137,24 @@ class Problem:
     def windowed(self) -> bool:
         return not self.causal and (self.left is not None or self.right is not None)
 
-    @cached_property
-    def blind_rows(self) -> tuple[int, ...]:
-        """Per sequence, how many queries see no key: always the first ones.
+    def blind(self, seqlen_q: int, seqlen_k: int) -> int:
+        """How many queries of such a sequence see no key: always the first ones.
 
         The left bound never empties a row, and the last query sees the last key.
         """
-        return tuple(
-            seqlen_q
-            if seqlen_k == 0
-            else max(0, seqlen_q - seqlen_k - (seqlen_q if self.right is None else self.right))
-            for seqlen_q, seqlen_k in zip(self.seqlens_q, self.seqlens_k, strict=True)
-        )
+        if seqlen_k == 0:
+            return seqlen_q
+        return 0 if self.right is None else max(0, seqlen_q - seqlen_k - self.right)
+
+    @cached_property
+    def most_blind(self) -> int:
+        """The most queries of one sequence that see no key."""
+        return max((self.blind(*lengths) for lengths in self.sequences), default=0)
+
+    @cached_property
+    def with_empty(self) -> bool:
+        """Whether some sequence has no queries or no keys."""
+        return any(0 in lengths for lengths in self.sequences)
 
     @cached_property
     def has_work(self) -> bool:
@@ -149,23 +163,41 @@ class Problem:
 
     @cached_property
     def seeing_rows(self) -> int:
-        return sum(self.seqlens_q) - sum(self.blind_rows)
+        return sum(
+            (lengths[0] - self.blind(*lengths)) * len(them)
+            for lengths, them in self.sequences.items()
+        )
 
     @cached_property
     def common_offset(self) -> int | None:
         """seqlen_k - seqlen_q if it is the same for all sequences, else None."""
-        offsets = {k - q for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True)}
+        offsets = {k - q for q, k in self.sequences}
         return offsets.pop() if len(offsets) == 1 else None
+
+    @property
+    def total_q(self) -> int:
+        """Rows of q that belong to sequences."""
+        return self.rows_q if self.lengths_q is None else self.lengths_q.total
+
+    @property
+    def total_k(self) -> int:
+        """Rows of k and v that belong to sequences."""
+        return self.rows_k if self.lengths_k is None else self.lengths_k.total
 
     @property
     def tail_q(self) -> int:
         """Rows of q past the last sequence."""
-        return self.rows_q - sum(self.seqlens_q)
+        return self.rows_q - self.total_q
 
     @property
     def tail_k(self) -> int:
         """Rows of k and v past the last sequence."""
-        return self.rows_k - sum(self.seqlens_k)
+        return self.rows_k - self.total_k
+
+    @property
+    def nbytes(self) -> int:
+        """What its lengths and lists of sequences take, about."""
+        return 128 * self.batch if self.varlen else 0
 
 
 def default_scale(headdim: int) -> float:

@@ -108,9 +108,12 @@ def varlen_backward(
                   alibi_slopes, rng_state)
     delta = _row_sums(dout, out).t()
     spread = delta.new_zeros(delta.shape[0], delta.shape[1] + ROUNDING * len(lengths_q.seqlens))
-    for i, (start, seqlen) in enumerate(zip(lengths_q.cumulative, lengths_q.seqlens, strict=False)):
-        first = (start + ROUNDING * i) // ROUNDING * ROUNDING
-        spread[:, first : first + seqlen] = delta[:, start : start + seqlen]
+    starts = cu_seqlens_q.to(delta.device, torch.int64)
+    sequence = torch.arange(len(lengths_q.seqlens), device=delta.device)
+    shifts = (starts[:-1] + ROUNDING * sequence) // ROUNDING * ROUNDING - starts[:-1]
+    places = torch.arange(lengths_q.total, device=delta.device)
+    places += shifts.repeat_interleave(starts.diff(), output_size=lengths_q.total)
+    spread.index_copy_(1, places, delta[:, : lengths_q.total])
     return spread
 
 

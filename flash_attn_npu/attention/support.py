@@ -113,7 +113,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         f"varlen, more than {MAX_TOKENS} tokens",
-        lambda p: p.varlen and max(sum(p.seqlens_q), sum(p.seqlens_k)) > MAX_TOKENS,
+        lambda p: p.varlen and max(p.total_q, p.total_k) > MAX_TOKENS,
         fusion=Cell(f"it takes at most {MAX_TOKENS} packed tokens"),
     ),
     Row(
@@ -121,9 +121,9 @@ TABLE: tuple[Row, ...] = (
         lambda p: not p.varlen and max(p.max_seqlen_q, p.max_seqlen_k) > MAX_TOKENS,
         fusion=Cell(f"it takes sequences of at most {MAX_TOKENS} tokens"),
     ),
-    Row("varlen, sequences of length 0", lambda p: p.varlen and 0 in (*p.seqlens_q, *p.seqlens_k)),
+    Row("varlen, sequences of length 0", lambda p: p.varlen and p.with_empty),
     Row("varlen, rows past the last sequence", lambda p: p.tail_q > 0 or p.tail_k > 0),
-    Row("queries that see no key", lambda p: p.has_work and any(p.blind_rows)),
+    Row("queries that see no key", lambda p: p.has_work and p.most_blind > 0),
     Row("MHA", lambda p: p.nheads == p.nheads_k),
     Row("GQA and MQA", lambda p: p.nheads > p.nheads_k),
     Row(
@@ -188,7 +188,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         "alibi_slopes, sequences of length 0",
-        lambda p: p.alibi and 0 in (*p.seqlens_q, *p.seqlens_k),
+        lambda p: p.alibi and p.with_empty,
         fusion=Cell("with alibi_slopes it takes no sequence of length 0"),
     ),
     Row(

@@ -41,7 +41,7 @@ STATISTICS = 8
 
 _masks: Memo[torch.device, Tensor] = Memo("causal masks", 64, nbytes=64 * MASK_SIZE**2)
 _prepared_calls: Memo[Problem, tuple[Rows, Callable[..., Any]]] = Memo(
-    "calls prepared for npu_fusion_attention", 256
+    "calls prepared for npu_fusion_attention", 256, nbytes=1 << 26
 )
 
 
@@ -265,7 +265,7 @@ def _bias(problem: Problem) -> dict[str, Any]:
     """Type 2 adds -slope * |j + kv_start - i - q_start|, i and j from the top left."""
     bias: dict[str, Any] = {"pse_type": 2}
     # without its blind rows every sequence starts at its first query that sees a key
-    first = (problem.common_offset or 0) + max(problem.blind_rows, default=0)
+    first = (problem.common_offset or 0) + problem.most_blind
     if first:
         bias |= {"q_start_idx": [first], "kv_start_idx": [0]}
     return bias

@@ -64,7 +64,7 @@ def _sparsity(problem: Problem) -> tuple[int, int, int]:
     Mode 3 aligns to the top left where there are more queries than keys, and without a mask
     some CANN versions return averages, so a band as wide as need be serves those cases.
     """
-    fits = all(q <= k for q, k in zip(problem.seqlens_q, problem.seqlens_k, strict=True))
+    fits = all(q <= k for q, k in problem.sequences)
     if problem.causal and fits:
         return 3, UNLIMITED, UNLIMITED
     return (

@@ -33,17 +33,15 @@ class Rows:
 
     def __init__(self, problem: Problem) -> None:
         self.varlen = problem.varlen
-        self.blind = 0 if problem.varlen else max(problem.blind_rows, default=0)
+        self.blind = 0 if problem.varlen else problem.most_blind
         self.rows_q, self.rows_k = problem.rows_q, problem.rows_k
-        self.total_q, self.total_k = problem.seeing_rows, sum(problem.seqlens_k)
+        self.total_q, self.total_k = problem.seeing_rows, problem.total_k
         self.pairs = sum(
-            (seqlen_q - blind) * seqlen_k
-            for seqlen_q, blind, seqlen_k in zip(
-                problem.seqlens_q, problem.blind_rows, problem.seqlens_k, strict=True
-            )
+            (seqlen_q - problem.blind(seqlen_q, seqlen_k)) * seqlen_k * len(them)
+            for (seqlen_q, seqlen_k), them in problem.sequences.items()
         )
         self._problem = problem
-        self._scattered = problem.varlen and any(problem.blind_rows)
+        self._scattered = problem.varlen and problem.most_blind > 0
         self.ends_q: list[int] | None = None
         self.ends_k: list[int] | None = None
         if not problem.varlen:
@@ -51,6 +49,10 @@ class Rows:
             return
         self.ends_q, self.ends_k = _ends(problem)
         self.untouched = self.total_q == problem.rows_q and self.total_k == problem.rows_k
+
+    @property
+    def nbytes(self) -> int:
+        return self._problem.nbytes
 
     @property
     def index(self) -> Tensor | None:
@@ -125,28 +127,33 @@ class Rows:
 
 def _ends(problem: Problem) -> tuple[list[int], list[int]]:
     """Cumulative lengths of the rows that are left, without sequences empty on both sides."""
-    ends_q, ends_k, end_q, end_k = [], [], 0, 0
-    for seqlen_q, blind, seqlen_k in zip(
-        problem.seqlens_q, problem.blind_rows, problem.seqlens_k, strict=True
-    ):
-        end_q += seqlen_q - blind
-        end_k += seqlen_k
-        if seqlen_q > blind or seqlen_k:
-            ends_q.append(end_q)
-            ends_k.append(end_k)
-    return ends_q, ends_k
+    seqlens_q, seqlens_k, blind = _seqlens(problem)
+    seeing = seqlens_q - blind
+    kept = (seeing > 0) | (seqlens_k > 0)
+    ends_q, ends_k = seeing.cumsum(0)[kept], seqlens_k.cumsum(0)[kept]
+    return ends_q.tolist(), ends_k.tolist()
 
 
 def _seeing_index(problem: Problem) -> Tensor:
     """Positions in q of the queries that see a key, made on the host and copied once."""
-    assert problem.lengths_q is not None
-    starts = problem.lengths_q.cumulative
     # it outlives this call, and a backward cannot save a tensor made in inference mode
     with torch.inference_mode(False):
-        kept = [
-            torch.arange(start + blind, start + seqlen, device="cpu")
-            for start, seqlen, blind in zip(
-                starts, problem.seqlens_q, problem.blind_rows, strict=False
-            )
-        ]
-        return torch.cat(kept).to(problem.device)
+        seqlens_q, _, blind = _seqlens(problem)
+        sequence = torch.repeat_interleave(seqlens_q)
+        position = torch.arange(problem.total_q, device="cpu")
+        first = seqlens_q.cumsum(0) - seqlens_q + blind
+        return (position >= first[sequence]).nonzero().flatten().to(problem.device)
+
+
+def _seqlens(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each sequence seqlen_q, seqlen_k, and how many queries see no key; on the host."""
+    assert problem.lengths_q is not None
+    assert problem.lengths_k is not None
+    seqlens_q, seqlens_k = (
+        torch.tensor(lengths.seqlens, dtype=torch.int64, device="cpu")
+        for lengths in (problem.lengths_q, problem.lengths_k)
+    )
+    # `Problem.blind`, of all at once
+    right = problem.max_seqlen_q if problem.right is None else problem.right
+    blind = (seqlens_q - seqlens_k - right).clamp(min=0)
+    return seqlens_q, seqlens_k, torch.where(seqlens_k == 0, seqlens_q, blind)
