@@ -400,6 +400,14 @@ class TestPostImport:
         assert hasattr(core, "Layer")
         assert seen == []
 
+    def test_not_called_when_the_import_ends_after_removal(
+        self, finder: PostImportFinder, seen: list[ModuleType], tmp_path: Path
+    ) -> None:
+        (tmp_path / "realpkg" / "core.py").write_text("import builtins\nbuiltins.in_the_middle()\n")
+        with mock.patch("builtins.in_the_middle", finder.remove, create=True):
+            importlib.import_module("realpkg.core")
+        assert seen == []
+
     @pytest.mark.usefixtures("finder")
     def test_two_watchers_both_hear(self, seen: list[ModuleType]) -> None:
         other: list[ModuleType] = []

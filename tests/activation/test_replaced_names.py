@@ -254,3 +254,43 @@ assert off("flash_attention_2") <= 2 * off("eager") + 1e-6
 """,
         warnings="ignore",
     )
+
+
+def test_an_instances_own_list_of_kernels_is_left_as_it_was(script: Script) -> None:
+    script(
+        PACKED
+        + """
+flash_attn_npu.install()
+from transformers import GptOssConfig, GptOssForCausalLM
+config = GptOssConfig(hidden_size=32, intermediate_size=32, vocab_size=50, num_hidden_layers=1,
+                      num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                      num_local_experts=2, num_experts_per_tok=1, pad_token_id=0)
+model = GptOssForCausalLM._from_config(config, attn_implementation="eager")
+kernel, name = "kernels-community/vllm-flash-attn3", "_compatible_flash_implementations"
+adjust = model._check_and_adjust_attn_implementation
+assert kernel in getattr(model, name) and name not in vars(model)
+assert adjust("flash_attention_2") == "flash_attention_2"
+assert name not in vars(model)
+setattr(model, name, own := [kernel, "another"])
+assert adjust("flash_attention_2") == "flash_attention_2"
+assert vars(model)[name] is own and own == [kernel, "another"]
+seen = []
+def asked(self, *args):
+    seen.append(getattr(self, name))
+    raise RuntimeError("refused")
+flash_attn_npu.uninstall()
+from transformers import PreTrainedModel
+PreTrainedModel._check_and_adjust_attn_implementation = asked
+flash_attn_npu.install()
+for implementation in ("flash_attention_2", "eager"):
+    try:
+        model._check_and_adjust_attn_implementation(implementation)
+    except RuntimeError:
+        pass
+    assert vars(model)[name] is own
+assert seen == [[kernel, "another", "flash_attention_2"], own]
+flash_attn_npu.uninstall()
+assert PreTrainedModel._check_and_adjust_attn_implementation is asked
+""",
+        warnings="ignore",
+    )

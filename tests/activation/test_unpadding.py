@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+import flash_attn_npu
 from flash_attn_npu.integrations import unpadding
 from flash_attn_npu.memory import forget_all
 
@@ -125,3 +128,20 @@ def test_compilation_traces_the_original(
     args = (*states(WIDTH, WIDTH), LEFT, WIDTH, theirs._unpad_input)
     assert_same(upad(*args), ORIGINAL(*args))
     assert len(unpadding._memo) == 0
+
+
+def test_uninstalling_forgets_masks_and_position_ids(npu: torch.device) -> None:
+    mask = LEFT.bool().to(npu)
+    positions = torch.tensor([[0, 1, 2, 0, 1]], device=npu)
+    query, key, value = (state.to(npu) for state in states(WIDTH, WIDTH))
+    with flash_attn_npu.install():
+        unpadded = theirs._upad_input(query, key, value, mask, WIDTH, theirs._unpad_input)
+        packed = theirs.prepare_fa_kwargs_from_position_ids(positions)
+        remembered = [weakref.ref(unpadded[4][0]), weakref.ref(packed[0][0])]
+        del unpadded, packed
+        gc.collect()
+        assert all(reference() is not None for reference in remembered)
+    gc.collect()
+    assert [reference() for reference in remembered] == [None, None]
+    # they outlived what was remembered of them
+    assert (mask.shape, positions.shape) == ((BATCH, WIDTH), (1, 5))
