@@ -182,13 +182,14 @@ def test_a_packed_diagonal_is_fused_without_gradient() -> None:
     torch.testing.assert_close(out.cpu(), v.cpu().repeat_interleave(2, 1))
 
 
-def test_a_packed_diagonal_with_gradient_has_its_backward_composed() -> None:
+def test_a_packed_diagonal_with_gradient_is_composed_whole() -> None:
+    """One decision serves a call and its backward, which the packed kernel refuses here."""
     q, k, v = (x.requires_grad_() for x in packed(9, 9))
     cu = lengths(0, 4, 9)
     with virtual_ascend.record() as rec:
         out = flash_attn_varlen_func(q, k, v, cu, cu, 5, 5, window_size=(0, 0))
         out.sum().backward()
-    assert [launch.name for launch in rec.launches] == [KERNEL]
+    assert not [launch.name for launch in rec.launches]
     torch.testing.assert_close(v.grad.cpu(), torch.full((9, 2, 16), 2.0))
 
 
