@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import decode, ops
+from .attention import cache_ops, checks, ops
+from .attention.buffers import require_apart
+from .attention.decode import Scores
 from .errors import ArgumentError, explain
+from .rowwise.memory import require_writable
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
 
@@ -98,13 +101,13 @@ def fwd_kvcache(
     num_splits: int = 0,
 ) -> list[Tensor]:
     """[out, softmax_lse] of attention over a cache."""
-    _check_out(out, q)
+    _check_out(out, q, k_cache=k_cache, v_cache=v_cache)
     window_size = (window_size_left, window_size_right)
-    answer, lse = decode.with_kvcache(
+    answer, lse = cache_ops.attend(
         "fwd_kvcache", q, (k_cache, v_cache), (k, v),
-        (rotary_cos, rotary_sin, is_rotary_interleaved), cache_seqlens, cache_batch_idx,
-        cache_leftpad, block_table,
-        decode.Scores(softmax_scale, is_causal, window_size, softcap, alibi_slopes), True,
+        (rotary_cos, rotary_sin, is_rotary_interleaved),
+        (cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
+        Scores(softmax_scale, is_causal, window_size, softcap, alibi_slopes), True,
     )
     assert lse is not None
     return _into(out, (answer, lse))
@@ -113,8 +116,12 @@ def fwd_kvcache(
 # fmt: on
 
 
-def _check_out(out: Tensor | None, q: Tensor) -> None:
-    if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+def _check_out(out: Tensor | None, q: Tensor, **caches: Tensor) -> None:
+    checks.require_plain(q=q)
+    if out is None:
+        return
+    checks.require_plain(out=out)
+    if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
         raise ArgumentError(
             explain(
                 "out",
@@ -123,15 +130,22 @@ def _check_out(out: Tensor | None, q: Tensor) -> None:
                 "pass torch.empty_like(q), or None",
             )
         )
+    if not out.is_meta:
+        require_writable(out=out)
+        checks.require_plain(**caches)
+        require_apart({"out": out}, caches)
 
 
 def _into(out: Tensor | None, answer: tuple[Tensor, ...]) -> list[Tensor]:
     if out is None:
         return list(answer)
-    return [out.copy_(answer[0]), *answer[1:]]
+    # a leaf takes no gradient of what is written over it, and the extension gives none
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not out.requires_grad):
+        return [out.copy_(answer[0]), *answer[1:]]
 
 
 def _grads(given: tuple[Tensor | None, ...], like: tuple[Tensor, ...]) -> list[Tensor]:
+    checks.require_plain(**dict(zip("qkv", like, strict=True)))
     return [
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad is None else grad
         for grad, x in zip(given, like, strict=True)

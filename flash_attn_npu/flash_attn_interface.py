@@ -11,8 +11,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import extension as flash_attn_gpu
-from .attention import call, decode
+from .attention import cache_ops, call
 from .attention.call import Answer
+from .attention.decode import Scores
 from .autograd_classes import (
     FlashAttnFunc,
     FlashAttnKVPackedFunc,
@@ -355,17 +356,14 @@ def flash_attn_with_kvcache(
 
     Contract: flash-attention 2.8, `flash_attn_with_kvcache`.
     """
-    out, lse = decode.with_kvcache(
+    out, lse = cache_ops.attend(
         "flash_attn_with_kvcache",
         q,
         (k_cache, v_cache),
         (k, v),
         (rotary_cos, rotary_sin, rotary_interleaved),
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        decode.Scores(softmax_scale, causal, window_size, softcap, alibi_slopes),
+        (cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
+        Scores(softmax_scale, causal, window_size, softcap, alibi_slopes),
         return_softmax_lse,
     )
     return out if lse is None else (out, lse)

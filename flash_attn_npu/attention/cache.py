@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError, explain
 from ..memory import PerTensorMemo
+from ..rowwise.memory import overlaps_itself
+from .buffers import rows_share, share, written_twice
 from .checks import require_plain, require_values
 from .places import Layout, Span, positions, wrong_block
 from .problem import Pages
@@ -48,7 +50,7 @@ class Cache:
                 require_plain(**{argument: tensor})
         _check_shapes(k, v, names)
         self.k, self.v = k, v
-        self._lengths = names[2]
+        self._names, self._lengths = names[:2], names[2]
         self.block_table = block_table
         self.ids: tuple[int, ...] = ()
         self.width = 1
@@ -111,12 +113,41 @@ class Cache:
         where = positions(self.layout, spans, self.k.device)
         return self.k[where], self.v[where]
 
+    def check_written(self, spans: Sequence[Span]) -> None:
+        """Refuse to write `spans` where some of it would be lost."""
+        for name, tensor in zip(self._names, (self.k, self.v), strict=True):
+            if overlaps_itself(tensor):
+                came = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+                allowed = "a cache with memory for each element"
+                raise ArgumentError(explain(name, came, allowed, f"pass {name}.clone()"))
+        twice = written_twice(self.layout, spans)
+        if twice is not None:
+            raise ArgumentError(
+                explain(
+                    "block_table" if self.rows is None else "cache_batch_idx",
+                    f"the same positions for sequences {twice[0]} and {twice[1]}",
+                    "a place of its own for the new keys of each sequence",
+                    "give each sequence a row, or the pages that it fills, of its own",
+                )
+            )
+        if share(self.k, self.v):
+            where = positions(self.layout, spans, torch.device("cpu"))
+            if rows_share((self.k, self.v), where):
+                name, other = self._names[1], self._names[0]
+                came = f"a tensor that shares memory with {other}"
+                allowed = "memory of its own for the new values"
+                raise ArgumentError(explain(name, came, allowed, f"pass {name}.clone()"))
+
     def write(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> None:
         """Write packed keys and values where the spans lie, and nowhere else."""
         where = positions(self.layout, spans, self.k.device)
-        with torch.no_grad():
-            self.k.index_put_(where, k)
-            self.v.index_put_(where, v)
+        # one of them may be a view of the caches
+        k, v = (x.clone() if share(x, self.k) or share(x, self.v) else x for x in (k, v))
+        for cache, values in ((self.k, k), (self.v, v)):
+            # what was made in inference mode can be written there alone
+            inference = cache.is_inference() or torch.is_inference_mode_enabled()
+            with torch.inference_mode(inference), torch.no_grad():
+                cache.index_put_(where, values)
 
 
 def pages_of(cache: Cache, spans: Sequence[Span]) -> Pages:

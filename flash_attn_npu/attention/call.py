@@ -176,6 +176,17 @@ def attend_paged(
     block_table: Tensor,
 ) -> Answer:
     """`attend` over keys in pages; where a gradient is wanted they are gathered first."""
+    # fmt: off
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad
+    )
+    if not needs_grad and (_compiling() or _dispatch_modes()):
+        return ops.attend(
+            function, True, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
+            return_attn_probs, alibi_slopes, None, block_table,
+        )
+    # fmt: on
     checks.require_plain(q=q, k=k, v=v, block_table=block_table)
     if _forward_ad._current_level >= 0:
         _refuse_tangents(q=q, k=k, v=v)

@@ -57,16 +57,15 @@ def require_plain(**tensors: Any) -> None:
                     "torch.distributed.tensor.experimental.local_map",
                 )
             )
-        if tensor.is_nested or tensor.layout is not torch.strided:
-            raise ArgumentTypeError(
-                explain(
-                    argument,
-                    f"a {'nested' if tensor.is_nested else str(tensor.layout)} tensor",
-                    "a dense tensor",
-                    f"pass {argument}.values() with {argument}.offsets() as cu_seqlens to the "
-                    f"varlen functions; of a sparse one {argument}.to_dense()",
-                )
+        if tensor.is_nested:
+            remedy = (
+                f"pass {argument}.values(), and its offsets as cu_seqlens, to a varlen function"
             )
+            raise ArgumentTypeError(explain(argument, "a nested tensor", "a dense tensor", remedy))
+        if tensor.layout is not torch.strided:
+            came = f"a {tensor.layout} tensor"
+            remedy = f"pass {argument}.to_dense()"
+            raise ArgumentTypeError(explain(argument, came, "a dense tensor", remedy))
 
 
 def require_values(**tensors: Any) -> None:

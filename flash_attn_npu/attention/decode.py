@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import ArgumentError, ArgumentTypeError, explain
 from ..rowwise.rotation import rotate
 from . import checks
+from .buffers import share
 from .cache import Cache, Span, host_values, pages_of
 from .dispatch import Plan, lookup, permit
 from .lengths import Lengths, interned
@@ -102,13 +103,17 @@ def _attend(
     found = _plan(function, q, cache, spans, scores, want_lse)
     if rotary is not None:
         _check_positions(rotary, lengths, added, seqlen_q if _turns(found) else 1)
+    written = [Span(max(n, span.start), span.end) for n, span in zip(lengths, spans, strict=True)]
+    if new is not None:
+        cache.check_written(written)
     permit(found)
     with torch.no_grad():
         if rotary is not None and new is not None:
             q, k = _rotate(found, q, new[0], rotary, lengths)
             new = (k, new[1])
         if new is not None:
-            _append(cache, new, lengths, leftpad)
+            q = q.clone() if share(q, cache.k) or share(q, cache.v) else q
+            _append(cache, new, written)
         packed = q.reshape(batch * seqlen_q, nheads, headdim)
         found.tally.calls += 1
         out, lse = _run(found, packed, cache, spans, scores.alibi_slopes, want_lse)
@@ -161,16 +166,10 @@ def _run(
     return result.out, result.softmax_lse if want_lse else None
 
 
-def _append(
-    cache: Cache, new: tuple[Tensor, Tensor], lengths: tuple[int, ...], leftpad: tuple[int, ...]
-) -> None:
+def _append(cache: Cache, new: tuple[Tensor, Tensor], spans: Sequence[Span]) -> None:
     """Write the new keys behind the old ones; those before leftpad belong to nobody."""
     k, v = new
     added = k.shape[1]
-    spans = [
-        Span(max(length, min(pad, length + added)), length + added)
-        for length, pad in zip(lengths, leftpad, strict=True)
-    ]
     kept = [span.end - span.start for span in spans]
     if all(count == added for count in kept):
         cache.write(spans, k.flatten(0, 1), v.flatten(0, 1))

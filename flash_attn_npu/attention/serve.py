@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, explain
+from ..rowwise.memory import require_writable
 from . import checks, paged
+from .buffers import require_apart
 from .dispatch import Plan, decision, lookup, permit
 from .lengths import Lengths, host_lengths
 from .result import ROUNDING, Forward, Saved, accumulator, rounded_up
@@ -143,7 +145,7 @@ def _run_backward(
     rng_state: Tensor | None,
 ) -> None:
     q, k, v, out, lse = saved
-    checks.require_plain(dout=dout, out=out, softmax_lse=lse)
+    checks.require_plain(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse)
     rows = (found.problem.rows_q,) if found.problem.varlen else (q.shape[0], q.shape[1])
     lse_shape = torch.Size((*rows[:-1], q.shape[-2], rows[-1]))
     lse = _as_it_lies(lse, lse_shape)
@@ -166,6 +168,9 @@ def _run_backward(
                     f"pass {argument} as the forward returned it, or laid out as its tensor is",
                 )
             )
+    written = {"dq": grads[0], "dk": grads[1], "dv": grads[2]}
+    require_writable(**written)
+    require_apart(written, {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse})
     if decision(dout, q, k, v) is None:
         # otherwise the forward was asked, in the name of the whole call
         permit(found)
