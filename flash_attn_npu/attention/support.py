@@ -203,8 +203,8 @@ TABLE: tuple[Row, ...] = (
         fusion=Cell("it takes a sink with float16 and bfloat16 only"),
     ),
     Row(
-        "sink, softmax_lse or deterministic",
-        lambda p: p.sink and (p.uses_lse or p.deterministic),
+        "sink, softmax_lse or a deterministic backward",
+        lambda p: p.sink and p.uses_lse,
         fusion=Cell("whether its statistics count the sink is not documented"),
     ),
     Row(

@@ -114,3 +114,18 @@ def test_a_call_without_keys_is_never_refused(device):
     problem = CacheProblem((0, 0), 16, seqlen_q=2, options=CAUSAL)
     with fallback("error"):
         check(problem, device)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        CacheProblem((20, 20), 32, 1, leftpad=(0, 3)),
+        CacheProblem((20, 20), 32, 1, leftpad=(3, 0)),
+        CacheProblem((40, 40), 32, 2, shared=True),
+        CacheProblem((32, 7), 32, 1),
+        CacheProblem((64, 64), 32, 2, shared=True, options={"causal": True}, seqlen_q=3),
+    ],
+    ids=["leftpad of the later", "leftpad of the first", "shared", "full", "shared and full"],
+)
+def test_a_sequence_that_is_not_the_first_has_its_own_keys(device, problem):
+    check(problem, device)

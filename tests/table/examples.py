@@ -167,7 +167,7 @@ EXAMPLES: dict[str, Example] = {
     "alibi_slopes, varlen, softmax_lse": packed([4, 6], slopes=True, return_attn_probs=True),
     "sink (transformers' s_aux)": sunk(),
     "sink, float32": sunk(dtype=torch.float32),
-    "sink, softmax_lse or deterministic": sunk(return_attn_probs=True),
+    "sink, softmax_lse or a deterministic backward": sunk(return_attn_probs=True),
     "sink, alibi_slopes": sunk(slopes=True),
     "sink, Ascend 950": sunk(),
     "keys in a cache": cached(),
