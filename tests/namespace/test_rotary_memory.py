@@ -79,10 +79,15 @@ def test_on_a_card_too(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("limit", [1, 40, 100, 1000])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("inplace", "back"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("kind", ["dense", "offsets", "packed"])
 def test_blocks_of_tokens_make_no_difference(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, limit: int, inplace: bool, kind: str
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+    inplace: bool,
+    back: bool,
+    kind: str,
 ) -> None:
     monkeypatch.setattr(rotation, "COMPOSED_ELEMENTS", limit)
     monkeypatch.setattr(rotation, "FUSED_ELEMENTS", limit)
@@ -101,8 +106,10 @@ def test_blocks_of_tokens_make_no_difference(
         sequences = zip(starts.tolist(), lengths, strict=True)
         positions = [start + i for start, length in sequences for i in range(length)]
     on_device = x.clone().to(device)
-    out = apply_rotary(on_device, cos.to(device), sin.to(device), inplace=inplace, **options)
-    want = rotated(x.double().view(15, 2, 10), cos, sin, positions, False, False)
+    out = apply_rotary(
+        on_device, cos.to(device), sin.to(device), inplace=inplace, conjugate=back, **options
+    )
+    want = rotated(x.double().view(15, 2, 10), cos, sin, positions, False, back)
     assert_rounded_once(out.view(15, 2, 10), want, 5.0)
     assert (out is on_device) == inplace
 

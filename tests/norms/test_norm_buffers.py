@@ -197,6 +197,19 @@ def test_results_in_buffers_take_a_work_space_of_fixed_size(
         assert bytes_of.peak < 3 << 20
 
 
+def test_buffers_may_lie_side_by_side_and_beside_their_arguments() -> None:
+    memory = torch.randn(4, *SHAPE)
+    x, residual, out, residual_out = memory
+    weight = torch.ones(SHAPE[-1])
+    want = layer_norm.rms_norm_fn(x.clone(), weight, None, residual.clone(), prenorm=True)
+    layer_norm.rms_norm_fn(x, weight, None, residual, out=out, residual_out=residual_out)
+    assert torch.equal(memory[2], want[0])
+    assert torch.equal(memory[3], want[1])
+    row = torch.randn(SHAPE[-1] * 2)
+    layer_norm.rms_norm_fn(torch.ones(SHAPE[-1]), row[: SHAPE[-1]], None, out=row[SHAPE[-1] :])
+    torch.testing.assert_close(row[SHAPE[-1] :], row[: SHAPE[-1]])
+
+
 def test_a_refused_buffer_leaves_the_other_alone() -> None:
     x, residual = torch.randn(2, *SHAPE)
     with torch.inference_mode():

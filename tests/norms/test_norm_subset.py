@@ -52,6 +52,7 @@ def expected(
     [
         ("bias residual layerscale", 0.4, 1.5),
         ("residual:float32", 0.0, 1.0),
+        ("bias residual", 0.0, 0.5),
         ("bias layerscale", 0.4, 0.5),
     ],
 )
