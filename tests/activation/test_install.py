@@ -325,8 +325,15 @@ def test_a_second_install_evicts_placeholders_that_came_after_the_first(script: 
         sys.modules["flash_attn.flash_attention"] = flash_attn.flash_attention = dummy
         flash_attn_npu.install()
         assert "flash_attn.flash_attention" not in sys.modules
-        assert not hasattr(flash_attn_npu, "flash_attention")
+        assert not hasattr(flash_attn, "flash_attention")
         assert importlib.util.find_spec("flash_attn.flash_attention") is None
+
+        padding = flash_attn_npu.bert_padding
+        dummy = types.ModuleType("flash_attn.bert_padding")
+        sys.modules["flash_attn.bert_padding"] = flash_attn.bert_padding = dummy
+        flash_attn_npu.install()
+        from flash_attn import bert_padding
+        assert bert_padding is padding is flash_attn_npu.bert_padding
 
         sys.modules["flash_attn"] = types.ModuleType("flash_attn")
         flash_attn_npu.install()
@@ -568,7 +575,7 @@ def test_what_was_set_aside_comes_back_once(script: Script, real_flash_attn: Pat
 def test_what_took_the_name_meanwhile_keeps_it(script: Script, real_flash_attn: Path) -> None:
     script(
         """
-        import importlib, sys
+        import importlib, sys, types
         import flash_attn as first, flash_attn_npu
         module = importlib.import_module("flash_attn_npu.activation.install")
         flash_attn_npu.install(force=True)
@@ -578,11 +585,12 @@ def test_what_took_the_name_meanwhile_keeps_it(script: Script, real_flash_attn: 
             flash_attn_npu.uninstall()
         except ZeroDivisionError:
             module._restore = restore
-        import flash_attn as second
-        core = sys.modules["flash_attn.core"]
-        assert second is not first and not flash_attn_npu.installed()
+        assert not flash_attn_npu.installed() and "flash_attn" not in sys.modules
+        sys.modules["flash_attn"] = second = types.ModuleType("flash_attn")
         flash_attn_npu.uninstall()
-        assert sys.modules["flash_attn"] is second and sys.modules["flash_attn.core"] is core
+        assert sys.modules["flash_attn"] is second and second is not first
+        # a child of the first beside it would be half of each
+        assert "flash_attn.core" not in sys.modules
         """,
         path=(real_flash_attn,),
     )
