@@ -14,12 +14,20 @@ from torch import Tensor
 from .attention import cache_ops, checks, ops
 from .attention.buffers import require_apart
 from .attention.decode import Scores
-from .errors import ArgumentError, explain
+from .errors import ArgumentError, ArgumentTypeError, explain, renamed
 from .rowwise.memory import require_writable
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
 
 _ops = getattr(torch.ops, ops.NAMESPACE)
+_ERRORS = (ArgumentError, ArgumentTypeError)
+_NAMES = {
+    "dropout_p": "p_dropout",
+    "causal": "is_causal",
+    "rotary_interleaved": "is_rotary_interleaved",
+    "window_size": "window_size_left, window_size_right",
+}
+"""What the functions here call arguments that others know by another name."""
 
 # fmt: off
 
@@ -30,12 +38,15 @@ def fwd(
     window_size_right: int, softcap: float, return_softmax: bool, gen: Any = None,
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state]; a given `out` is written where it lies."""
-    _no_generator(gen)
-    _check_out(out, q)
-    return _into(out, _ops._flash_attn_forward(
-        q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
-        softcap, alibi_slopes, return_softmax,
-    ))
+    try:
+        _no_generator(gen)
+        _check_out(out, q, k, v)
+        return _into(out, _ops._flash_attn_forward(
+            q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
+            softcap, alibi_slopes, return_softmax,
+        ))
+    except _ERRORS as error:
+        raise renamed(error, _NAMES) from None
 
 
 def varlen_fwd(
@@ -47,13 +58,16 @@ def varlen_fwd(
     return_softmax: bool, gen: Any = None,
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state] of packed sequences."""
-    _no_generator(gen)
-    _check_out(out, q)
-    return _into(out, _ops._flash_attn_varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout,
-        softmax_scale, is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
-        return_softmax, block_table, leftpad_k, seqused_k, zero_tensors,
-    ))
+    try:
+        _no_generator(gen)
+        _check_out(out, q, k, v)
+        return _into(out, _ops._flash_attn_varlen_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout,
+            softmax_scale, is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
+            return_softmax, block_table, leftpad_k, seqused_k, zero_tensors,
+        ))
+    except _ERRORS as error:
+        raise renamed(error, _NAMES) from None
 
 
 def bwd(
@@ -64,13 +78,18 @@ def bwd(
     rng_state: Tensor | None = None,
 ) -> list[Tensor]:
     """[dq, dk, dv, row sums]; given gradients are written where they lie."""
-    _no_generator(gen)
-    grads = _grads((dq, dk, dv), (q, k, v))
-    row_sums = _ops._flash_attn_backward(
-        dout, q, k, v, out, softmax_lse, *grads, p_dropout, softmax_scale, is_causal,
-        window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state,
-    )
-    return [*grads, row_sums]
+    try:
+        _no_generator(gen)
+        checks.require_plain(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
+        grads = _grads((dq, dk, dv), (q, k, v))
+        checks.require_plain(dq=grads[0], dk=grads[1], dv=grads[2])
+        row_sums = _ops._flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, *grads, p_dropout, softmax_scale, is_causal,
+            window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state,
+        )
+        return [*grads, row_sums]
+    except _ERRORS as error:
+        raise renamed(error, _NAMES) from None
 
 
 def varlen_bwd(
@@ -82,14 +101,19 @@ def varlen_bwd(
     gen: Any = None, rng_state: Tensor | None = None,
 ) -> list[Tensor]:
     """[dq, dk, dv, row sums] of packed sequences."""
-    _no_generator(gen)
-    grads = _grads((dq, dk, dv), (q, k, v))
-    row_sums = _ops._flash_attn_varlen_backward(
-        dout, q, k, v, out, softmax_lse, *grads, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
-        softcap, alibi_slopes, deterministic, rng_state, zero_tensors,
-    )
-    return [*grads, row_sums]
+    try:
+        _no_generator(gen)
+        checks.require_plain(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
+        grads = _grads((dq, dk, dv), (q, k, v))
+        checks.require_plain(dq=grads[0], dk=grads[1], dv=grads[2])
+        row_sums = _ops._flash_attn_varlen_backward(
+            dout, q, k, v, out, softmax_lse, *grads, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            max_seqlen_k, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
+            softcap, alibi_slopes, deterministic, rng_state, zero_tensors,
+        )
+        return [*grads, row_sums]
+    except _ERRORS as error:
+        raise renamed(error, _NAMES) from None
 
 
 def fwd_kvcache(
@@ -101,23 +125,30 @@ def fwd_kvcache(
     num_splits: int = 0,
 ) -> list[Tensor]:
     """[out, softmax_lse] of attention over a cache."""
-    _check_out(out, q, k_cache=k_cache, v_cache=v_cache)
-    window_size = (window_size_left, window_size_right)
-    answer, lse = cache_ops.attend(
-        "fwd_kvcache", q, (k_cache, v_cache), (k, v),
-        (rotary_cos, rotary_sin, is_rotary_interleaved),
-        (cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
-        Scores(softmax_scale, is_causal, window_size, softcap, alibi_slopes), True,
-    )
-    assert lse is not None
-    return _into(out, (answer, lse))
+    try:
+        _check_out(out, q, k, v, k_cache=k_cache, v_cache=v_cache)
+        window_size = (window_size_left, window_size_right)
+        answer, lse = cache_ops.attend(
+            "fwd_kvcache", q, (k_cache, v_cache), (k, v),
+            (rotary_cos, rotary_sin, is_rotary_interleaved),
+            (cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
+            Scores(softmax_scale, is_causal, window_size, softcap, alibi_slopes), True,
+        )
+        assert lse is not None
+        return _into(out, (answer, lse))
+    except _ERRORS as error:
+        raise renamed(error, _NAMES) from None
 
 
 # fmt: on
 
 
-def _check_out(out: Tensor | None, q: Tensor, **caches: Tensor) -> None:
-    checks.require_plain(q=q)
+def _check_out(
+    out: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None, **caches: Tensor
+) -> None:
+    given = {"q": q, "k": k, "v": v, **caches}
+    # a cache may have no new keys
+    checks.require_plain(**{x: y for x, y in given.items() if y is not None or not caches})
     if out is None:
         return
     checks.require_plain(out=out)
@@ -132,7 +163,6 @@ def _check_out(out: Tensor | None, q: Tensor, **caches: Tensor) -> None:
         )
     if not out.is_meta:
         require_writable(out=out)
-        checks.require_plain(**caches)
         require_apart({"out": out}, caches)
 
 
@@ -145,7 +175,6 @@ def _into(out: Tensor | None, answer: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _grads(given: tuple[Tensor | None, ...], like: tuple[Tensor, ...]) -> list[Tensor]:
-    checks.require_plain(**dict(zip("qkv", like, strict=True)))
     return [
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad is None else grad
         for grad, x in zip(given, like, strict=True)

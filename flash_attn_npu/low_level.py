@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import ops
+from .attention.checks import require_plain
 
 __all__ = [
     "_flash_attn_backward",
@@ -43,6 +44,7 @@ def _flash_attn_forward(
 
     Contract: flash-attention 2.8, `_flash_attn_forward`.
     """
+    require_plain(q=q, k=k, v=v)
     answer: tuple[Tensor, Tensor, Tensor, Tensor] = _wrapped_flash_attn_forward(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
         alibi_slopes, return_softmax,
@@ -66,6 +68,7 @@ def _flash_attn_varlen_forward(
 
     Contract: flash-attention 2.8, `_flash_attn_varlen_forward`.
     """
+    require_plain(q=q, k=k, v=v)
     answer: tuple[Tensor, Tensor, Tensor, Tensor] = _wrapped_flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
@@ -89,6 +92,7 @@ def _flash_attn_backward(
 
     Contract: flash-attention 2.8, `_flash_attn_backward`.
     """
+    require_plain(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse, dq=dq, dk=dk, dv=dv)
     row_sums: Tensor = _wrapped_flash_attn_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state,
@@ -108,6 +112,7 @@ def _flash_attn_varlen_backward(
 
     Contract: flash-attention 2.8, `_flash_attn_varlen_backward`.
     """
+    require_plain(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse, dq=dq, dk=dk, dv=dv)
     row_sums: Tensor = _wrapped_flash_attn_varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,

@@ -91,6 +91,9 @@ def attend(
         checks.require_plain(q=q, k=k, v=v, sink=q if sink is None else sink)
         key = None
     if found is None:
+        checks.plain(
+            dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
+        )
         tensors = (q, k, v) if sink is None else (q, k, v, sink)
         needs_grad = _grad_enabled() and any(x.requires_grad for x in tensors)
         found = lookup(
@@ -176,6 +179,7 @@ def attend_paged(
     block_table: Tensor,
 ) -> Answer:
     """`attend` over keys in pages; where a gradient is wanted they are gathered first."""
+    checks.require_plain(q=q, k=k, v=v, block_table=block_table)
     # fmt: off
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad
@@ -187,7 +191,6 @@ def attend_paged(
             return_attn_probs, alibi_slopes, None, block_table,
         )
     # fmt: on
-    checks.require_plain(q=q, k=k, v=v, block_table=block_table)
     if _forward_ad._current_level >= 0:
         _refuse_tangents(q=q, k=k, v=v)
     if alibi_slopes is not None:

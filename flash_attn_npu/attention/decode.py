@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ArgumentTypeError, explain
+from ..errors import ArgumentError, ArgumentTypeError, explain, renamed
 from ..rowwise.rotation import rotate
 from . import checks
 from .buffers import share
@@ -135,13 +135,16 @@ def _plan(
     lengths_k = _cumulative("cache_seqlens", [span.end - span.start for span in spans])
     keys = Facts((lengths_k.total, *cache.k.shape[2:]), cache.k.dtype, cache.k.device)
     pages = pages_of(cache, spans)
-    # fmt: off
-    return lookup(
-        function, Facts((batch * seqlen_q, nheads, headdim), q.dtype, q.device), keys, keys,
-        lengths_q, lengths_k, seqlen_q, cache.capacity, 0.0, *scores, False, False, want_lse,
-        False, None, None, pages,
-    )
-    # fmt: on
+    try:
+        # fmt: off
+        return lookup(
+            function, Facts((batch * seqlen_q, nheads, headdim), q.dtype, q.device), keys, keys,
+            lengths_q, lengths_k, seqlen_q, cache.capacity, 0.0, *scores, False, False, want_lse,
+            False, None, None, pages,
+        )
+        # fmt: on
+    except ArgumentError as error:
+        raise renamed(error, {"k": "k_cache", "v": "v_cache"}) from None
 
 
 def _cumulative(argument: str, lengths: list[int]) -> Lengths:
@@ -248,6 +251,8 @@ def with_kvcache(
                 "add the missing dimension with unsqueeze",
             )
         )
+    if scores.alibi_slopes is not None:
+        checks.require_plain(alibi_slopes=scores.alibi_slopes)
     batch = q.shape[0]
     cache = Cache(*caches, batch, block_table, cache_batch_idx)
     checks.same("k_cache", "dtype", cache.k.dtype, q.dtype)

@@ -226,6 +226,9 @@ def _check_options(options: Options, batch: int, q: Facts) -> None:
                 )
             )
         checks.same("sink", "device", options.sink.device, q.device)
+        if not options.sink.dtype.is_floating_point:
+            allowed = "a floating dtype"
+            raise ArgumentError(explain("sink", options.sink.dtype, allowed, "pass sink.float()"))
     slopes = options.alibi_slopes
     if slopes is None:
         return

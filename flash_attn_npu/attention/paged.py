@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, explain
+from . import checks
 from .cache import Cache, Span, pages_of
 from .decode import cache_lengths
 from .dispatch import Plan, lookup, permit
@@ -46,6 +47,9 @@ def read_keys(
     leftpad_k: Tensor | None,
 ) -> Keys:
     """Check the three arguments, and find the keys."""
+    checks.require_plain(k=k, v=v)
+    if block_table is None:
+        _check_packed(k, v, lengths_k)
     batch = len(lengths_k.seqlens)
     names = ("k", "v", "cu_seqlens_k" if seqused_k is None else "seqused_k")
     used = lengths_k.seqlens
@@ -75,6 +79,18 @@ def read_keys(
     return Keys(k, v, cache, spans, interned((0, *ends), "cu_seqlens_k"))
 
 
+def _check_packed(k: Tensor, v: Tensor, lengths_k: Lengths) -> None:
+    if k.dim() != 3 or k.shape != v.shape or k.shape[0] < lengths_k.total:
+        raise ArgumentError(
+            explain(
+                "k" if k.dim() != 3 or k.shape[0] < lengths_k.total else "v",
+                f"shapes {tuple(k.shape)} and {tuple(v.shape)} of k and v",
+                f"(total_k, nheads_k, headdim) alike, total_k at least {lengths_k.total}",
+                "pass one key and one value for each position of cu_seqlens_k",
+            )
+        )
+
+
 def gather(keys: Keys) -> tuple[Tensor, Tensor]:
     """Packed k and v (total, nheads_k, headdim); differentiable."""
     if keys.cache is not None:
@@ -100,6 +116,10 @@ def forward(
     sink: Tensor | None,
 ) -> Forward:
     """Attention without autograd, over the pages themselves where a kernel can read them."""
+    checks.require_plain(q=q)
+    for argument, tensor in (("alibi_slopes", alibi_slopes), ("sink", sink)):
+        if tensor is not None:
+            checks.require_plain(**{argument: tensor})
     # fmt: off
     found = lookup(
         function, q, *_facts(keys), lengths_q, keys.lengths, *max_seqlens, dropout_p,

@@ -130,6 +130,9 @@ def _run(
     found: Plan, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None
 ) -> Forward:
     checks.require_plain(q=q, k=k, v=v)
+    for argument, tensor in (("alibi_slopes", slopes), ("sink", sink)):
+        if tensor is not None:
+            checks.require_plain(**{argument: tensor})
     permit(found)
     found.tally.calls += 1
     answer: Forward = found.kernel.forward(found.problem, q, k, v, slopes, sink)
@@ -146,6 +149,8 @@ def _run_backward(
 ) -> None:
     q, k, v, out, lse = saved
     checks.require_plain(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse)
+    if slopes is not None:
+        checks.require_plain(alibi_slopes=slopes)
     rows = (found.problem.rows_q,) if found.problem.varlen else (q.shape[0], q.shape[1])
     lse_shape = torch.Size((*rows[:-1], q.shape[-2], rows[-1]))
     lse = _as_it_lies(lse, lse_shape)

@@ -115,8 +115,11 @@ OF_KEYS: dict[str, tuple[str, Change]] = {
     "q of three dimensions": ("q", but("q", lambda x: x[0])),
     "q that is a list": ("q", but("q", Tensor.tolist)),
     "q of another dtype": ("k_cache", but("q", Tensor.float)),
-    "q of another headdim": ("rotary_cos, rotary_sin|k", but("q", lambda x: x[..., :32])),
-    "q with heads that do not divide": ("k", but("q", lambda x: torch.cat((x, x[:, :, :1]), 2))),
+    "q of another headdim": ("rotary_cos, rotary_sin|k_cache|k", but("q", lambda x: x[..., :32])),
+    "q with heads that do not divide": (
+        "k_cache",
+        but("q", lambda x: torch.cat((x, x[:, :, :1]), 2)),
+    ),
     "integers": (
         "q",
         lambda given: {name: given[name].int() for name in ("q", "k", "v", "k_cache", "v_cache")},
