@@ -140,3 +140,20 @@ def test_packed_heads_first_are_recognised():
     heads_first = r"^cu_seqlens_q: .*heads first\? pass q\.transpose\(0, 1\)"
     with pytest.raises(ArgumentError, match=heads_first):
         flash_attn_varlen_func(x, x, x, [0, 4, 9], [0, 4, 9], 5, 5)
+
+
+def test_a_decision_holds_for_its_tensors_and_its_block():
+    """Whatever else runs meanwhile, as the operators that a tensor subclass calls, is its own."""
+    q, k = torch.zeros(1), torch.zeros(1)
+    plan, other = object(), object()
+    with dispatch.decided(plan, q, k):
+        assert dispatch.decision(q, k) is plan
+        assert dispatch.decision(k, q) is None
+        assert dispatch.decision(q) is None
+        assert dispatch.decision(q.clone(), k) is None
+        with pytest.raises(KeyError), dispatch.decided(other, k):
+            assert dispatch.decision(q, k) is None
+            assert dispatch.decision(k) is other
+            raise KeyError
+        assert dispatch.decision(q, k) is plan
+    assert dispatch.decision(q, k) is None

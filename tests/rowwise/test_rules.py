@@ -145,3 +145,19 @@ def test_mixed_dtypes_by_every_route(plain: dict[str, Problem]) -> None:
             "it takes and returns one dtype",
         )
         assert refusals(support.LAYER_NORM, norm._replace(**change)) == ()
+
+
+@pytest.mark.parametrize(
+    ("operator", "limit", "beyond"),
+    [
+        (support.CROSS_ENTROPY, {"rows": 200_000}, {"rows": 200_001}),
+        (support.ROTARY_MUL, {"rotary_dim": 894}, {"rotary_dim": 896}),
+        (support.ROTARY_MUL, {"nheads": 999}, {"nheads": 1000}),
+        (support.SWIGLU, {"row_bytes": 64}, {"row_bytes": 65}),
+    ],
+)
+def test_the_limit_itself(
+    operator: str, limit: dict[str, int], beyond: dict[str, int], plain: dict[str, Problem]
+) -> None:
+    assert refusals(operator, plain[operator]._replace(**limit)) == ()
+    assert refusals(operator, plain[operator]._replace(**beyond))
