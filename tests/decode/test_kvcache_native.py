@@ -267,3 +267,36 @@ def test_a_table_that_changes_in_place(npu):
     expected = cache_reference.solve(**arguments)
     assert_answer(flash_attn_with_kvcache(**placed), expected)
     assert not torch.equal(k, v)
+
+
+def served(call: dict[str, Any], device: torch.device) -> str:
+    """The kernel behind a call whose answer is the reference's."""
+    expected = cache_reference.solve(**call)
+    given = {x: y.to(device) if isinstance(y, Tensor) else y for x, y in call.items()}
+    if not call["v_cache"].is_contiguous():
+        wide = torch.cat((given["v_cache"], given["v_cache"]), 1)
+        given["v_cache"] = wide[:, : call["v_cache"].shape[1]]
+    with reporting() as region:
+        assert_answer(flash_attn_with_kvcache(**given), expected)
+    (tally,) = region.tallies
+    return tally.kernel
+
+
+@pytest.mark.parametrize(("blocks", "fused"), [(4, True), (3, False)])
+def test_shared_pages_in_a_full_cache(npu, blocks, fused):
+    """Two sequences of two pages each, all the same: 4 are used together, however few there are."""
+    k, v = (torch.randn(blocks, 128, 1, 64).half() for _ in "kv")
+    call = {"q": torch.randn(2, 1, 1, 64).half(), "k_cache": k, "v_cache": v}
+    call |= {"block_table": torch.tensor([[2, 0], [2, 0]], dtype=torch.int32)}
+    call |= {"cache_seqlens": torch.tensor([200, 150], dtype=torch.int32)}
+    assert (served(call, npu) == INFER) == fused
+
+
+@pytest.mark.parametrize("strided", [(), ("v_cache",)], ids=repr)
+def test_values_alone_that_are_strided(npu, strided):
+    k, v = (torch.randn(2, 128, 1, 64).half() for _ in "kv")
+    if strided:
+        v = v.repeat(1, 2, 1, 1)[:, :128]
+    call = {"q": torch.randn(2, 1, 1, 64).half(), "k_cache": k, "v_cache": v}
+    call |= {"cache_seqlens": torch.tensor([100, 50], dtype=torch.int32)}
+    assert (served(call, npu) == INFER) == (not strided)

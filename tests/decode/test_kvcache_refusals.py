@@ -224,3 +224,25 @@ def test_a_wrong_block_for_the_new_keys_alone(device, block):
 )
 def test_tensors_on_another_device(npu, moved, argument):
     assert_refused(ROWS, npu, argument, but(moved, Tensor.cpu), keep_on_host=True)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (5, 0)}], ids=repr)
+def test_tables_too_short_for_the_queries_alone(device, options):
+    """Queries move with causal or a window: the fourth of the longest row stands at 12 + 3."""
+    problem = replace(ROWS, seqlen_q=4, seqlen_new=1, options=options)
+    names = ("rotary_cos", "rotary_sin")
+    assert_refused(
+        problem, device, "rotary_cos", lambda given: {name: given[name][:15] for name in names}
+    )
+    placed, _ = place(problem, problem.arguments(), device)
+    flash_attn_with_kvcache(**placed | {name: placed[name][:16] for name in names})
+
+
+def test_tables_for_queries_at_one_position(device):
+    problem = replace(ROWS, seqlen_q=4, seqlen_new=1, options={})
+    placed, _ = place(problem, problem.arguments(), device)
+    names = ("rotary_cos", "rotary_sin")
+    flash_attn_with_kvcache(**placed | {name: placed[name][:13] for name in names})
+    assert_refused(
+        problem, device, "rotary_cos", lambda given: {name: given[name][:12] for name in names}
+    )
