@@ -57,7 +57,9 @@ class Lengths:
         return 128 * len(self.cumulative)
 
 
-_memo: PerTensorMemo[Lengths] = PerTensorMemo("cumulative lengths of a tensor", MEMO_SIZE)
+_memo: PerTensorMemo[Lengths] = PerTensorMemo(
+    "cumulative lengths of a tensor", MEMO_SIZE, nbytes=1 << 26
+)
 _ends_memo: PerTensorMemo[list[int]] = PerTensorMemo("ends of the sequences of a tensor", MEMO_SIZE)
 _interned: Memo[tuple[int, ...], Lengths] = Memo(
     "cumulative lengths by their values", MEMO_SIZE, nbytes=1 << 26

@@ -268,7 +268,7 @@ def test_wrong_lengths_are_not_remembered(npu: torch.device) -> None:
 
 
 def test_the_memory_is_bounded_and_lets_go(npu: torch.device) -> None:
-    memo: PerTensorMemo[int] = PerTensorMemo("for a test", 4)
+    memo: PerTensorMemo[int] = PerTensorMemo("of this test", 4)
     alive = [lengths(i) for i in range(10)]
     for i, tensor in enumerate(alive):
         assert memo.get(tensor, lambda x: x.item()) == i
@@ -284,7 +284,7 @@ def test_the_memory_is_bounded_and_lets_go(npu: torch.device) -> None:
     memo.clear()
     assert memo.known(keep) is None
     del memo
-    assert all(memo.name != "for a test" for memo in memos())
+    assert all(memo.name != "of this test" for memo in memos())
 
 
 def test_more_tensors_than_are_remembered(npu: torch.device) -> None:

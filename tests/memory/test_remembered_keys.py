@@ -1,0 +1,410 @@
+"""What is remembered answers only the question that was asked.
+
+For each memo there is a call that fills it, and variants of that call of the same shapes, each
+with one attribute changed. They are observed with nothing remembered, and then one after the
+other, in both orders, so that each follows each: nothing may differ.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import virtual_ascend
+from torch import Tensor
+
+import flash_attn_npu
+from flash_attn_npu.integrations.stand_ins import npu_flash_attn_func
+from flash_attn_npu.layers.rotary import apply_rotary_emb
+from flash_attn_npu.memory import PerTensorMemo, forget_all, memos
+from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
+
+flash = pytest.importorskip("transformers.modeling_flash_attention_utils")
+
+for _, _name, _ in pkgutil.walk_packages(flash_attn_npu.__path__, "flash_attn_npu."):
+    if not _name.endswith("__main__"):
+        importlib.import_module(_name)
+
+Variant = dict[str, Any]
+
+
+class Maker:
+    """The tensors of one variant."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant, self.leaves = variant, {}
+        self.device = torch.device(variant.get("device", "npu"))
+
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        dtype = self.variant.get(f"{name}.dtype", self.variant.get("dtype", dtype))
+        made = torch.randn(shape, generator=torch.Generator().manual_seed(len(self.leaves)))
+        made = made.to(dtype).to(self.device)
+        if name in self.variant.get("strided", ()):
+            made = torch.stack([made, made], -1)[..., 0]
+        self.leaves[name] = made.requires_grad_(name in self.variant.get("grad", ()))
+        return made
+
+    def options(self, **defaults: Any) -> dict[str, Any]:
+        return defaults | self.variant.get("options", {})
+
+    def ints(self, name: str, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        values = self.variant.get(name, values)
+        known = f"{name} {values} {self.device}"
+        if known not in TENSORS:
+            TENSORS[known] = torch.tensor(values, dtype=dtype, device=self.device)
+        return TENSORS[known]
+
+
+def packed(make: Maker) -> Any:
+    q, k, v = (make.tensor(name, 12, 2, 64) for name in "qkv")
+    cu_q, cu_k = make.ints("cu_q", [0, 5, 12]), make.ints("cu_k", [0, 2, 12])
+    options = make.options(causal=True, max_seqlen_q=9, max_seqlen_k=12)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = make.tensor("alibi", 2, dtype=torch.float32)
+    function = options.pop("function", flash_attn_npu.flash_attn_varlen_func)
+    return function(q, k, v, cu_q, cu_k, **options)
+
+
+def sunk(make: Maker) -> Any:
+    q, k, v = (make.tensor(name, 2, 5, 2, 64) for name in "qkv")
+    sink = make.tensor("sink", 2)
+    options = make.options(causal=True)
+    function = options.pop("function", npu_flash_attn_func)
+    return function(q, k, v, s_aux=sink, **options)
+
+
+def huawei(make: Maker) -> Any:
+    q, k, v = (make.tensor(name, 12, 2, 64) for name in "qkv")
+    cu_q, cu_k = make.ints("cu_q", [0, 5, 12]), make.ints("cu_k", [0, 5, 12])
+    return flash_attn_npu.attention_forward_varlen(q, k, v, cu_q, cu_k, **make.options(causal=True))
+
+
+def pages(make: Maker) -> Any:
+    q = make.tensor("q", 4, 2, 64)
+    k, v = (make.tensor(name, 4, 16, 2, 64) for name in "kv")
+    cu_q, cu_k = make.ints("cu_q", [0, 2, 4]), make.ints("cu_k", [0, 9, 18])
+    table = make.ints("table", [[3], [1]])
+    options = make.options(causal=True, max_seqlen_q=4, max_seqlen_k=16)
+    return flash_attn_npu.flash_attn_varlen_func(q, k, v, cu_q, cu_k, block_table=table, **options)
+
+
+def cached(make: Maker) -> Any:
+    q = make.tensor("q", 2, 1, 2, 64)
+    k, v = (make.tensor(name, 4, 16, 2, 64) for name in "kv")
+    given = {
+        "cache_seqlens": make.ints("cache_seqlens", [9, 5]),
+        "cache_batch_idx": make.ints("rows", [3, 1]),
+    }
+    return flash_attn_npu.flash_attn_with_kvcache(q, k, v, **given, **make.options(causal=True))
+
+
+def norm(make: Maker) -> Any:
+    x, weight = make.tensor("x", 4, 64), make.tensor("weight", 64)
+    options = make.options()
+    if options.pop("residual", False):
+        options["residual"] = make.tensor("residual", 4, 64)
+    return options.pop("function", rms_norm_fn)(x, weight, options.pop("bias", None), **options)
+
+
+def rotation(make: Maker) -> Any:
+    x = make.tensor("x", 2, 5, 2, 64)
+    cos, sin = make.tensor("cos", 9, 32), make.tensor("sin", 9, 32)
+    return apply_rotary_emb(x, cos, sin, **make.options())
+
+
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+
+
+def masked(make: Maker) -> Any:
+    mask, queries = TENSORS["mask"], make.variant.get("queries", 6)
+    q = make.tensor("q", 2, queries, 2, 64)
+    k, v = (make.tensor(name, 2, 6, 2, 64) for name in "kv")
+    given = make.options(attn_implementation="flash_attention_2")
+    out = flash._flash_attention_forward(q, k, v, mask, queries, True, **given)
+    return out * mask[:, -queries:, None, None]
+
+
+def positioned(make: Maker) -> Any:
+    q, k, v = (make.tensor(name, 1, 6, 2, 64) for name in "qkv")
+    given = make.options(attn_implementation="flash_attention_2", position_ids=TENSORS["ids"])
+    return flash._flash_attention_forward(q, k, v, None, 6, True, **given)
+
+
+TENSORS: dict[str, Tensor] = {}
+"""Tensors that all variants share, so that what is remembered of them could answer."""
+
+GRADIENTS = {f"gradient of {name}": {"grad": (name,)} for name in "qkv"}
+MODES = {
+    "inference mode": {"mode": torch.inference_mode},
+    "no gradients": {"mode": torch.no_grad, "grad": ("q", "x")},
+    "error": {"mode": lambda: flash_attn_npu.fallback("error")},
+    "allow": {"mode": lambda: flash_attn_npu.fallback("allow")},
+}
+DTYPES = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float32": {"dtype": torch.float32},
+    "float64": {"dtype": torch.float64},
+    "one dtype": {"k.dtype": torch.bfloat16, "weight.dtype": torch.float32},
+}
+STRIDED = {f"strided {name}": {"strided": (name,)} for name in "qkx"}
+
+
+def of_options(**values: Any) -> dict[str, Variant]:
+    return {f"{name}={value}": {"options": {name: value}} for name, value in values.items()}
+
+
+COMMON: dict[str, Variant] = {
+    "as it is": {},
+    "host": {"device": "cpu"},
+    **MODES,
+    **DTYPES,
+    **STRIDED,
+}
+ATTENTION = COMMON | GRADIENTS | of_options(
+    causal=False, window_size=(2, 1), softmax_scale=0.5, deterministic=True, softcap=3.0
+)  # fmt: skip
+PACKED = (
+    ATTENTION
+    | of_options(dropout_p=0.5, return_attn_probs=True, alibi=True, max_seqlen_k=13)
+    | {
+        "the diagonal": {"options": {"window_size": (0, 0)}},
+        "the diagonal, with gradient": {"options": {"window_size": (0, 0)}, "grad": ("v",)},
+        "other queries": {"cu_q": [0, 3, 12]},
+        "other keys": {"cu_k": [0, 5, 12]},
+        "a tail": {"cu_q": [0, 5, 11]},
+        "more sequences": {"cu_q": [0, 5, 5, 12], "cu_k": [0, 2, 7, 12]},
+        "deterministic, with gradient": {"options": {"deterministic": True}, "grad": ("q",)},
+        "dropout, with gradient": {"options": {"dropout_p": 0.5}, "grad": ("q",)},
+    }
+)
+SUNK = ATTENTION | {
+    "gradient of sink": {"grad": ("sink",)},
+    "deterministic, gradient of sink": {"options": {"deterministic": True}, "grad": ("sink",)},
+    "float32 sink": {"sink.dtype": torch.float32},
+}
+NORMS = (
+    COMMON
+    | {f"gradient of {name}": {"grad": (name,)} for name in ("x", "weight")}
+    | of_options(eps=0.1, prenorm=True, residual=True, dropout_p=0.5, is_rms_norm=False)
+    | {
+        "zero centered": {"options": {"zero_centered_weight": True}},
+        "layer norm": {"options": {"function": layer_norm_fn}},
+        "residual in float32": {"options": {"residual": True, "residual_in_fp32": True}},
+        "gradient of residual": {"options": {"residual": True}, "grad": ("residual",)},
+    }
+)
+TURNS = COMMON | {"gradient of x": {"grad": ("x",)}} | of_options(
+    interleaved=True, inplace=True, seqlen_offsets=3
+)  # fmt: skip
+CACHE = COMMON | of_options(
+    causal=False, window_size=(2, 1), softmax_scale=0.5, softcap=3.0, return_softmax_lse=True
+)
+CACHED = CACHE | {"other lengths": {"cache_seqlens": [4, 9]}, "other rows": {"rows": [0, 2]}}
+PAGES = ATTENTION | {
+    "other pages": {"table": [[0], [1]]},
+    "other lengths": {"cu_k": [0, 4, 18]},
+    "gradient of k, inference before": {"grad": ("k", "q")},
+}
+HUAWEI = {"as it is": {}, "other": {"cu_q": [0, 3, 12]}} | GRADIENTS | {
+    "inference mode": MODES["inference mode"], "not causal": {"options": {"causal": False}},
+    "bfloat16": DTYPES["bfloat16"],
+}  # fmt: skip
+FROM_TRANSFORMERS = {"as it is": {}} | GRADIENTS | {
+    "inference mode": MODES["inference mode"], "bfloat16": DTYPES["bfloat16"],
+    "no gradients": MODES["no gradients"], **of_options(sliding_window=2, softcap=3.0),
+}  # fmt: skip
+MASKED = FROM_TRANSFORMERS | {
+    "three queries": {"queries": 3},
+    "two queries": {"queries": 2},
+    "one query": {"queries": 1},
+    "three queries, inference": {"queries": 3, "mode": torch.inference_mode},
+}
+
+CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ...]]] = {
+    "packed": (
+        packed,
+        PACKED,
+        (
+            "plans of attention calls",
+            "calls prepared for npu_fusion_attention",
+            "positions of queries that see a key",
+            "causal masks",
+            "cumulative lengths of a tensor",
+            "cumulative lengths by their values",
+            "names of chips",
+        ),
+    ),
+    "sink": (sunk, SUNK, ("plans of attention calls",)),
+    "huawei": (huawei, HUAWEI, ("ends of the sequences of a tensor",)),
+    "pages": (pages, PAGES, ("lengths and block tables of a cache", "positions in caches")),
+    "cache": (cached, CACHED, ("page tables of unpaged caches",)),
+    "norm": (
+        norm,
+        NORMS,
+        ("operators chosen row by row", "operators chosen for norms, by their arguments"),
+    ),
+    "rotation": (rotation, TURNS, ("operators chosen row by row",)),
+    "mask": (masked, MASKED, ("attention masks of transformers",)),
+    "position ids": (positioned, FROM_TRANSFORMERS, ("position ids of transformers",)),
+}
+SAID = ("reasons that were logged", "remarks on decoding that were logged")
+"""Memos that answer nothing: what they hold is not said a second time."""
+
+
+@pytest.fixture(autouse=True)
+def installed(npu: torch.device) -> Iterator[None]:
+    flash._loaded_implementation = None
+    TENSORS["mask"] = MASK.to(npu)
+    TENSORS["ids"] = torch.tensor([[0, 1, 2, 0, 1, 2]]).to(npu)
+    with flash_attn_npu.install():
+        yield
+    TENSORS.clear()
+    flash._loaded_implementation = None
+
+
+def observe(call: Callable[[Maker], Any], variant: Variant) -> dict[str, Any]:
+    """Everything that a caller could tell of a call: kernels, results, gradients, errors."""
+    torch.manual_seed(0)
+    make, seen = Maker(variant), {}
+    with virtual_ascend.record() as rec, ExitStack() as stack:
+        if "mode" in variant:
+            stack.enter_context(variant["mode"]())
+        try:
+            answer = call(make)
+            answers = answer if isinstance(answer, tuple) else (answer,)
+            outs = [out for out in answers if out is not None]
+            for i, out in enumerate(outs):
+                seen |= {f"out {i}": out, f"flags {i}": (out.requires_grad, out.is_inference())}
+            wanted = [out for out in outs if out.requires_grad]
+            if wanted:
+                torch.autograd.backward([out.float().square().sum() for out in wanted])
+        except Exception as error:
+            seen["error"] = f"{type(error).__name__}: {error}"
+    seen |= {f"gradient of {name}": leaf.grad for name, leaf in make.leaves.items()}
+    seen["launches"] = [
+        (x.name, {k: v for k, v in x.arguments.items() if not isinstance(v, Tensor)})
+        for x in rec.launches
+    ]
+    return {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in seen.items()}
+
+
+def same(got: dict[str, Any], expected: dict[str, Any]) -> bool:
+    try:
+        assert_same(got, expected, "")
+    except AssertionError:
+        return False
+    return True
+
+
+def assert_same(got: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    assert got.keys() == expected.keys(), (name, got, expected)
+    for part, value in expected.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(
+                got[part], value, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}"
+            )
+        else:
+            assert got[part] == value, (name, part)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_variant_after_each_other_is_as_if_it_were_alone(case: str) -> None:
+    call, variants, names = CASES[case]
+    alone = {}
+    for name, variant in variants.items():
+        forget_all()
+        alone[name] = observe(call, variant)
+    different = [name for name in variants if not same(alone[name], alone["as it is"])]
+    # otherwise nothing would be tried
+    assert len(different) >= len(variants) // 2
+    forget_all()
+    observe(call, {})
+    filled = {memo.name for memo in memos() if len(memo)}
+    if case == "pages":
+        # where no gradient is wanted the pages are read as they lie
+        observe(call, {"grad": ("k",)})
+        filled = {memo.name for memo in memos() if len(memo)}
+    assert filled >= set(names)
+    for order in (list(variants), list(reversed(variants))):
+        forget_all()
+        for name in order:
+            assert_same(observe(call, variants[name]), alone[name], name)
+
+
+def test_every_memo_has_a_case() -> None:
+    covered = {name for _, _, names in CASES.values() for name in names}
+    assert {memo.name for memo in memos()} == covered | set(SAID)
+    assert len({memo.name for memo in memos()}) == len(memos())
+
+
+def test_every_memo_is_bounded_and_cleared_at_once() -> None:
+    for call, variants, _ in CASES.values():
+        observe(call, {})
+        observe(call, variants.get("gradient of k", {}))
+    assert all(len(memo) for memo in memos() if memo.name not in SAID)
+    assert all(0 < memo.entries <= 1024 for memo in memos())
+    for memo in memos():
+        if memo.held():
+            assert memo.nbytes is not None, memo.name
+    forget_all()
+    assert not any(len(memo) for memo in memos())
+
+
+def test_a_change_while_a_tensor_is_read_is_noticed(npu: torch.device) -> None:
+    memo: PerTensorMemo[int] = PerTensorMemo("for a test", 4)
+    tensor = torch.zeros(1, dtype=torch.int32, device=npu)
+
+    def disturbed(x: Tensor) -> int:
+        read = int(x)
+        # as another thread might, at this very moment
+        x.add_(1)
+        return read
+
+    assert memo.get(tensor, disturbed) == 0
+    assert memo.get(tensor, int) == 1
+
+
+STATE = {
+    "activation.install._claims",
+    "activation.install._set_aside",
+    "integrations.transformers._available",
+    "activation.install._say_shadowed",
+    "locks._locks",
+    "memory._memos",
+    "surface.compared",
+    "surface.comparison._defined",
+    "usage._tallies",
+}
+"""What answers no question about a call: who installed, what was counted, what upstream has."""
+
+
+EMPTY = r"\{\}|\[\]|(\w+\.)*(set|dict|list|\w*Dict|defaultdict|\w*Set)\(\)"
+
+
+def test_nothing_is_remembered_elsewhere() -> None:
+    """No module keeps a container that is filled later, and no function keeps its results."""
+    found = set()
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("flash_attn_npu.") or module.__file__ is None:
+            continue
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            kept = ""
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                empty = re.fullmatch(EMPTY, ast.unparse(node.value))
+                kept = ast.unparse(target) if empty else ""
+            elif isinstance(node, ast.FunctionDef):
+                decorators = " ".join(map(ast.unparse, node.decorator_list))
+                kept = node.name if re.search(r"\b(lru_cache|cache)\b", decorators) else ""
+            if kept:
+                found.add(f"{name.removeprefix('flash_attn_npu.')}.{kept}")
+    assert found <= STATE, "register it in flash_attn_npu.memory"
