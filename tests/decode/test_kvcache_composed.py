@@ -129,3 +129,17 @@ def test_a_call_without_keys_is_never_refused(device):
 )
 def test_a_sequence_that_is_not_the_first_has_its_own_keys(device, problem):
     check(problem, device)
+
+
+def test_new_keys_of_which_the_first_lie_before_the_padding(device):
+    """Positions 2 to 4 are new, and the sequence starts at 4: only the last key is anybody's."""
+    k_cache, v_cache = (torch.full((1, 8, 1, 8), torch.nan).to(device) for _ in "kv")
+    q, k, v = (torch.randn(1, 3, 1, 8).to(device) for _ in "qkv")
+    leftpad = torch.tensor([4], dtype=torch.int32, device=device)
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=2, cache_leftpad=leftpad)
+    assert torch.equal(k_cache[0, 4], k[0, 2])
+    assert torch.equal(v_cache[0, 4], v[0, 2])
+    assert torch.equal(out, v[:, 2:].expand_as(out))
+    rest = [0, 1, 2, 3, 5, 6, 7]
+    assert k_cache.cpu()[0, rest].isnan().all()
+    assert v_cache.cpu()[0, rest].isnan().all()

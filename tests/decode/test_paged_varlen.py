@@ -311,3 +311,21 @@ def test_refused_parts(device, argument, values, pages):
     ):
         forward(given, **{argument: values.to(device)})
     assert not seen.launches
+
+
+def test_padding_behind_the_used_keys_leaves_none(device):
+    q, k, v = (torch.randn(6, 1, 8).to(device) for _ in "qkv")
+    cu, used, pads = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 3, 6], [1, 3], [2, 1])
+    )
+    out, lse, _, _ = flash_attn_interface._flash_attn_varlen_forward(
+        q, k, v, cu, cu, 3, 3, 0.0, 0.5, False, leftpad_k=pads, seqused_k=used
+    )
+    two = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    seen, seen_lse, _, _ = flash_attn_interface._flash_attn_varlen_forward(
+        q[3:], k[4:], v[4:], cu[:2], two, 3, 2, 0.0, 0.5, False
+    )
+    assert not out[:3].any()
+    assert torch.isposinf(lse[:, :3]).all()
+    torch.testing.assert_close(out[3:], seen)
+    torch.testing.assert_close(lse[:, 3:], seen_lse)

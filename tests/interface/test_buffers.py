@@ -187,9 +187,12 @@ def test_one_row_for_two_sequences(name: str, device: torch.device) -> None:
 @each_cached
 def test_one_page_for_two_sequences(name: str, device: torch.device) -> None:
     call = every.paged(name, device)
-    # positions 4 and 7: the first and the last of the second page
+    # positions 4 and 7, then 4 and 5, then 5 and 4, of the second page
     call["block_table"] = torch.tensor([[3, 1], [2, 1]], dtype=torch.int32, device=device)
     every.run(name, call)
+    for lengths in ([4, 5], [5, 4]):
+        call["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32, device=device)
+        every.run(name, call)
     call["cache_seqlens"] = torch.tensor([4, 0], dtype=torch.int32, device=device)
     call["block_table"] = torch.tensor([[3, 1], [1, 2]], dtype=torch.int32, device=device)
     refused(name, call, "block_table")
