@@ -23,6 +23,7 @@ import virtual_ascend
 from torch import Tensor
 
 import flash_attn_npu
+from flash_attn_npu import flash_attn_interface as interface
 from flash_attn_npu.integrations.stand_ins import npu_flash_attn_varlen_func
 from flash_attn_npu.layers.rotary import apply_rotary_emb
 from flash_attn_npu.memory import PerTensorMemo, forget_all, memos
@@ -121,6 +122,21 @@ def rotation(make: Maker) -> Any:
     return apply_rotary_emb(x, cos, sin, **make.options())
 
 
+def buffers(make: Maker) -> Any:
+    """dq and dk between each other's elements, which is right, or `apart` other elements off."""
+    q, k, v, dout = (make.tensor(name, 2, 5, 2, 64) for name in ("q", "k", "v", "dout"))
+    options = (0.0, 0.125, make.variant.get("causal", True), -1, -1, 0.0, None)
+    out, lse, _, rng = interface._flash_attn_forward(q, k, v, *options, False)
+    width = make.variant.get("width", 2)
+    strides = (5 * 64 * 2 * width, 64 * 2 * width, 64 * width, width)
+    space = torch.zeros(q.numel() * width + 8, dtype=q.dtype, device=q.device)
+    dq = space.as_strided(q.shape, strides)
+    dk = space.as_strided(q.shape, strides, make.variant.get("apart", 1))
+    dv = torch.zeros_like(v)
+    interface._flash_attn_backward(dout, q, k, v, out, lse, dq, dk, dv, *options, False, rng)
+    return dq, dk, dv
+
+
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 
 
@@ -193,6 +209,8 @@ SUNK = ATTENTION | {
     "the diagonal, gradient of sink": {"options": {"window_size": (0, 0)}, "grad": ("sink",)},
     "float32 sink": {"sink.dtype": torch.float32},
 }
+BFLOAT16_SUM = {"dtype": torch.bfloat16, "options": {"residual": True}}
+SUMMANDS = ("x", "residual", "weight")
 NORMS = (
     COMMON
     | {f"gradient of {name}": {"grad": (name,)} for name in ("x", "weight")}
@@ -202,6 +220,8 @@ NORMS = (
         "layer norm": {"options": {"function": layer_norm_fn}},
         "residual in float32": {"options": {"residual": True, "residual_in_fp32": True}},
         "gradient of residual": {"options": {"residual": True}, "grad": ("residual",)},
+        "bfloat16 sum": BFLOAT16_SUM,
+        **{f"bfloat16 sum, gradient of {x}": BFLOAT16_SUM | {"grad": (x,)} for x in SUMMANDS},
     }
 )
 TURNS = COMMON | {"gradient of x": {"grad": ("x",)}} | of_options(
@@ -232,6 +252,18 @@ MASKED = FROM_TRANSFORMERS | {
     "three queries, inference": {"queries": 3, "mode": INFERENCE},
 }
 
+BUFFERS: dict[str, Variant] = {
+    "as it is": {},
+    "the same": {"apart": 0},
+    "one over the other": {"apart": 2},
+    "farther": {"apart": 3},
+    "wider": {"width": 3},
+    "wider, farther": {"width": 3, "apart": 2},
+    "dense": {"width": 1},
+    "bfloat16": DTYPES["bfloat16"],
+    "host": {"device": "cpu"},
+}
+
 CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ...]]] = {
     "packed": (
         packed,
@@ -249,6 +281,7 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
     "sink": (sunk, SUNK, ("plans of attention calls",)),
     "huawei": (huawei, HUAWEI, ("ends of the sequences of a tensor",)),
     "pages": (pages, PAGES, ("lengths and block tables of a cache", "positions in caches")),
+    "buffers": (buffers, BUFFERS, ("whether buffers share memory",)),
     "cache": (cached, CACHED, ("page tables of unpaged caches",)),
     "norm": (
         norm,
