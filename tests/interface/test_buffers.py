@@ -132,6 +132,11 @@ def test_one_tensor_as_both_caches(name: str, device: torch.device) -> None:
     call = every.right(name, device)
     call["v_cache"] = call["k_cache"]
     refused(name, call, "k_cache", "v_cache")
+    # one head behind the other, so that rows meet by halves
+    memory = torch.zeros(call["k_cache"].numel() + 8).to(device)
+    shifted = {"k_cache": memory[:-8], "v_cache": memory[8:]}
+    shifted = {x: y.view_as(call["k_cache"]) for x, y in shifted.items()}
+    refused(name, call | shifted, "v_cache")
     # nothing is written into them without new keys
     for x in ("k", "v", "rotary_cos", "rotary_sin"):
         call[x] = None
