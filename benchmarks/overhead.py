@@ -53,7 +53,7 @@ def direct_calls(q: Any, k: Any, v: Any, layout: str, ends: list[int] | None) ->
     """The kernel as a user calls it for causal attention, with everything prepared beforehand."""
     from torch_npu import npu_fusion_attention
 
-    from flash_attn_npu.kernels.fusion import causal_mask
+    from flash_attn_npu._core.kernels.ascend.fusion_attention import causal_mask
 
     mask, scale = causal_mask(q.device), HEADDIM**-0.5
 

@@ -7,8 +7,12 @@ mean this package. `attention_forward_varlen` is Huawei's own function, with its
 from __future__ import annotations
 
 from . import bert_padding, flash_attn_interface
+from ._activation import install, installed, uninstall
+from ._core.attention.mindie import attention_forward_varlen
+from ._core.ground.memory import forget_lengths
+from ._core.ground.settings import fallback
+from ._core.ground.usage import report, reporting
 from ._version import FLASH_ATTN_VERSION
-from .activation import install, installed, uninstall
 from .errors import ActivationError, ArgumentError, ArgumentTypeError, UnsupportedError
 from .flash_attn_interface import (
     flash_attn_func,
@@ -19,10 +23,6 @@ from .flash_attn_interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from .huawei import attention_forward_varlen
-from .memory import forget_lengths
-from .settings import fallback
-from .usage import report, reporting
 
 __version__ = FLASH_ATTN_VERSION
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from . import usage
-from .activation import install
+from ._activation import install
+from ._core.ground import usage
 from .errors import ActivationError
 
 _EPILOG = """\

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import rearranging
-from .attention.lengths import remember_lengths
-from .errors import ArgumentError, ArgumentTypeError, explain
-from .rowwise.arguments import (
+from . import _rearranging
+from ._core.ground.dense_arguments import (
     LARGEST,
     called,
     refuse_transforms,
@@ -25,6 +23,8 @@ from .rowwise.arguments import (
     require_values,
     whole,
 )
+from ._core.ground.lengths import remember_lengths
+from .errors import ArgumentError, ArgumentTypeError
 
 __all__ = [
     "IndexFirstAxis",
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
             return getattr(importlib.import_module("einops"), name)
         except ModuleNotFoundError:
             if name == "rearrange":
-                return rearranging.rearrange
+                return _rearranging.rearrange
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -80,12 +80,10 @@ class IndexPutFirstAxis(torch.autograd.Function):
         _check_indices(indices, first_axis_dim, "first_axis_dim", values.device)
         if values.shape[:1] != indices.shape:
             raise ArgumentError(
-                explain(
-                    "values",
-                    f"shape {tuple(values.shape)}",
-                    f"({indices.shape[0]}, ...), a row for every index",
-                    "pass the indices that the rows were packed with",
-                )
+                "values",
+                f"shape {tuple(values.shape)}",
+                f"({indices.shape[0]}, ...), a row for every index",
+                "pass the indices that the rows were packed with",
             )
         ctx.save_for_backward(indices)
         zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
@@ -262,12 +260,10 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     batch, seqlen = whole("batch", batch), whole("seqlen", seqlen)
     if not torch.compiler.is_compiling() and batch * seqlen > LARGEST:
         raise ArgumentError(
-            explain(
-                "seqlen",
-                f"{seqlen}, in a batch of {batch}",
-                f"{LARGEST} tokens at most",
-                "pass the batch and seqlen that unpad_input got",
-            )
+            "seqlen",
+            f"{seqlen}, in a batch of {batch}",
+            f"{LARGEST} tokens at most",
+            "pass the batch and seqlen that unpad_input got",
         )
     try:
         padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
@@ -309,45 +305,41 @@ def _check_rows(input: Tensor, indices: Tensor) -> None:
     require_dense(input=input, indices=indices)
     if input.dim() == 0:
         allowed = "(rows, ...)"
-        raise ArgumentError(explain("input", "a scalar tensor", allowed, "pass input[None]"))
+        raise ArgumentError("input", "a scalar tensor", allowed, "pass input[None]")
     _check_indices(indices, input.shape[0], "input", input.device)
 
 
 def _check_indices(indices: Tensor, rows: int, of: str, device: torch.device) -> None:
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(
-            explain(
-                "indices",
-                f"a {indices.dtype} tensor of shape {tuple(indices.shape)}",
-                "a torch.int32 or torch.int64 tensor of one dimension",
-                "pass the indices that unpad_input returned",
-            )
+            "indices",
+            f"a {indices.dtype} tensor of shape {tuple(indices.shape)}",
+            "a torch.int32 or torch.int64 tensor of one dimension",
+            "pass the indices that unpad_input returned",
         )
 
     if torch.compiler.is_compiling():
         return
     if indices.device != device:
         remedy = "pass indices.to(the device of the rows)"
-        raise ArgumentError(explain("indices", indices.device, f"{device}, as the rows", remedy))
+        raise ArgumentError("indices", indices.device, f"{device}, as the rows", remedy)
     if device.type == "cpu" and indices.numel():
         least, largest = (int(end) for end in indices.aminmax())
         if least < 0 or largest >= rows:
             came = f"row {least if least < 0 else largest}"
             allowed = f"0 to {rows - 1}, the rows of {of}"
             remedy = "pass the indices that unpad_input returned"
-            raise ArgumentError(explain("indices", came, allowed, remedy))
+            raise ArgumentError("indices", came, allowed, remedy)
 
 
 def _check_mask(argument: str, mask: Tensor, hidden_states: Tensor) -> None:
     require_values(**{argument: mask})
     if mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
         raise ArgumentError(
-            explain(
-                argument,
-                f"shape {tuple(mask.shape)}",
-                f"{tuple(hidden_states.shape[:2])}, the (batch, seqlen) of hidden_states",
-                "pass one entry for each token of hidden_states",
-            )
+            argument,
+            f"shape {tuple(mask.shape)}",
+            f"{tuple(hidden_states.shape[:2])}, the (batch, seqlen) of hidden_states",
+            "pass one entry for each token of hidden_states",
         )
     if mask.device.type != "cpu":
         _check_device(argument, mask, hidden_states.device, "hidden_states")
@@ -356,22 +348,15 @@ def _check_mask(argument: str, mask: Tensor, hidden_states: Tensor) -> None:
 def _check_device(argument: str, mask: Tensor, device: torch.device, other: str) -> None:
     if mask.device != device:
         raise ArgumentError(
-            explain(
-                argument,
-                mask.device,
-                f"{device}, as {other}",
-                f"pass {argument}.to({other}.device)",
-            )
+            argument, mask.device, f"{device}, as {other}", f"pass {argument}.to({other}.device)"
         )
 
 
 def _check_row(row: list[int], seqlen: int) -> None:
     if not all(isinstance(length, int) and length >= 0 for length in row) or sum(row) > seqlen:
         raise ArgumentError(
-            explain(
-                "attention_mask_in_length",
-                f"a row {row[:12]}{' ...' if len(row) > 12 else ''}",
-                f"integers of at least 0 that sum up to at most seqlen = {seqlen}",
-                "pass the lengths of the sequences of each row, and zeros behind them",
-            )
+            "attention_mask_in_length",
+            f"a row {row[:12]}{' ...' if len(row) > 12 else ''}",
+            f"integers of at least 0 that sum up to at most seqlen = {seqlen}",
+            "pass the lengths of the sequences of each row, and zeros behind them",
         )

@@ -1,44 +1,40 @@
 """The exceptions this package raises, and the one way their messages are built.
 
-Every message answers four questions: which argument, what came, what is allowed, what to do.
-An error carries the four answers as attributes, too.
+Every message answers four questions: which argument, what came, what is allowed, what to do. An
+error is made of the four answers, and carries them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 __all__ = [
     "ActivationError",
     "ArgumentError",
     "ArgumentTypeError",
     "UnsupportedError",
-    "explain",
     "printable",
     "renamed",
 ]
 
 
-class Explanation(str):
-    """A message, and the four answers it was made of."""
-
-    argument: str
-    came: str
-    allowed: str
-    remedy: str
-
-
 class _ExplainedError(Exception):
-    """An error with the four answers as attributes, None where the message was not explained."""
+    """An error that answers the four questions, as attributes and in one line.
 
-    argument: str | None = None
-    came: str | None = None
-    allowed: str | None = None
-    remedy: str | None = None
+    argument: which argument, as the caller knows it. came: what it got. allowed, remedy: what it
+        may get, and what to do.
+    """
 
-    def __init__(self, message: str = "") -> None:
-        # plain text and attributes: what pickle and copy restore
-        super().__init__(str(message))
-        if isinstance(message, Explanation):
-            self.__dict__.update(vars(message))
+    def __init__(self, argument: str, came: object, allowed: object, remedy: object) -> None:
+        self.argument = argument
+        self.came, self.allowed, self.remedy = map(printable, (came, allowed, remedy))
+        super().__init__(
+            f"{argument}: got {self.came}; allowed: {self.allowed}; to fix it: {self.remedy}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.argument, self.came, self.allowed, self.remedy)
 
 
 class ArgumentError(_ExplainedError, ValueError, RuntimeError):
@@ -60,27 +56,16 @@ class ActivationError(_ExplainedError, RuntimeError):
     """`install()` or `uninstall()` would leave `import flash_attn` in a state nobody asked for."""
 
 
-def explain(argument: str, came: object, allowed: str, remedy: str) -> Explanation:
-    """`q: got ...; allowed: ...; to fix it: ...`, the shape of every message, in one line."""
-    came, allowed, remedy = printable(came), printable(allowed), printable(remedy)
-    message = Explanation(f"{argument}: got {came}; allowed: {allowed}; to fix it: {remedy}")
-    message.argument, message.came = argument, came
-    message.allowed, message.remedy = allowed, remedy
-    return message
-
-
-def renamed(error: Exception, names: dict[str, str]) -> Exception:
+def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
     """The error about an argument that the caller knows by another of `names`."""
-    old = getattr(error, "argument", None)
-    if not isinstance(error, _ExplainedError) or old not in names:
+    if not isinstance(error, _ExplainedError) or error.argument not in names:
         return error
-    new = names[old]
-    remedy = error.remedy or ""
+    old, new, remedy = error.argument, names[error.argument], error.remedy
     if len(old) == 1:
         remedy = remedy.replace(f"{old} = {old}.", f"{new} = {new}.")
     else:
         remedy = remedy.replace(old, new)
-    return type(error)(explain(new, error.came, error.allowed or "", remedy))
+    return type(error)(new, error.came, error.allowed, remedy)
 
 
 def printable(text: object) -> str:

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import extension as flash_attn_gpu
-from .attention import cache_ops, call
-from .attention.call import Answer
-from .attention.decode import Scores
-from .autograd_classes import (
+from . import _extension as flash_attn_gpu
+from ._autograd_classes import (
     FlashAttnFunc,
     FlashAttnKVPackedFunc,
     FlashAttnQKVPackedFunc,
@@ -22,8 +19,10 @@ from .autograd_classes import (
     FlashAttnVarlenKVPackedFunc,
     FlashAttnVarlenQKVPackedFunc,
 )
-from .errors import ArgumentError, ArgumentTypeError, renamed
-from .low_level import (
+from ._core.attention import cache_operators, call
+from ._core.attention.call import Answer
+from ._core.attention.decode import CacheCall
+from ._low_level import (
     _flash_attn_backward,
     _flash_attn_forward,
     _flash_attn_varlen_backward,
@@ -33,7 +32,7 @@ from .low_level import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
-from .operator_wrappers import (
+from ._operator_wrappers import (
     USE_TRITON_ROCM,
     _flash_attn_backward_fake,
     _flash_attn_forward_fake,
@@ -46,6 +45,7 @@ from .operator_wrappers import (
     noop_register_fake_wrapper,
     round_multiple,
 )
+from .errors import ArgumentError, ArgumentTypeError, renamed
 
 __all__ = [
     "USE_TRITON_ROCM",
@@ -127,12 +127,16 @@ def flash_attn_func(
 
     Contract: flash-attention 2.8, `flash_attn_func`.
     """
-    # fmt: off
-    return call.attend(
-        "flash_attn_func", False, q, k, v, None, None, None, None, dropout_p,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    options = (
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        deterministic,
+        return_attn_probs,
     )
-    # fmt: on
+    return call.attend("flash_attn_func", (q, k, v), None, options, alibi_slopes)
 
 
 def flash_attn_varlen_func(
@@ -175,19 +179,21 @@ def flash_attn_varlen_func(
 
     Contract: flash-attention 2.8, `flash_attn_varlen_func`.
     """
-    # fmt: off
+    options = (
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        deterministic,
+        return_attn_probs,
+    )
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if block_table is not None:
         return call.attend_paged(
-            "flash_attn_varlen_func", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-            max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            deterministic, return_attn_probs, block_table,
+            "flash_attn_varlen_func", (q, k, v), lengths, options, alibi_slopes, block_table
         )
-    return call.attend(
-        "flash_attn_varlen_func", True, q, k, v, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-    )
-    # fmt: on
+    return call.attend("flash_attn_varlen_func", (q, k, v), lengths, options, alibi_slopes)
 
 
 def flash_attn_qkvpacked_func(
@@ -206,14 +212,17 @@ def flash_attn_qkvpacked_func(
     Contract: flash-attention 2.8, `flash_attn_qkvpacked_func`.
     """
     q, k, v = call.unpacked("qkv", qkv, 3, 5)
+    options = (
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        deterministic,
+        return_attn_probs,
+    )
     try:
-        # fmt: off
-        return call.attend(
-            "flash_attn_qkvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
-            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs,
-        )
-        # fmt: on
+        return call.attend("flash_attn_qkvpacked_func", (q, k, v), None, options, alibi_slopes)
     except _ERRORS as error:
         raise renamed(error, _QKV) from None
 
@@ -235,14 +244,17 @@ def flash_attn_kvpacked_func(
     Contract: flash-attention 2.8, `flash_attn_kvpacked_func`.
     """
     k, v = call.unpacked("kv", kv, 2, 5)
+    options = (
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        deterministic,
+        return_attn_probs,
+    )
     try:
-        # fmt: off
-        return call.attend(
-            "flash_attn_kvpacked_func", False, q, k, v, None, None, None, None, dropout_p,
-            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs,
-        )
-        # fmt: on
+        return call.attend("flash_attn_kvpacked_func", (q, k, v), None, options, alibi_slopes)
     except _ERRORS as error:
         raise renamed(error, _KV) from None
 
@@ -265,14 +277,20 @@ def flash_attn_varlen_qkvpacked_func(
     Contract: flash-attention 2.8, `flash_attn_varlen_qkvpacked_func`.
     """
     q, k, v = call.unpacked("qkv", qkv, 3, 4)
+    options = (
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        deterministic,
+        return_attn_probs,
+    )
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     try:
-        # fmt: off
         return call.attend(
-            "flash_attn_varlen_qkvpacked_func", True, q, k, v, cu_seqlens, cu_seqlens,
-            max_seqlen, max_seqlen, dropout_p, softmax_scale,
-            causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+            "flash_attn_varlen_qkvpacked_func", (q, k, v), lengths, options, alibi_slopes
         )
-        # fmt: on
     except _ERRORS as error:
         raise renamed(error, _QKV) from None
 
@@ -298,14 +316,20 @@ def flash_attn_varlen_kvpacked_func(
     Contract: flash-attention 2.8, `flash_attn_varlen_kvpacked_func`.
     """
     k, v = call.unpacked("kv", kv, 2, 4)
+    options = (
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        deterministic,
+        return_attn_probs,
+    )
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     try:
-        # fmt: off
         return call.attend(
-            "flash_attn_varlen_kvpacked_func", True, q, k, v, cu_seqlens_q, cu_seqlens_k,
-            max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-            causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+            "flash_attn_varlen_kvpacked_func", (q, k, v), lengths, options, alibi_slopes
         )
-        # fmt: on
     except _ERRORS as error:
         raise renamed(error, _KV) from None
 
@@ -356,14 +380,27 @@ def flash_attn_with_kvcache(
 
     Contract: flash-attention 2.8, `flash_attn_with_kvcache`.
     """
-    out, lse = cache_ops.attend(
-        "flash_attn_with_kvcache",
-        q,
-        (k_cache, v_cache),
-        (k, v),
-        (rotary_cos, rotary_sin, rotary_interleaved),
-        (cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
-        Scores(softmax_scale, causal, window_size, softcap, alibi_slopes),
-        return_softmax_lse,
+    out, lse = cache_operators.attend(
+        CacheCall(
+            q=q,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            k=k,
+            v=v,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=cache_leftpad,
+            block_table=block_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            rotary_interleaved=rotary_interleaved,
+            alibi_slopes=alibi_slopes,
+            num_splits=num_splits,
+            return_softmax_lse=return_softmax_lse,
+        )
     )
     return out if lse is None else (out, lse)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.checks import require_tensors
-from ..errors import ArgumentError, ArgumentTypeError, explain
+from .._core.ground.arguments import require_tensors
+from ..errors import ArgumentError, ArgumentTypeError
 from ..ops.fused_dense import FusedDense
 
 __all__ = ["FusedDense", "PatchEmbed"]
@@ -61,12 +61,10 @@ class PatchEmbed(nn.Module):
         (height, width), (patch_height, patch_width) = self.img_size, self.patch_size
         if height % patch_height or width % patch_width:
             raise ArgumentError(
-                explain(
-                    "img_size",
-                    self.img_size,
-                    f"multiples of patch_size = {self.patch_size}",
-                    "resize or pad the images",
-                )
+                "img_size",
+                self.img_size,
+                f"multiples of patch_size = {self.patch_size}",
+                "resize or pad the images",
             )
         self.grid_size = (height // patch_height, width // patch_width)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -92,12 +90,10 @@ class PatchEmbed(nn.Module):
         channels = self.proj.in_features // (height * width)
         if x.dim() != 4 or x.shape[1:] != (channels, *self.img_size):
             raise ArgumentError(
-                explain(
-                    "x",
-                    f"shape {tuple(x.shape)}",
-                    f"(batch, {channels}, {self.img_size[0]}, {self.img_size[1]}), as img_size is",
-                    "resize the images, or make PatchEmbed with their img_size and in_chans",
-                )
+                "x",
+                f"shape {tuple(x.shape)}",
+                f"(batch, {channels}, {self.img_size[0]}, {self.img_size[1]}), as img_size is",
+                "resize the images, or make PatchEmbed with their img_size and in_chans",
             )
         patches = x.unflatten(3, (columns, width)).unflatten(2, (rows, height))
         # (batch, channel, row, y, column, x) to (batch, row, column, channel, y, x)
@@ -117,10 +113,8 @@ def _pair(argument: str, size: Any) -> tuple[int, int]:
     ):
         return both[0], both[1]
     raise ArgumentTypeError(
-        explain(
-            argument,
-            repr(size),
-            "a positive int, or a pair of them (height, width)",
-            f"pass {argument} in pixels",
-        )
+        argument,
+        repr(size),
+        "a positive int, or a pair of them (height, width)",
+        f"pass {argument} in pixels",
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ArgumentTypeError, explain
+from .._core.ground.dense_arguments import LARGEST, called, require_dense, whole
+from .._core.ground.storage import require_writable
+from .._core.rowwise.rotation import check_dense
+from ..errors import ArgumentError, ArgumentTypeError
 from ..ops.triton.rotary import apply_rotary
-from ..rowwise.arguments import LARGEST, called, require_dense, whole
-from ..rowwise.memory import require_writable
-from ..rowwise.rotation import check_dense
-from .rotary_checks import check_kv
-from .rotary_functions import (
+from ._rotary_checks import check_kv
+from ._rotary_functions import (
     ApplyRotaryEmb,
     ApplyRotaryEmbKV_,
     ApplyRotaryEmbQKV_,
@@ -115,7 +115,7 @@ class RotaryEmbedding(nn.Module):
         if qkv.dim() < 2:
             came = f"shape {tuple(qkv.shape)}"
             allowed = "(batch, seqlen, ...)"
-            raise ArgumentError(explain("qkv", came, allowed, "reshape qkv"))
+            raise ArgumentError("qkv", came, allowed, "reshape qkv")
         seqlen = qkv.shape[1]
         if kv is not None:
             check_kv(kv)
@@ -131,12 +131,10 @@ class RotaryEmbedding(nn.Module):
         cos_k, sin_k = self._cos_k_cached, self._sin_k_cached
         if cos is None or sin is None:
             raise ArgumentError(
-                explain(
-                    "max_seqlen",
-                    "None, with seqlen_offset in a tensor and no tables yet",
-                    "the number of positions that seqlen_offset and qkv can reach",
-                    "pass max_seqlen",
-                )
+                "max_seqlen",
+                "None, with seqlen_offset in a tensor and no tables yet",
+                "the number of positions that seqlen_offset and qkv can reach",
+                "pass max_seqlen",
             )
         try:
             if kv is None:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
+from .._core.ground.dense_arguments import called
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..ops.triton.cross_entropy import cross_entropy_loss
-from ..rowwise.arguments import called
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,12 +46,10 @@ class CrossEntropyLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "none", "sum"):
             raise UnsupportedError(
-                explain(
-                    "reduction",
-                    repr(reduction),
-                    "'mean', 'none' or 'sum'",
-                    "pass reduction='none' and reduce the losses yourself",
-                )
+                "reduction",
+                repr(reduction),
+                "'mean', 'none' or 'sum'",
+                "pass reduction='none' and reduce the losses yourself",
             )
         self.ignore_index = ignore_index
         self.reduction = reduction

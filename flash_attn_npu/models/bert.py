@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._core.ground.dtypes import widened
 from ..bert_padding import index_first_axis, index_first_axis_residual, pad_input, unpad_input
-from ..errors import ArgumentError, UnsupportedError, explain, printable
-from ..kernels.gates import widened
+from ..errors import ArgumentError, UnsupportedError, printable
 from ..losses.cross_entropy import CrossEntropyLoss
 from ..modules.block import Block
 from ..modules.embedding import BertEmbeddings
@@ -30,19 +30,19 @@ from ..modules.mlp import FusedMLP, Mlp
 from ..ops.fused_dense import FusedDense
 from ..ops.triton.layer_norm import layer_norm_fn
 from ..utils.pretrained import state_dict_from_pretrained
-from .bert_checkpoint import fit_prefix, inv_remap_state_dict, remap_state_dict
-from .bert_checks import as_mask, check_first, check_labelled, check_labels
-from .bert_config import check_config
-from .bert_encoder import BertEncoder, create_block, create_mixer_cls, create_mlp_cls
-from .bert_heads import (
+from ._bert_checkpoint import fit_prefix, inv_remap_state_dict, remap_state_dict
+from ._bert_checks import as_mask, check_first, check_labelled, check_labels
+from ._bert_config import check_config
+from ._bert_encoder import BertEncoder, create_block, create_mixer_cls, create_mlp_cls
+from ._bert_heads import (
     BertLMPredictionHead,
     BertPooler,
     BertPredictionHeadTransform,
     BertPreTrainingHeads,
     normed,
 )
-from .bert_outputs import BertForPreTrainingOutput, BertModelOutput
-from .config_values import padded_size
+from ._bert_outputs import BertForPreTrainingOutput, BertModelOutput
+from ._config_values import padded_size
 
 __all__ = [
     "MHA",
@@ -253,21 +253,17 @@ class BertForPreTraining(BertPreTrainedModel):
         self.last_layer_subset = getattr(config, "last_layer_subset", False)
         if self.last_layer_subset and not self.dense_seq_output:
             raise ArgumentError(
-                explain(
-                    "config.last_layer_subset",
-                    "True without dense_seq_output",
-                    "both or none",
-                    "set dense_seq_output=True",
-                )
+                "config.last_layer_subset",
+                "True without dense_seq_output",
+                "both or none",
+                "set dense_seq_output=True",
             )
         if not getattr(config, "tie_word_embeddings", True):
             raise UnsupportedError(
-                explain(
-                    "config.tie_word_embeddings",
-                    False,
-                    "True",
-                    "take the model of transformers for a decoder with weights of its own",
-                )
+                "config.tie_word_embeddings",
+                False,
+                "True",
+                "take the model of transformers for a decoder with weights of its own",
             )
         loss: Callable[..., nn.Module] = nn.CrossEntropyLoss
         if getattr(config, "use_xentropy", False):
@@ -339,11 +335,9 @@ class BertForPreTraining(BertPreTrainedModel):
 def _require_trunk(model_name: str | os.PathLike[str], missing: list[str]) -> None:
     if missing:
         raise ArgumentError(
-            explain(
-                "model_name",
-                f"{os.fspath(model_name)}, which lacks {len(missing)} parameters: "
-                f"{', '.join(missing[:4])}",
-                "a checkpoint with the embeddings and all layers of config",
-                "pass the config of the checkpoint",
-            )
+            "model_name",
+            f"{os.fspath(model_name)}, which lacks {len(missing)} parameters: "
+            f"{', '.join(missing[:4])}",
+            "a checkpoint with the embeddings and all layers of config",
+            "pass the config of the checkpoint",
         )

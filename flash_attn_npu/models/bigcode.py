@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint_names import Names, by_group, by_kind, changed, with_vocabulary, without_padding
-from .gpt_config import make_config, positions, sizes
+from ._checkpoint_names import Names, by_group, by_kind, changed, with_vocabulary, without_padding
+from ._gpt_config import make_config, positions, sizes
 
 __all__ = [
     "bigcode_config_to_gpt2_config",

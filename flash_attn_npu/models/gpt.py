@@ -16,18 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..attention.checks import require_tensors
+from .._core.ground.arguments import require_tensors
 from ..modules.block import Block, ParallelBlock
 from ..modules.embedding import GPT2Embeddings, ParallelGPT2Embeddings
 from ..modules.mha import MHA, ParallelMHA
-from ..modules.mlp import (
-    FusedMLP,
-    GatedMlp,
-    Mlp,
-    ParallelFusedMLP,
-    ParallelGatedMlp,
-    ParallelMLP,
-)
+from ..modules.mlp import FusedMLP, GatedMlp, Mlp, ParallelFusedMLP, ParallelGatedMlp, ParallelMLP
 from ..ops.activations import sqrelu_fwd
 from ..ops.fused_dense import ColumnParallelLinear, fused_dense_func
 from ..ops.triton.layer_norm import RMSNorm, layer_norm_fn
@@ -39,11 +32,9 @@ from ..utils.distributed import (
 )
 from ..utils.generation import GenerationMixin
 from ..utils.pretrained import state_dict_from_pretrained
-from .bigcode import remap_state_dict_hf_bigcode
-from .config_values import padded_size
-from .falcon import remap_state_dict_hf_falcon
-from .gpt2_names import remap_state_dict_hf_gpt2, with_late_norms
-from .gpt_blocks import (
+from ._config_values import padded_size
+from ._gpt2_names import remap_state_dict_hf_gpt2, with_late_norms
+from ._gpt_blocks import (
     CausalLMOutput,
     _init_weights,
     create_block,
@@ -56,10 +47,12 @@ from .gpt_blocks import (
     scattered,
     share_tables,
 )
-from .gpt_config import Sizes, check_config, positions
+from ._gpt_config import Sizes, check_config, positions
+from ._gpt_pretrained import GPTPreTrainedModel
+from ._gpt_shards import combine_state_dicts_tp, shard_state_dict_tp
+from .bigcode import remap_state_dict_hf_bigcode
+from .falcon import remap_state_dict_hf_falcon
 from .gpt_neox import remap_state_dict_hf_gpt_neox
-from .gpt_pretrained import GPTPreTrainedModel
-from .gpt_shards import combine_state_dicts_tp, shard_state_dict_tp
 from .gptj import remap_state_dict_hf_gptj
 from .llama import remap_state_dict_hf_llama
 from .opt import remap_state_dict_hf_opt

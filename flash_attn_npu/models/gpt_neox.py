@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint_names import Names, by_kind, changed, with_vocabulary
-from .gpt_config import make_config, rotary_base, sizes
+from ._checkpoint_names import Names, by_kind, changed, with_vocabulary
+from ._gpt_config import make_config, rotary_base, sizes
 
 __all__ = ["gpt_neox_config_to_gpt2_config", "remap_state_dict_hf_gpt_neox"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint_names import Names, joined, with_vocabulary
-from .gpt_config import make_config, require, rotary_fraction, sizes
+from ._checkpoint_names import Names, joined, with_vocabulary
+from ._gpt_config import make_config, require, rotary_fraction, sizes
 
 __all__ = ["gptj_config_to_gpt2_config", "remap_state_dict_hf_gptj"]
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ArgumentError, UnsupportedError, explain
-from ..utils.checkpoint_files import inside, load_tensors, positive, read_json
-from .checkpoint_names import Names, apart, changed, joined, with_vocabulary, without_padding
-from .gpt_config import make_config, require, rotary_base, sizes
+from ..errors import ArgumentError, UnsupportedError
+from ..utils._checkpoint_files import inside, load_tensors, positive, read_json
+from ._checkpoint_names import Names, apart, changed, joined, with_vocabulary, without_padding
+from ._gpt_config import make_config, require, rotary_base, sizes
 
 __all__ = [
     "config_from_checkpoint",
@@ -253,12 +253,10 @@ def config_from_checkpoint(
     if checkpoint_format == "hf":
         return config_from_hf_checkpoint(checkpoint_path, model_name)
     raise ArgumentError(
-        explain(
-            "checkpoint_format",
-            repr(checkpoint_format),
-            "'meta' or 'hf'",
-            "pass 'meta' for params.json, 'hf' for config.json",
-        )
+        "checkpoint_format",
+        repr(checkpoint_format),
+        "'meta' or 'hf'",
+        "pass 'meta' for params.json, 'hf' for config.json",
     )
 
 
@@ -337,12 +335,10 @@ def _existing(folder: Path, name: str) -> Path:
     if file.is_file():
         return file
     raise ArgumentError(
-        explain(
-            _NAMES,
-            f"{folder}, without {name}",
-            "a folder with the files of a checkpoint",
-            "check both names, and the format of the checkpoint",
-        )
+        _NAMES,
+        f"{folder}, without {name}",
+        "a folder with the files of a checkpoint",
+        "check both names, and the format of the checkpoint",
     )
 
 
@@ -351,10 +347,8 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            explain(
-                "checkpoint_path",
-                f"a checkpoint whose config needs {name}",
-                f"an environment with {name}",
-                f"install {name}",
-            )
+            "checkpoint_path",
+            f"a checkpoint whose config needs {name}",
+            f"an environment with {name}",
+            f"install {name}",
         ) from error

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint_names import POSITIONS, Names, joined, with_vocabulary
-from .gpt_config import make_config, require
+from ._checkpoint_names import POSITIONS, Names, joined, with_vocabulary
+from ._gpt_config import make_config, require
 
 __all__ = ["opt_config_to_gpt2_config", "remap_state_dict_hf_opt"]
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.checks import require_tensors
-from ..errors import ArgumentError, explain
+from .._core.ground.arguments import require_tensors
+from ..errors import ArgumentError
 from ..layers.patch_embed import PatchEmbed
+from ..modules._residual import StochasticDepth, as_weight
 from ..modules.block import Block
 from ..modules.mha import MHA
 from ..modules.mlp import FusedMLP, Mlp
-from ..modules.residual import StochasticDepth, as_weight
 from ..ops.triton.layer_norm import RMSNorm, layer_norm_fn
-from .vit_blocks import create_block, create_mixer_cls, create_mlp_cls
+from ._vit_blocks import create_block, create_mixer_cls, create_mlp_cls
 
 __all__ = [
     "MHA",
@@ -118,7 +118,7 @@ class VisionTransformer(nn.Module):
         _only("fc_norm", fc_norm, None)
         _only("pre_norm", pre_norm, False)
         if depth < 1:
-            raise ArgumentError(explain("depth", depth, "1 or more", "pass the number of layers"))
+            raise ArgumentError("depth", depth, "1 or more", "pass the number of layers")
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = self.embed_dim = embed_dim
@@ -329,12 +329,10 @@ def vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTrans
     """
     if pretrained:
         raise ArgumentError(
-            explain(
-                "pretrained",
-                pretrained,
-                "False",
-                "load a state_dict of timm's vit_base_patch16_224 with load_state_dict",
-            )
+            "pretrained",
+            pretrained,
+            "False",
+            "load a state_dict of timm's vit_base_patch16_224 with load_state_dict",
         )
     return VisionTransformer(patch_size=16, embed_dim=768, depth=12, num_heads=12, **kwargs)
 
@@ -346,5 +344,5 @@ def _renamed(found: re.Match[str]) -> str:
 def _only(argument: str, came: Any, allowed: Any) -> None:
     if came != allowed:
         raise ArgumentError(
-            explain(argument, repr(came), repr(allowed), f"leave {argument} out, or take timm's")
+            argument, repr(came), repr(allowed), f"leave {argument} out, or take timm's"
         )

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.checks import require_tensors
-from ..kernels.gates import widened
+from .._core.ground.arguments import require_tensors
+from .._core.ground.dtypes import widened
 from ..ops.triton.layer_norm import RMSNorm, layer_norm_fn
+from ._residual import StochasticDepth, as_weight, check_fusible, mark_norms, refuse
 from .mha import MHA
 from .mlp import Mlp
-from .residual import StochasticDepth, as_weight, check_fusible, mark_norms, refuse
 
 __all__ = ["MHA", "Block", "Mlp", "ParallelBlock", "RMSNorm", "layer_norm_fn"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..errors import ArgumentError, explain
-from ..ops.dense_steps import place
-from ..rowwise.arguments import LARGEST, require_dense, whole
+from .._core.ground.dense_arguments import LARGEST, require_dense, whole
+from ..errors import ArgumentError
+from ..ops._dense_steps import place
 from ..utils.distributed import all_reduce, reduce_scatter
 
 if TYPE_CHECKING:
@@ -188,9 +188,7 @@ class VocabParallelEmbedding(nn.Embedding):
     ) -> None:
         if process_group is not None and padding_idx is not None:
             raise ArgumentError(
-                explain(
-                    "padding_idx", padding_idx, "None with a process_group", "leave padding_idx out"
-                )
+                "padding_idx", padding_idx, "None with a process_group", "leave padding_idx out"
             )
         held = _share("num_embeddings", num_embeddings, process_group)
         super().__init__(held, *args, padding_idx=padding_idx, **kwargs)  # type: ignore[misc]
@@ -330,12 +328,10 @@ def _check_ids(input_ids: Tensor) -> None:
     require_dense(input_ids=input_ids)
     if input_ids.dim() != 2:
         raise ArgumentError(
-            explain(
-                "input_ids",
-                f"shape {tuple(input_ids.shape)}",
-                "(batch, seqlen)",
-                "pass input_ids[None] for one sequence",
-            )
+            "input_ids",
+            f"shape {tuple(input_ids.shape)}",
+            "(batch, seqlen)",
+            "pass input_ids[None] for one sequence",
         )
 
 
@@ -351,11 +347,9 @@ def _share(argument: str, size: int, process_group: ProcessGroup | None) -> int:
     _, world_size = place(process_group)
     if size % world_size:
         raise ArgumentError(
-            explain(
-                argument,
-                size,
-                f"a multiple of {world_size}, the size of process_group",
-                f"pad {argument} to the next multiple",
-            )
+            argument,
+            size,
+            f"a multiple of {world_size}, the size of process_group",
+            f"pad {argument} to the next multiple",
         )
     return size // world_size

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.checks import require_tensors
-from ..errors import ArgumentError, explain
+from .._core.ground.arguments import require_tensors
+from ..errors import ArgumentError
 from ..flash_attn_interface import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -25,21 +25,21 @@ from ..flash_attn_interface import (
 from ..layers.rotary import RotaryEmbedding
 from ..ops.fused_dense import ColumnParallelLinear, FusedDense, RowParallelLinear
 from ..utils.distributed import get_dim_for_local_rank
-from .cached_attention import (
+from ._cached_attention import (
     CachedAttention,
     LinearResidual,
     _update_kv_cache,
     check_heads,
     check_options,
 )
-from .inner_attention import (
+from ._inner_attention import (
     CrossAttention,
     FlashCrossAttention,
     FlashSelfAttention,
     SelfAttention,
     get_alibi_slopes,
 )
-from .parallel_mha import ParallelMHA
+from ._parallel_mha import ParallelMHA
 
 if TYPE_CHECKING:
     from ..utils.generation import InferenceParams
@@ -137,12 +137,10 @@ class MHA(CachedAttention):
         self.head_dim = embed_dim // num_heads
         if cross_attn and rotary_emb_dim > 0:
             raise ArgumentError(
-                explain(
-                    "rotary_emb_dim",
-                    f"{rotary_emb_dim} with cross_attn",
-                    "0 with cross_attn: its queries and keys share no positions",
-                    "pass rotary_emb_dim=0",
-                )
+                "rotary_emb_dim",
+                f"{rotary_emb_dim} with cross_attn",
+                "0 with cross_attn: its queries and keys share no positions",
+                "pass rotary_emb_dim=0",
             )
         self._build(
             (rotary_emb_dim, rotary_emb_base, rotary_emb_scale_base, rotary_emb_interleaved),
@@ -242,12 +240,10 @@ class MHA(CachedAttention):
             return
         padded, flat = f"(batch, seqlen, {self.embed_dim})", f"(total, {self.embed_dim})"
         raise ArgumentError(
-            explain(
-                argument,
-                f"shape {tuple(x.shape)} {'with' if packed else 'without'} cu_seqlens",
-                f"{flat} with cu_seqlens, {padded} without",
-                "pass cu_seqlens and max_seqlen for packed sequences, a padded batch otherwise",
-            )
+            argument,
+            f"shape {tuple(x.shape)} {'with' if packed else 'without'} cu_seqlens",
+            f"{flat} with cu_seqlens, {padded} without",
+            "pass cu_seqlens and max_seqlen for packed sequences, a padded batch otherwise",
         )
 
     def _check_call(
@@ -282,7 +278,7 @@ class MHA(CachedAttention):
              "with dwconv, whose past is not cached", "run the whole sequence at every step"),
         ):
             if wrong:
-                raise ArgumentError(explain(argument, "a value", f"None {where}", remedy))
+                raise ArgumentError(argument, "a value", f"None {where}", remedy)
         # fmt: on
 
     def _first(self, projection: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

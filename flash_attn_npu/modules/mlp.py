@@ -13,14 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..errors import ArgumentError, explain
+from ..errors import ArgumentError
 from ..ops.activations import swiglu
-from ..ops.fused_dense import (
-    ColumnParallelLinear,
-    FusedMLP,
-    ParallelFusedMLP,
-    RowParallelLinear,
-)
+from ..ops.fused_dense import ColumnParallelLinear, FusedMLP, ParallelFusedMLP, RowParallelLinear
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -226,8 +221,6 @@ def _gated(both: Tensor, activation: _Activation) -> Tensor:
 
 def _gated_width(in_features: int, hidden_features: int | None, multiple_of: int) -> int:
     if multiple_of < 1:
-        raise ArgumentError(
-            explain("multiple_of", multiple_of, "at least 1", "leave multiple_of out")
-        )
+        raise ArgumentError("multiple_of", multiple_of, "at least 1", "leave multiple_of out")
     hidden = int(8 * in_features / 3) if hidden_features is None else hidden_features
     return -(-hidden // multiple_of) * multiple_of

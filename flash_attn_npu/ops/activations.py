@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu
 
-from ..errors import ArgumentError, explain
-from ..kernels.gates import widened
-from ..rowwise.gates import require_floating, swiglu_bwd, swiglu_fwd
+from .._core.ground.dtypes import widened
+from .._core.rowwise.gates import require_floating, swiglu_bwd, swiglu_fwd
+from ..errors import ArgumentError
 
 __all__ = [
     "FastGeLUFunction",
@@ -206,12 +206,10 @@ def _check_bias(y: Tensor, bias: Tensor) -> None:
     aligned = zip(reversed(bias.shape), reversed(y.shape), strict=False)
     if bias.dim() > y.dim() or any(b not in (1, n) for b, n in aligned):
         raise ArgumentError(
-            explain(
-                "bias",
-                f"shape {tuple(bias.shape)}",
-                f"one that broadcasts to {tuple(y.shape)}, the shape of the input",
-                f"pass ({y.shape[-1] if y.dim() else ''},), one entry for each column",
-            )
+            "bias",
+            f"shape {tuple(bias.shape)}",
+            f"one that broadcasts to {tuple(y.shape)}, the shape of the input",
+            f"pass ({y.shape[-1] if y.dim() else ''},), one entry for each column",
         )
 
 
@@ -220,10 +218,8 @@ def _check_gradient(g: Tensor, **inputs: Tensor) -> None:
     for name, tensor in inputs.items():
         if g.shape != tensor.shape:
             raise ArgumentError(
-                explain(
-                    "g",
-                    f"shape {tuple(g.shape)}",
-                    f"{tuple(tensor.shape)}, the shape of {name}",
-                    f"pass the gradient of what was computed from {name}",
-                )
+                "g",
+                f"shape {tuple(g.shape)}",
+                f"{tuple(tensor.shape)}, the shape of {name}",
+                f"pass the gradient of what was computed from {name}",
             )

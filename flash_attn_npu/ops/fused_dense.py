@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..rowwise.arguments import refuse_transforms, require_group
+from .._core.ground.dense_arguments import refuse_transforms, require_group
 from ..utils.distributed import (
     all_gather_raw,
     all_reduce,
@@ -21,8 +21,7 @@ from ..utils.distributed import (
     reduce_scatter_raw,
 )
 from ..utils.torch import custom_bwd, custom_fwd
-from .activations import gelu_bwd, relu_bwd, sqrelu_bwd, sqrelu_fwd
-from .dense_steps import (
+from ._dense_steps import (
     begin_gather,
     cast,
     check_linear,
@@ -35,6 +34,7 @@ from .dense_steps import (
     share,
     without_autocast,
 )
+from .activations import gelu_bwd, relu_bwd, sqrelu_bwd, sqrelu_fwd
 from .fused_mlp import FusedMLPFunc, check_options, fused_mlp_func
 
 if TYPE_CHECKING:

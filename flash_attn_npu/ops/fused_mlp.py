@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, relu
 
-from ..errors import ArgumentError, explain
-from ..rowwise.arguments import refuse_transforms, require_group
-from .activations import gelu_bwd, gelu_fwd, sqrelu_bwd, sqrelu_fwd
-from .dense_steps import (
+from .._core.ground.dense_arguments import refuse_transforms, require_group
+from ..errors import ArgumentError
+from ._dense_steps import (
     begin_gather,
     bias_gradient,
     cast,
@@ -32,6 +31,7 @@ from .dense_steps import (
     weight_gradient,
     without_autocast,
 )
+from .activations import gelu_bwd, gelu_fwd, sqrelu_bwd, sqrelu_fwd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -195,23 +195,17 @@ def check_options(activation: str, checkpoint_lvl: int, heuristic: int | str) ->
     """Raise unless flash-attn has this activation, level and heuristic."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ArgumentError(
-            explain(
-                "activation",
-                repr(activation),
-                "'gelu_approx', 'relu' or 'sqrelu'",
-                "use modules.mlp.Mlp for other activations",
-            )
+            "activation",
+            repr(activation),
+            "'gelu_approx', 'relu' or 'sqrelu'",
+            "use modules.mlp.Mlp for other activations",
         )
     if not isinstance(checkpoint_lvl, Integral) or checkpoint_lvl not in (0, 1, 2):
         raise ArgumentError(
-            explain(
-                "checkpoint_lvl",
-                f"{checkpoint_lvl!r:.60}",
-                "0, 1 or 2",
-                "pass 0 to keep everything for the backward, 2 to keep the least",
-            )
+            "checkpoint_lvl",
+            f"{checkpoint_lvl!r:.60}",
+            "0, 1 or 2",
+            "pass 0 to keep everything for the backward, 2 to keep the least",
         )
     if heuristic != "auto" and not isinstance(heuristic, int):
-        raise ArgumentError(
-            explain("heuristic", repr(heuristic), "'auto' or an int", "leave heuristic out")
-        )
+        raise ArgumentError("heuristic", repr(heuristic), "'auto' or an int", "leave heuristic out")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.norms import NormCall
-from .layer_norm_functions import (
+from .._core.problems.norms import NormCall
+from .._core.rowwise.dropout_norms import (
     DropoutAddLayerNormFn,
     DropoutAddLayerNormParallelResidualFn,
     DropoutAddLayerNormSubsetFn,
@@ -21,7 +21,7 @@ from .layer_norm_functions import (
     dropout_add_parallel_residual,
     dropout_add_subset,
 )
-from .triton.layer_norm_functions import normalize
+from .._core.rowwise.norms import normalize
 
 __all__ = [
     "DropoutAddLayerNormFn",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, supported_activities
 from torch.utils.benchmark import Measurement, Timer
 
-from ..errors import ArgumentError, UnsupportedError, explain
+from ..errors import ArgumentError, UnsupportedError
 
 __all__ = [
     "benchmark_all",
@@ -249,12 +249,10 @@ def benchmark_memory(
     counters: Any = torch.get_device_module(device)
     if not hasattr(counters, "max_memory_allocated"):
         raise UnsupportedError(
-            explain(
-                "inputs",
-                f"tensors on {device}, where torch counts no memory",
-                "tensors on an accelerator",
-                "move the inputs to a device, or use a memory profiler of the host",
-            )
+            "inputs",
+            f"tensors on {device}, where torch counts no memory",
+            "tensors on an accelerator",
+            "move the inputs to a device, or use a memory profiler of the host",
         )
     counters.empty_cache()
     counters.reset_peak_memory_stats(device)
@@ -320,12 +318,10 @@ def _gradient(grad: Tensor | None, out: Tensor) -> Tensor:
         return torch.randn_like(out)
     if grad.shape != out.shape:
         raise ArgumentError(
-            explain(
-                "grad",
-                f"shape {tuple(grad.shape)}",
-                f"{tuple(out.shape)}, as what fn returns",
-                "pass the gradient of the (first) result, or None for a random one",
-            )
+            "grad",
+            f"shape {tuple(grad.shape)}",
+            f"{tuple(out.shape)}, as what fn returns",
+            "pass the gradient of the (first) result, or None for a random one",
         )
     return grad
 

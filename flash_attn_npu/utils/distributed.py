@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..attention.checks import require_tensors
-from ..errors import ArgumentError, explain
+from .._core.ground.arguments import require_tensors
+from .._core.ground.collectives import gather_rows
+from ..errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -54,12 +55,8 @@ def all_gather_raw(
 
     Contract: flash-attention 2.8, `all_gather_raw`.
     """
-    rows = _rows(input_)
-    # torch 2.13 deprecates the name that it had before
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    output = input_.new_empty((rows * dist.get_world_size(process_group), *input_.shape[1:]))
-    source = input_.detach().contiguous()
-    return output, gather(output, source, group=process_group, async_op=async_op)
+    _rows(input_)
+    return gather_rows(input_, process_group, async_op)
 
 
 def reduce_scatter_raw(
@@ -83,12 +80,10 @@ def reduce_scatter_raw(
     rows, world_size = _rows(input_), dist.get_world_size(process_group)
     if rows % world_size:
         raise ArgumentError(
-            explain(
-                "input_",
-                f"shape {tuple(input_.shape)}",
-                f"a first dimension that {world_size}, the size of process_group, divides",
-                "pad input_ along its first dimension",
-            )
+            "input_",
+            f"shape {tuple(input_.shape)}",
+            f"a first dimension that {world_size}, the size of process_group, divides",
+            "pad input_ along its first dimension",
         )
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     output = input_.new_empty((rows // world_size, *input_.shape[1:]))
@@ -244,7 +239,7 @@ def _rows(input_: Tensor) -> int:
     require_tensors(input_=input_)
     if input_.dim() == 0:
         raise ArgumentError(
-            explain("input_", "a scalar tensor", "at least one dimension", "pass input_[None]")
+            "input_", "a scalar tensor", "at least one dimension", "pass input_[None]"
         )
     return input_.shape[0]
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..attention.checks import require_tensors
-from ..errors import ArgumentError, ArgumentTypeError, explain
-from .decoding_cache import (
+from .._core.ground.arguments import require_tensors
+from ..errors import ArgumentError, ArgumentTypeError
+from ._decoding_cache import (
     DecodingCGCache,
     InferenceParams,
     Run,
@@ -27,7 +27,7 @@ from .decoding_cache import (
     capture_graph,
     update_graph_cache,
 )
-from .sampling import (
+from ._sampling import (
     modify_logits_for_top_k_filtering,
     modify_logits_for_top_p_filtering,
     sample,
@@ -325,7 +325,7 @@ def _check_end(eos_token_id: Any) -> None:
     one = isinstance(eos_token_id, Integral | None)
     if not one and not (isinstance(eos_token_id, Tensor) and eos_token_id.numel() == 1):
         raise ArgumentTypeError(
-            explain("eos_token_id", repr(eos_token_id), "an int or None", "pass one token")
+            "eos_token_id", repr(eos_token_id), "an int or None", "pass one token"
         )
 
 
@@ -335,12 +335,10 @@ def _check_teacher(teacher_outputs: Tensor | None, input_ids: Tensor) -> None:
     require_tensors(teacher_outputs=teacher_outputs)
     if teacher_outputs.dim() != 2 or teacher_outputs.shape[0] != input_ids.shape[0]:
         raise ArgumentError(
-            explain(
-                "teacher_outputs",
-                f"shape {tuple(teacher_outputs.shape)}",
-                f"({input_ids.shape[0]}, length), one row for each sequence of input_ids",
-                "pass tokens for every sequence",
-            )
+            "teacher_outputs",
+            f"shape {tuple(teacher_outputs.shape)}",
+            f"({input_ids.shape[0]}, length), one row for each sequence of input_ids",
+            "pass tokens for every sequence",
         )
 
 
@@ -360,26 +358,22 @@ def _check_prompt(input_ids: Tensor, max_length: int) -> None:
     require_tensors(input_ids=input_ids)
     if input_ids.dim() != 2 or not 0 < input_ids.shape[1] <= max_length:
         raise ArgumentError(
-            explain(
-                "input_ids",
-                f"shape {tuple(input_ids.shape)}",
-                f"(batch, seqlen), seqlen from 1 to {max_length}, which is max_length",
-                "pass at least one token, and a max_length that counts the prompt too",
-            )
+            "input_ids",
+            f"shape {tuple(input_ids.shape)}",
+            f"(batch, seqlen), seqlen from 1 to {max_length}, which is max_length",
+            "pass at least one token, and a max_length that counts the prompt too",
         )
 
 
 def _check_speculation(input_ids: Tensor, speculative_lookahead: int) -> None:
     if input_ids.shape[0] != 1:
         raise ArgumentError(
-            explain(
-                "input_ids",
-                f"a batch of {input_ids.shape[0]}",
-                "one sequence, since each would keep another number of tokens",
-                "call once for each sequence, or use decode",
-            )
+            "input_ids",
+            f"a batch of {input_ids.shape[0]}",
+            "one sequence, since each would keep another number of tokens",
+            "call once for each sequence, or use decode",
         )
     if speculative_lookahead < 1:
         raise ArgumentError(
-            explain("speculative_lookahead", speculative_lookahead, "1 or more", "use decode")
+            "speculative_lookahead", speculative_lookahead, "1 or more", "use decode"
         )

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, explain
-from .checkpoint_files import inside, load_tensors, package, parts_of
+from ..errors import ArgumentError
+from ._checkpoint_files import inside, load_tensors, package, parts_of
 
 __all__ = ["state_dict_from_pretrained"]
 
@@ -104,10 +104,8 @@ def _parts(
 
 def _missing(model_name: str | os.PathLike[str], what: str) -> ArgumentError:
     return ArgumentError(
-        explain(
-            "model_name",
-            os.fspath(model_name),
-            f"a folder or a model of the hub that holds {what}",
-            "check the name, the connection, and that all files of the checkpoint are there",
-        )
+        "model_name",
+        os.fspath(model_name),
+        f"a folder or a model of the hub that holds {what}",
+        "check the name, the connection, and that all files of the checkpoint are there",
     )

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..attention.checks import require_tensors
-from ..attention.result import accumulator
+from .._core.ground.arguments import require_tensors
+from .._core.problems.results import accumulator
 from ..bert_padding import pad_input, unpad_input
-from ..errors import ArgumentError, explain
+from ..errors import ArgumentError
 
 __all__ = [
     "attention_ref",
@@ -56,7 +56,7 @@ def generate_random_padding_mask(
     Contract: flash-attention 2.8, `generate_random_padding_mask`.
     """
     if mode not in _MODES:
-        raise ArgumentError(explain("mode", repr(mode), ", ".join(_MODES), "pass one of these"))
+        raise ArgumentError("mode", repr(mode), ", ".join(_MODES), "pass one of these")
     least = {"full": max_seqlen, "random": max_seqlen - _NARROW, "third": max_seqlen // 3}[mode]
     least = max(least, 0 if zero_lengths else 1)
     lengths = torch.randint(least, max_seqlen + 1, (batch_size, 1), device=device)
@@ -177,7 +177,7 @@ def construct_chunk_mask(
     """
     if attention_chunk < 1:
         raise ArgumentError(
-            explain("attention_chunk", attention_chunk, "at least 1", "pass the length of a chunk")
+            "attention_chunk", attention_chunk, "at least 1", "pass the length of a chunk"
         )
     diagonal, keys, hidden = _places(
         seqlen_q, seqlen_k, query_padding_mask, key_padding_mask, key_leftpad, device
@@ -357,7 +357,7 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _refuse(argument: str, x: Tensor, allowed: str, remedy: str) -> NoReturn:
-    raise ArgumentError(explain(argument, f"shape {tuple(x.shape)}", allowed, remedy))
+    raise ArgumentError(argument, f"shape {tuple(x.shape)}", allowed, remedy)
 
 
 def _check_packing(
@@ -372,7 +372,7 @@ def _check_packing(
     _check_attention(q, k, v)
     if kvpacked and qkvpacked:
         raise ArgumentError(
-            explain("kvpacked", "True, with qkvpacked=True", "one of them", "choose one layout")
+            "kvpacked", "True, with qkvpacked=True", "one of them", "choose one layout"
         )
     stacked = {"k": k, "v": v} if kvpacked else {"q": q, "k": k, "v": v} if qkvpacked else {}
     for argument, x in stacked.items():
@@ -384,10 +384,8 @@ def _check_packing(
         same = torch.equal(mine, other)
     if qkvpacked and not same:
         raise ArgumentError(
-            explain(
-                "key_padding_mask",
-                "another mask than query_padding_mask",
-                "the same, with qkvpacked=True",
-                "pass one mask as both",
-            )
+            "key_padding_mask",
+            "another mask than query_padding_mask",
+            "the same, with qkvpacked=True",
+            "pass one mask as both",
         )

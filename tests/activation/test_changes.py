@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flash_attn_npu.integrations.changes import Changes
+from flash_attn_npu._integrations.changes import Changes
 
 
 def test_what_was_set_is_put_back_unless_replaced() -> None:

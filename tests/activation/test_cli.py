@@ -11,7 +11,7 @@ import pytest
 
 import flash_attn_npu
 from flash_attn_npu import __main__ as command_line
-from flash_attn_npu import usage
+from flash_attn_npu._core.ground import usage
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

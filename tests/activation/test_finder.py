@@ -20,8 +20,8 @@ from unittest import mock
 import pytest
 import torch
 
-from flash_attn_npu.activation.finder import AliasFinder, PostImportFinder
-from flash_attn_npu.integrations.untouched import is_promise, namespace
+from flash_attn_npu._activation.finder import AliasFinder, PostImportFinder
+from flash_attn_npu._integrations.untouched import is_promise, namespace
 
 cloudpickle = pytest.importorskip("cloudpickle")
 
@@ -396,7 +396,7 @@ class TestPostImport:
         finder.remove()
         assert is_promise(core)
         spec = namespace(core)["__spec__"]
-        assert type(spec.loader).__module__ != "flash_attn_npu.activation.finder"
+        assert type(spec.loader).__module__ != "flash_attn_npu._activation.finder"
         assert hasattr(core, "Layer")
         assert seen == []
 

@@ -56,7 +56,7 @@ def test_what_is_not_mirrored_is_absent(script: Script) -> None:
         """
         import importlib, importlib.util
         import flash_attn_npu
-        from flash_attn_npu.activation.install import MIRRORED
+        from flash_attn_npu._activation.install import MIRRORED
         flash_attn_npu.install()
         for name in MIRRORED:
             assert importlib.util.find_spec(f"flash_attn.{name}".rstrip(".")) is not None, name
@@ -369,7 +369,7 @@ def test_a_failure_half_way_leaves_nothing(script: Script) -> None:
         """
         import importlib, sys
         import flash_attn_npu
-        module = importlib.import_module("flash_attn_npu.activation.install")
+        module = importlib.import_module("flash_attn_npu._activation.install")
         finders = list(sys.meta_path)
 
         def fail(*_):
@@ -390,8 +390,8 @@ def test_the_names_under_the_alias_are_upstreams(script: Script) -> None:
         """
         import inspect
         import flash_attn_npu
-        from flash_attn_npu.activation.install import MIRRORED
-        from flash_attn_npu.surface import FROZEN
+        from flash_attn_npu._activation.install import MIRRORED
+        from flash_attn_npu._surface import FROZEN
         flash_attn_npu.install()
         import flash_attn
         upstream = {name for name in FROZEN["flash_attn"] if name != "__path__"}
@@ -402,10 +402,10 @@ def test_the_names_under_the_alias_are_upstreams(script: Script) -> None:
         for name in upstream:
             assert getattr(flash_attn, name) is getattr(flash_attn_npu, name)
 
-        import flash_attn_npu.kernels
+        import flash_attn_npu._core.kernels
         ours = set(dir(flash_attn_npu)) - upstream - submodules
         ours = {name for name in ours if not name.startswith("__")}
-        assert {"kernels", "policy", "settings", "errors", "activation", "install"} <= ours
+        assert {"errors", "install", "_core", "_activation", "_integrations"} <= ours
         for name in ours:
             assert not hasattr(flash_attn, name), name
             try:
@@ -577,7 +577,7 @@ def test_what_took_the_name_meanwhile_keeps_it(script: Script, real_flash_attn: 
         """
         import importlib, sys, types
         import flash_attn as first, flash_attn_npu
-        module = importlib.import_module("flash_attn_npu.activation.install")
+        module = importlib.import_module("flash_attn_npu._activation.install")
         flash_attn_npu.install(force=True)
         restore = module._restore
         module._restore = lambda: 1 / 0

@@ -16,7 +16,7 @@ import collections, contextlib, importlib, logging, sys, types
 sys.modules["torch_npu"] = None     # not installed, as far as anybody can tell
 import torch
 import flash_attn_npu
-from flash_attn_npu.activation import occupant
+from flash_attn_npu._activation import occupant
 logging.disable()
 # tested elsewhere, and slow: they walk all modules
 occupant.references_to = occupant.holding = lambda names: []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_attn_npu.activation.metadata import VirtualDistribution, VirtualDistributionFinder
+from flash_attn_npu._activation.metadata import VirtualDistribution, VirtualDistributionFinder
 
 pytestmark = pytest.mark.usefixtures("import_system")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from flash_attn_npu import install
-from flash_attn_npu.activation import operators
+from flash_attn_npu._activation import operators
 
 
 def test_the_name_is_ours_only_while_installed() -> None:
     with install():
         found = torch.ops.flash_attn._flash_attn_varlen_forward
-        assert found is torch.ops.flash_attn_npu._flash_attn_varlen_forward
-    assert torch.ops.flash_attn is not torch.ops.flash_attn_npu
+        assert found is torch.ops.flash_attn_npu_shim._flash_attn_varlen_forward
+    assert torch.ops.flash_attn is not torch.ops.flash_attn_npu_shim
     assert not hasattr(torch.ops.flash_attn, "_flash_attn_varlen_forward")
 
 

@@ -169,7 +169,7 @@ def test_a_replaced_flash_attn_func_is_what_transformers_loads(script: Script, o
 import functools
 import flash_attn
 from flash_attn import bert_padding
-from flash_attn_npu.integrations.stand_ins import STAND_INS
+from flash_attn_npu._integrations.stand_ins import STAND_INS
 exec(IMPORT)
 
 def wrapped(function):

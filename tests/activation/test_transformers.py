@@ -74,7 +74,7 @@ for make in (bert, mistral):
     eager.set_attn_implementation("flash_attention_2")
     assert close(run(eager, **batch()), expected), make
     assert flash.config._attn_implementation == "flash_attention_2"
-from flash_attn_npu import usage
+from flash_attn_npu._core.ground import usage
 assert "flash_attn_varlen_func" in usage.summary()
 assert not records, records
 """,

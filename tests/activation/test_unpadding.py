@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import flash_attn_npu
-from flash_attn_npu.integrations import unpadding
-from flash_attn_npu.memory import forget_all
+from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._integrations import unpadding
 
 theirs = pytest.importorskip("transformers.modeling_flash_attention_utils")
 # as on disk, even if a test before this one has installed us

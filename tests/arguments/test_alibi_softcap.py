@@ -7,8 +7,9 @@ import virtual_ascend
 from argument_harness import Arguments
 from strategies import Problem
 
-from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, reporting, settings
-from flash_attn_npu.memory import forget_all
+from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, reporting
+from flash_attn_npu._core.ground import settings
+from flash_attn_npu._core.ground.memory import forget_all
 
 FP16, BF16 = torch.float16, torch.bfloat16
 EQUAL = ((9, 9), (9, 9))

@@ -12,8 +12,8 @@ from torch import Tensor
 import flash_attn_npu
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn_npu import flash_attn_interface as interface
-from flash_attn_npu.kernels import blockwise
-from flash_attn_npu.memory import forget_all, memos
+from flash_attn_npu._core.ground.memory import forget_all, memos
+from flash_attn_npu._core.kernels.composed import attention as blockwise
 
 P = 0.4
 SIDE_BY_SIDE = ((3, 5),) * 5 + ((2, 2),) * 4 + ((0, 3),) * 2 + ((4, 0),) * 2
@@ -193,7 +193,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("paged", [False, True])
 def test_a_cache_is_checked_by_pages_not_by_positions(looked_at, monkeypatch, paged):
     """One more position of 32k is no reason to look at all of them."""
-    from flash_attn_npu.attention.cache import Cache, Span
+    from flash_attn_npu._core.problems.cache import Cache, Span
 
     repeats = []
     repeat = torch.repeat_interleave

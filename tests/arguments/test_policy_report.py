@@ -24,11 +24,11 @@ from flash_attn_npu import (
     flash_attn_varlen_func,
     report,
     reporting,
-    settings,
 )
+from flash_attn_npu._core.ground import settings
+from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.ground.settings import fallback_policy
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
-from flash_attn_npu.memory import forget_all
-from flash_attn_npu.settings import fallback_policy
 
 DENSE = Problem(((9, 13),) * 2, nheads_k=2, group=2, headdim=16, dtype=torch.float16)
 DIAGONAL = Problem(((5, 8), (9, 9)), 2, 2, 16, torch.bfloat16, window_size=(0, 0))
@@ -240,7 +240,9 @@ def imported_anew(monkeypatch, variable: str, value: str | None) -> ModuleType:
         monkeypatch.delenv(variable, raising=False)
     else:
         monkeypatch.setenv(variable, value)
-    spec = importlib.util.spec_from_file_location("flash_attn_npu.settings_anew", settings.__file__)
+    spec = importlib.util.spec_from_file_location(
+        "flash_attn_npu._core.ground.settings_anew", settings.__file__
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

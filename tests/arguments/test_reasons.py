@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from flash_attn_npu import fallback, flash_attn_func, flash_attn_varlen_func, reporting
-from flash_attn_npu.attention import dispatch, support
+from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.table import attention as support
+from flash_attn_npu._core.table import plans, rowwise
+from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
-from flash_attn_npu.integrations.stand_ins import npu_flash_attn_func
-from flash_attn_npu.memory import forget_all
-from flash_attn_npu.rowwise import support as rowwise
 
 CAPPED = {"softcap": 5.0}
 NO_SOFTCAP = "npu_fusion_attention: no Ascend kernel has softcap"
@@ -65,7 +65,7 @@ def test_a_call_is_decided_once(npu, monkeypatch, name):
             decided.append(problem)
         return support.refusals(kernel, problem)
 
-    monkeypatch.setattr(dispatch, "refusals", refusals)
+    monkeypatch.setattr(plans, "refusals", refusals)
     with reporting() as region:
         run(npu, **options).sum().backward()
         run(npu, **options).sum().backward()
@@ -108,15 +108,13 @@ ARGUMENTS = {
 
 def test_reasons_name_the_arguments():
     """Whoever reads one must find what to leave out of his call."""
-    attention = [
-        (row.name, cell.refusal)
-        for row in support.TABLE
-        for cell in (row.fusion, row.blockwise, row.infer)
-        if cell.refusal is not None
+    refusals = [
+        (rule.name, refusal)
+        for rule in (*support.TABLE, *rowwise.TABLE)
+        for refusal in rule.refused.values()
     ]
-    others = [(rule.name, rule.refusal) for rule in rowwise.TABLE]
     named = set()
-    for name, refusal in attention + others:
+    for name, refusal in refusals:
         for part, arguments in ARGUMENTS.items():
             if part in name and f"{part}s" not in name:
                 named.add(part)
@@ -140,19 +138,3 @@ def test_packed_heads_first_are_recognised():
     heads_first = r"^cu_seqlens_q: .*heads first\? pass q\.transpose\(0, 1\)"
     with pytest.raises(ArgumentError, match=heads_first):
         flash_attn_varlen_func(x, x, x, [0, 4, 9], [0, 4, 9], 5, 5)
-
-
-def test_a_decision_holds_for_its_tensors_and_its_block():
-    """Whatever else runs meanwhile, as the operators that a tensor subclass calls, is its own."""
-    q, k = torch.zeros(1), torch.zeros(1)
-    plan, other = object(), object()
-    with dispatch.decided(plan, q, k):
-        assert dispatch.decision(q, k) is plan
-        assert dispatch.decision(k, q) is None
-        assert dispatch.decision(q) is None
-        assert dispatch.decision(q.clone(), k) is None
-        with dispatch.decided(other, k):
-            assert dispatch.decision(q, k) is None
-            assert dispatch.decision(k) is other
-        assert dispatch.decision(q, k) is plan
-    assert dispatch.decision(q, k) is None

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flash_attn_npu import flash_attn_interface as interface
+from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func
 from flash_attn_npu.errors import UnsupportedError
-from flash_attn_npu.integrations.stand_ins import npu_flash_attn_func
 
 CU_SEQLENS = torch.tensor([0, 2, 6], dtype=torch.int32)
 

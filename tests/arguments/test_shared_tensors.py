@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flash_attn_npu import flash_attn_func
-from flash_attn_npu.attention import call
-from flash_attn_npu.integrations.stand_ins import npu_flash_attn_func
+from flash_attn_npu._core.attention import call
+from flash_attn_npu._core.problems.ask import Options
+from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func
 from flash_attn_npu.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
 from flash_attn_npu.ops.activations import bias_gelu_impl, swiglu
 from flash_attn_npu.ops.layer_norm import (
@@ -26,12 +27,7 @@ Run = Callable[[Places], Tensor]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sink: Tensor) -> Tensor:
-    # fmt: off
-    out = call.attend(
-        "sunk", False, q, k, v, None, None, None, None, 0.0, None, True, (-1, -1), 0.0, slopes,
-        False, False, sink,
-    )
-    # fmt: on
+    out = call.attend("sunk", (q, k, v), None, Options(causal=True), slopes, sink)
     assert isinstance(out, Tensor)
     return out
 
@@ -58,12 +54,9 @@ def _tables(*places: Tensor) -> list[Tensor]:
 
 def _packed_attention(p: Places) -> Tensor:
     slopes, sink = _logits(*p[3:])
-    # fmt: off
-    out = call.attend(
-        "sunk", True, *(_heads(x)[0] for x in p[:3]), [0, 1, 4], [0, 1, 4], 3, 3, 0.0, None, True,
-        (-1, -1), 0.0, slopes, False, False, sink,
-    )
-    # fmt: on
+    q, k, v = (_heads(x)[0] for x in p[:3])
+    lengths = ([0, 1, 4], [0, 1, 4], 3, 3)
+    out = call.attend("sunk", (q, k, v), lengths, Options(causal=True), slopes, sink)
     assert isinstance(out, Tensor)
     return out
 
@@ -151,13 +144,9 @@ def test_slopes_have_no_gradient(device: torch.device, softcap: float, packed: b
     """As in flash-attention, though torch_npu's autograd would give one."""
     q = torch.randn(1, 4, 2, 8, device=device, requires_grad=True)
     slopes = torch.tensor([0.5, 0.25], device=device, requires_grad=True)
-    lengths = ([0, 4], [0, 4], 4, 4) if packed else (None,) * 4
+    lengths = ([0, 4], [0, 4], 4, 4) if packed else None
     x = q[0] if packed else q
-    # fmt: off
-    out = call.attend(
-        "biased", packed, x, x, x, *lengths, 0.0, None, True, (-1, -1), softcap, slopes, False,
-        False,
-    )
-    # fmt: on
+    options = Options(causal=True, softcap=softcap)
+    out = call.attend("biased", (x, x, x), lengths, options, slopes)
     assert isinstance(out, Tensor)
     assert torch.autograd.grad(out.sum(), (q, slopes), allow_unused=True)[1] is None

@@ -15,8 +15,8 @@ from torch import Tensor
 from virtual_ascend import CardRefusal
 
 from flash_attn_npu import attention_forward_varlen as ours
+from flash_attn_npu._core.ground.memory import forget_all, forget_lengths
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from flash_attn_npu.memory import forget_all, forget_lengths
 
 Function = Callable[..., Tensor]
 

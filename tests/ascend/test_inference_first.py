@@ -9,7 +9,7 @@ import reference
 import torch
 
 from flash_attn_npu import flash_attn_varlen_func
-from flash_attn_npu.memory import forget_all
+from flash_attn_npu._core.ground.memory import forget_all
 
 
 @pytest.mark.parametrize("lengths_k", [[0, 4, 10], [0, 4, 7]], ids=["plain", "blind rows"])

@@ -17,7 +17,7 @@ from flash_attn_npu import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
-from flash_attn_npu.memory import forget_all
+from flash_attn_npu._core.ground.memory import forget_all
 
 UNLIMITED = 2147483647
 KERNEL = "npu_fusion_attention"

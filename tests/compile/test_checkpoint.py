@@ -19,8 +19,8 @@ from torch.utils.checkpoint import (
 import flash_attn_npu as fa
 
 KEPT = {
-    torch.ops.flash_attn_npu._flash_attn_forward.default,
-    torch.ops.flash_attn_npu._flash_attn_varlen_forward.default,
+    torch.ops.flash_attn_npu_shim._flash_attn_forward.default,
+    torch.ops.flash_attn_npu_shim._flash_attn_varlen_forward.default,
 }
 NAMES = {False: "flash_attn_func", True: "flash_attn_varlen_func"}
 

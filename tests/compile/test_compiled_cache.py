@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attn_npu import flash_attn_varlen_func, flash_attn_with_kvcache
 
-OPS = torch.ops.flash_attn_npu
+OPS = torch.ops.flash_attn_npu_shim
 Call = dict[str, Any]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-OPS = torch.ops.flash_attn_npu
+OPS = torch.ops.flash_attn_npu_shim
 SCALE = 0.35
 
 

@@ -10,8 +10,8 @@ import virtual_ascend
 from cache_calls import CacheProblem, bits, check, place
 
 from flash_attn_npu import fallback, flash_attn_with_kvcache, reporting
+from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import UnsupportedError
-from flash_attn_npu.memory import forget_all
 
 INFER, FUSION, BLOCKWISE = "npu_fused_infer_attention_score", "npu_fusion_attention", "blockwise"
 NEW = {"seqlen_q": 2, "seqlen_new": 2}

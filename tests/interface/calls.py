@@ -12,9 +12,9 @@ import virtual_ascend
 from torch import Tensor
 
 import flash_attn_npu
-from flash_attn_npu import usage
+from flash_attn_npu._core.ground import usage
+from flash_attn_npu._core.ground.memory import memos
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from flash_attn_npu.memory import memos
 
 Call = dict[str, Any]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import flash_attn_npu
 from flash_attn_npu import flash_attn_interface
 
-OPERATORS = torch.ops.flash_attn_npu
+OPERATORS = torch.ops.flash_attn_npu_shim
 NAMESPACE = "flash_attn_npu::"
 EXTENSION = flash_attn_interface.flash_attn_gpu
 

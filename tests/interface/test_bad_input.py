@@ -12,8 +12,8 @@ import torch
 from calls import Call, refused
 
 import flash_attn_npu
+from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
-from flash_attn_npu.memory import forget_all
 
 Spoil = Callable[[Call], Call]
 

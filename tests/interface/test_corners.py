@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flash_attn_npu
 from flash_attn_npu import attention_forward_varlen, flash_attn_func, flash_attn_varlen_func
 from flash_attn_npu import flash_attn_interface as interface
+from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
-from flash_attn_npu.memory import forget_all
 
 
 def tensor(device: torch.device, *shape: int) -> torch.Tensor:
@@ -24,7 +24,7 @@ def tensor(device: torch.device, *shape: int) -> torch.Tensor:
 def test_the_fused_alibi_starts_at_the_first_query_that_sees_a_key(
     npu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flash_attn_npu.settings._alibi_offset", True)
+    monkeypatch.setattr("flash_attn_npu._core.ground.settings._alibi_offset", True)
     forget_all()
     cu_q, cu_k = ([0, *accumulate(lengths)] for lengths in ([5, 6], [3, 4]))
     q, k, slopes = tensor(npu, 11, 2, 8), tensor(npu, 7, 2, 8), torch.tensor([0.3, 0.9]).to(npu)

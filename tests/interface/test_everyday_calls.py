@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_attn_npu
-from flash_attn_npu.memory import forget_all
+from flash_attn_npu._core.ground.memory import forget_all
 
 DENSE, VARLEN = "flash_attn_func", "flash_attn_varlen_func"
 DIFFERENT = {"softmax_scale": 0.3, "causal": True, "window_size": (3, 0)}

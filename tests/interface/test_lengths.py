@@ -19,14 +19,9 @@ from flash_attn_npu import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from flash_attn_npu.attention.lengths import (
-    MEMO_SIZE,
-    host_ends,
-    host_lengths,
-    remember_lengths,
-)
+from flash_attn_npu._core.ground.lengths import MEMO_SIZE, host_ends, host_lengths, remember_lengths
+from flash_attn_npu._core.ground.memory import PerTensorMemo, forget_lengths, memos
 from flash_attn_npu.errors import ArgumentError
-from flash_attn_npu.memory import PerTensorMemo, forget_lengths, memos
 
 Change = Callable[[Tensor], Any]
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F  # noqa: N812
 from peak_bytes import PeakBytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flash_attn_npu._core.kernels.composed import cross_entropy as kernel
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
-from flash_attn_npu.kernels import cross_entropy as kernel
 from flash_attn_npu.losses.cross_entropy import CrossEntropyLoss as CrossEntropyModule
 from flash_attn_npu.ops.triton.cross_entropy import CrossEntropyLoss, cross_entropy_loss
 

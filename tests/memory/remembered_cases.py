@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flash_attn_npu
 from flash_attn_npu import flash_attn_interface as interface
-from flash_attn_npu.integrations.stand_ins import npu_flash_attn_varlen_func
+from flash_attn_npu._integrations.stand_ins import npu_flash_attn_varlen_func
 from flash_attn_npu.layers.rotary import apply_rotary_emb
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 

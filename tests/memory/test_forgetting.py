@@ -19,8 +19,8 @@ from flash_attn_npu import (
     flash_attn_with_kvcache,
     forget_lengths,
 )
+from flash_attn_npu._core.ground.memory import memos
 from flash_attn_npu.layers.rotary import apply_rotary_emb
-from flash_attn_npu.memory import memos
 
 flash = pytest.importorskip("transformers.modeling_flash_attention_utils")
 

@@ -24,7 +24,7 @@ from remembered_cases import CASES, INFERENCE, MASK, TENSORS, Maker, Variant
 from torch import Tensor
 
 import flash_attn_npu
-from flash_attn_npu.memory import PerTensorMemo, forget_all, memos
+from flash_attn_npu._core.ground.memory import PerTensorMemo, forget_all, memos
 
 flash = pytest.importorskip("transformers.modeling_flash_attention_utils")
 
@@ -153,15 +153,15 @@ def test_a_change_while_a_tensor_is_read_is_noticed(npu: torch.device) -> None:
 
 
 STATE = {
-    "activation.install._claims",
-    "activation.install._set_aside",
-    "integrations.transformers._available",
-    "activation.install._say_shadowed",
-    "locks._locks",
-    "memory._memos",
-    "surface.compared",
-    "surface.comparison._defined",
-    "usage._tallies",
+    "_activation.install._claims",
+    "_activation.install._set_aside",
+    "_integrations.transformers._available",
+    "_activation.install._say_shadowed",
+    "_core.ground.locks._locks",
+    "_core.ground.memory._memos",
+    "_surface.compared",
+    "_surface.comparison._defined",
+    "_core.ground.usage._tallies",
 }
 """What answers no question about a call: who installed, what was counted, what upstream has."""
 
@@ -186,4 +186,4 @@ def test_nothing_is_remembered_elsewhere() -> None:
                 kept = node.name if re.search(r"\b(lru_cache|cache)\b", decorators) else ""
             if kept:
                 found.add(f"{name.removeprefix('flash_attn_npu.')}.{kept}")
-    assert found <= STATE, "register it in flash_attn_npu.memory"
+    assert found <= STATE, "register it in flash_attn_npu._core.ground.memory"

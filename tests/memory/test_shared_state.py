@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import flash_attn_npu
-from flash_attn_npu import usage
-from flash_attn_npu.activation import finder
-from flash_attn_npu.kernels import fusion
-from flash_attn_npu.locks import Lock
-from flash_attn_npu.memory import Memo, PerTensorMemo, snapshot
+from flash_attn_npu._activation import finder
+from flash_attn_npu._core.ground import usage
+from flash_attn_npu._core.ground.locks import Lock
+from flash_attn_npu._core.ground.memory import Memo, PerTensorMemo, snapshot
+from flash_attn_npu._core.kernels.ascend import fusion_attention
 
 NUMBERS = count()
 
@@ -132,7 +132,7 @@ def installs() -> bool:
 
 
 def deterministic() -> bool:
-    with fusion._deterministic():
+    with fusion_attention._deterministic():
         return torch.are_deterministic_algorithms_enabled()
 
 
@@ -140,9 +140,9 @@ def deterministic() -> bool:
 @pytest.mark.parametrize(
     ("lock", "use"),
     [
-        (sys.modules["flash_attn_npu.activation.install"]._lock, installs),
+        (sys.modules["flash_attn_npu._activation.install"]._lock, installs),
         (finder._LOCK, installs),
-        (fusion._deterministic_lock, deterministic),
+        (fusion_attention._deterministic_lock, deterministic),
     ],
     ids=["install", "finder", "deterministic"],
 )

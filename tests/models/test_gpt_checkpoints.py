@@ -30,10 +30,7 @@ from flash_attn_npu.models.falcon import falcon_config_to_gpt2_config
 from flash_attn_npu.models.gpt import GPTLMHeadModel
 from flash_attn_npu.models.gpt_neox import gpt_neox_config_to_gpt2_config
 from flash_attn_npu.models.gptj import gptj_config_to_gpt2_config
-from flash_attn_npu.models.llama import (
-    inv_remap_state_dict_hf_llama,
-    llama_config_to_gpt2_config,
-)
+from flash_attn_npu.models.llama import inv_remap_state_dict_hf_llama, llama_config_to_gpt2_config
 from flash_attn_npu.models.opt import opt_config_to_gpt2_config, remap_state_dict_hf_opt
 
 INVERSES = {

@@ -9,11 +9,7 @@ from parallel import world
 
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
 from flash_attn_npu.losses.cross_entropy import CrossEntropyLoss
-from flash_attn_npu.models.gpt import (
-    GPTLMHeadModel,
-    combine_state_dicts_tp,
-    shard_state_dict_tp,
-)
+from flash_attn_npu.models.gpt import GPTLMHeadModel, combine_state_dicts_tp, shard_state_dict_tp
 from flash_attn_npu.utils.distributed import allreduce_sequence_parallel_grad
 from flash_attn_npu.utils.generation import InferenceParams
 

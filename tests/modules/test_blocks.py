@@ -10,8 +10,8 @@ from torch import nn
 
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
 from flash_attn_npu.modules import block as blocks
+from flash_attn_npu.modules._residual import StochasticDepth
 from flash_attn_npu.modules.block import MHA, Block, Mlp, ParallelBlock, RMSNorm
-from flash_attn_npu.modules.residual import StochasticDepth
 
 DIM = 8
 NORMS = {

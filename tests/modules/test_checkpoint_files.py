@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from flash_attn_npu._core.ground.usage import Report, Tally
 from flash_attn_npu.errors import ArgumentError
 from flash_attn_npu.models import gpt, llama
-from flash_attn_npu.usage import Report, Tally
 from flash_attn_npu.utils.pretrained import state_dict_from_pretrained
 
 SECRET = {"secret": torch.ones(2)}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
-from flash_attn_npu.memory import forget_all
 from flash_attn_npu.modules.block import Block
 from flash_attn_npu.modules.mha import MHA
 from flash_attn_npu.modules.mlp import Mlp

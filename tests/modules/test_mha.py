@@ -9,7 +9,7 @@ import torch
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from flash_attn_npu.layers.rotary import RotaryEmbedding
 from flash_attn_npu.modules import mha
-from flash_attn_npu.modules.cached_attention import LinearResidual
+from flash_attn_npu.modules._cached_attention import LinearResidual
 from flash_attn_npu.modules.mha import MHA
 from flash_attn_npu.ops.fused_dense import FusedDense
 from flash_attn_npu.utils.generation import InferenceParams

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rotation_reference import assert_rounded_once, batch_positions, rotated, tables
 from torch import Tensor
 
+from flash_attn_npu._core.ground.memory import forget_lengths
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
-from flash_attn_npu.memory import forget_lengths
 from flash_attn_npu.ops.triton.rotary import apply_rotary
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

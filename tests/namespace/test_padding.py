@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flash_attn_npu import bert_padding
-from flash_attn_npu.attention.lengths import host_lengths
+from flash_attn_npu._core.ground.lengths import host_lengths
+from flash_attn_npu._core.ground.memory import forget_lengths
 from flash_attn_npu.bert_padding import (
     index_first_axis,
     index_first_axis_residual,
@@ -26,7 +27,6 @@ from flash_attn_npu.bert_padding import (
     unpad_input_for_concatenated_sequences,
 )
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
-from flash_attn_npu.memory import forget_lengths
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 MASKS = [torch.bool, torch.int32, torch.int64, torch.float32]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flash_attn_npu._rearranging import rearrange
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
-from flash_attn_npu.rearranging import rearrange
 
 X = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
 PATTERNS: list[tuple[str, dict[str, int], Callable[[Tensor], Tensor]]] = [

@@ -11,9 +11,9 @@ import virtual_ascend
 from rotation_reference import assert_rounded_once, batch_positions, rotated, tables
 from torch import Tensor
 
+from flash_attn_npu._core.ground.memory import forget_lengths
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
 from flash_attn_npu.layers import rotary
-from flash_attn_npu.memory import forget_lengths
 
 HALF = [torch.float16, torch.bfloat16]
 DTYPES = [*HALF, torch.float32]

@@ -10,10 +10,10 @@ import torch
 from peak_bytes import PeakBytes
 from rotation_reference import assert_rounded_once, batch_positions, rotated, tables
 
+from flash_attn_npu._core.rowwise import rotation
 from flash_attn_npu.errors import ArgumentError
 from flash_attn_npu.layers import rotary
 from flash_attn_npu.ops.triton.rotary import apply_rotary
-from flash_attn_npu.rowwise import rotation
 
 
 def test_the_count_of_bytes_sees_what_is_held_and_what_is_dropped() -> None:

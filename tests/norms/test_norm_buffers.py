@@ -11,8 +11,8 @@ from norm_reference import EPS, Options, judge
 from peak_bytes import PeakBytes
 from torch import Tensor
 
+from flash_attn_npu._core.kernels.composed import norms
 from flash_attn_npu.errors import ArgumentError
-from flash_attn_npu.kernels import norms
 from flash_attn_npu.ops.triton import layer_norm
 
 

@@ -19,8 +19,8 @@ from strategies import Problem
 from torch import Tensor
 
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func
-from flash_attn_npu.integrations.stand_ins import npu_flash_attn_func, npu_flash_attn_varlen_func
-from flash_attn_npu.kernels import tiles
+from flash_attn_npu._core.kernels.composed import tiles
+from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func, npu_flash_attn_varlen_func
 
 Named = dict[str, Tensor]
 FLOAT64_NOISE = 512 * torch.finfo(torch.float64).eps

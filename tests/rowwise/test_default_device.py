@@ -13,9 +13,9 @@ from torch import Tensor
 
 import flash_attn_npu
 from flash_attn_npu import flash_attn_interface as interface
-from flash_attn_npu.integrations.unpadding import memoised_upad_input
+from flash_attn_npu._integrations.unpadding import memoised_upad_input
 from flash_attn_npu.layers.rotary import RotaryEmbedding
-from flash_attn_npu.utils import generation, sampling, testing
+from flash_attn_npu.utils import _sampling, generation, testing
 
 Made = Callable[[], Callable[[], Any]]
 """Makes the arguments, and returns the call."""
@@ -68,9 +68,9 @@ MORE: dict[str, Made] = {
     "RotaryEmbedding": lambda: partial(
         RotaryEmbedding(8, scale_base=512, device="cpu"), torch.randn(2, 3, 3, 2, 8)
     ),
-    "sample": lambda: partial(sampling.sample, torch.randn(3, 9), top_k=4, top_p=0.5),
+    "sample": lambda: partial(_sampling.sample, torch.randn(3, 9), top_k=4, top_p=0.5),
     "sample_speculative": lambda: partial(
-        sampling.sample_speculative, torch.randn(2, 3, 9), torch.randn(2, 2, 9),
+        _sampling.sample_speculative, torch.randn(2, 3, 9), torch.randn(2, 2, 9),
         torch.tensor([[0, 1], [2, 3]]), top_k=4,
     ),
     "attention_ref": lambda: partial(testing.attention_ref, *_qkv(2, 5, 2, 8), causal=True),

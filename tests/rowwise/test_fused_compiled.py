@@ -11,9 +11,9 @@ import virtual_ascend
 from torch import Tensor
 
 from flash_attn_npu import fallback, flash_attn_func, reporting
+from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import UnsupportedError
 from flash_attn_npu.layers.rotary import apply_rotary_emb
-from flash_attn_npu.memory import forget_all
 from flash_attn_npu.ops.activations import swiglu
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, layer_norm_linear_fn, rms_norm_fn

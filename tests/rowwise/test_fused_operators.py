@@ -12,9 +12,9 @@ import virtual_ascend
 from torch import Tensor
 
 from flash_attn_npu import fallback, reporting
+from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from flash_attn_npu.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
-from flash_attn_npu.memory import forget_all
 from flash_attn_npu.ops.activations import swiglu, swiglu_bwd, swiglu_fwd
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, layer_norm_linear_fn, rms_norm_fn

@@ -12,11 +12,8 @@ import virtual_ascend
 from torch import Tensor
 
 from flash_attn_npu import install, reporting
+from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func, npu_flash_attn_varlen_func
 from flash_attn_npu.errors import ArgumentError
-from flash_attn_npu.integrations.stand_ins import (
-    npu_flash_attn_func,
-    npu_flash_attn_varlen_func,
-)
 
 LENGTHS_Q, LENGTHS_K = [7, 5, 0, 9], [7, 8, 4, 3]
 WINDOWS = [{}, {"causal": True}, {"causal": True, "window_size": (3, 3)}]

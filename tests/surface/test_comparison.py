@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from flash_attn_npu.surface.comparison import Comparison, compare
-from flash_attn_npu.surface.rules import Absent, Added, Different, Rules
+from flash_attn_npu._surface.comparison import Comparison, compare
+from flash_attn_npu._surface.rules import Absent, Added, Different, Rules
 
 NAMES: dict[str, dict[str, Any]] = {
     "VALUE": {"kind": "value"},

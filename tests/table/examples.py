@@ -14,8 +14,9 @@ from flash_attn_npu import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
-from flash_attn_npu.attention import call
-from flash_attn_npu.attention.support import (
+from flash_attn_npu._core.attention import call
+from flash_attn_npu._core.problems.ask import Options
+from flash_attn_npu._core.table.attention import (
     MAX_CACHED_SEQUENCES,
     MAX_GROUP,
     MAX_HEADDIM,
@@ -72,23 +73,13 @@ def packed(
 
 
 def sunk(dtype: torch.dtype = torch.float16, **changed: Any) -> Example:
-    options = {
-        "dropout_p": 0.0,
-        "softmax_scale": None,
-        "causal": True,
-        "window_size": (-1, -1),
-        "softcap": 0.0,
-        "alibi_slopes": None,
-        "deterministic": False,
-        "return_attn_probs": False,
-    }
-
     def run(device: torch.device) -> Any:
         q = tensor(device, 2, 6, 2, 8, dtype=dtype)
         sink = torch.tensor([0.5, -1.0]).to(device)
-        slopes = {"alibi_slopes": torch.rand(2).to(device)} if "slopes" in changed else {}
-        given = options | {name: changed[name] for name in changed if name != "slopes"} | slopes
-        return call.attend("sunk", False, q, q, q, None, None, None, None, **given, sink=sink)
+        slopes = torch.rand(2).to(device) if "slopes" in changed else None
+        given = {name: changed[name] for name in changed if name != "slopes"}
+        options = Options(**{"causal": True, **given})
+        return call.attend("sunk", (q, q, q), None, options, slopes, sink)
 
     return run
 

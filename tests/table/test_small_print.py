@@ -16,20 +16,12 @@ import virtual_ascend
 from torch import Tensor
 
 from examples import cached, dense, packed
-from flash_attn_npu import (
-    fallback,
-    flash_attn_interface,
-    flash_attn_varlen_func,
-    reporting,
-)
-from flash_attn_npu.attention import support
+from flash_attn_npu import fallback, flash_attn_interface, flash_attn_varlen_func, reporting
+from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.table import attention as support
+from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func, npu_flash_attn_varlen_func
 from flash_attn_npu.errors import UnsupportedError
-from flash_attn_npu.integrations.stand_ins import (
-    npu_flash_attn_func,
-    npu_flash_attn_varlen_func,
-)
 from flash_attn_npu.layers.rotary import apply_rotary_emb
-from flash_attn_npu.memory import forget_all
 from flash_attn_npu.ops.activations import swiglu
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn
@@ -44,7 +36,7 @@ def nothing_remembered() -> Any:
 
 @pytest.fixture
 def offset_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flash_attn_npu.settings._alibi_offset", True)
+    monkeypatch.setattr("flash_attn_npu._core.ground.settings._alibi_offset", True)
 
 
 def served(run: Callable[[], Any]) -> str:

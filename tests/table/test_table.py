@@ -11,11 +11,13 @@ import torch
 import virtual_ascend
 
 from examples import EXAMPLES, SMALL_CACHED_SEQUENCES, SMALL_SEQUENCES, SMALL_TOKENS
-from flash_attn_npu import compat, usage
-from flash_attn_npu.attention import dispatch, support
-from flash_attn_npu.attention.support import TABLE, Row
+from flash_attn_npu._core.ground import usage
+from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.table import attention, plans
+from flash_attn_npu._core.table.attention import BLOCKWISE, FUSION, INFER, TABLE
+from flash_attn_npu._core.table.rule import Rule
+from flash_attn_npu._surface import matrix
 from flash_attn_npu.errors import UnsupportedError
-from flash_attn_npu.memory import forget_all
 
 ROWS = {row.name: row for row in TABLE}
 CHIPS = {"Ascend 310P and 200I": "Ascend310P3", "sink, Ascend 950": "Ascend950PR"}
@@ -26,11 +28,11 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Plans and warnings of other tests must not answer here; some rows need another chip."""
     forget_all()
     row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
-    if isinstance(row, Row) and row.name in CHIPS:
-        monkeypatch.setattr(support, "soc_name", lambda device: CHIPS[row.name])
-    monkeypatch.setattr(support, "MAX_SEQUENCES", SMALL_SEQUENCES)
-    monkeypatch.setattr(support, "MAX_TOKENS", SMALL_TOKENS)
-    monkeypatch.setattr(support, "MAX_CACHED_SEQUENCES", SMALL_CACHED_SEQUENCES)
+    if isinstance(row, Rule) and row.name in CHIPS:
+        monkeypatch.setattr(attention, "soc_name", lambda device: CHIPS[row.name])
+    monkeypatch.setattr(attention, "MAX_SEQUENCES", SMALL_SEQUENCES)
+    monkeypatch.setattr(attention, "MAX_TOKENS", SMALL_TOKENS)
+    monkeypatch.setattr(attention, "MAX_CACHED_SEQUENCES", SMALL_CACHED_SEQUENCES)
     yield
     forget_all()
 
@@ -47,30 +49,30 @@ def test_every_row_has_an_example() -> None:
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_the_example_has_the_property(
-    row: Row, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+    row: Rule, npu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     monkeypatch.setattr(
-        dispatch,
+        plans,
         "refusals",
-        lambda kernel, problem: seen.append(problem) or support.refusals(kernel, problem),
+        lambda kernel, problem: seen.append(problem) or attention.refusals(kernel, problem),
     )
     try:
         EXAMPLES[row.name](npu)
     except UnsupportedError:
-        assert compat.outcome(row) in ("impossible", "fused or impossible")
+        assert matrix.outcome(row) in ("impossible", "fused or impossible")
     assert any(row.present(problem) for problem in seen)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_the_cell_says_what_happens(
-    row: Row, npu: torch.device, caplog: pytest.LogCaptureFixture
+    row: Rule, npu: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "flash_attn_npu")
-    outcome = compat.outcome(row)
+    outcome = matrix.outcome(row)
     with virtual_ascend.record() as recorded, usage.reporting() as report:
         if outcome == "fused or impossible":
-            with pytest.raises(UnsupportedError, match=row.blockwise.refusal):
+            with pytest.raises(UnsupportedError, match=row.refused[BLOCKWISE]):
                 EXAMPLES[row.name](npu)
         else:
             out = EXAMPLES[row.name](npu)
@@ -82,8 +84,7 @@ def test_the_cell_says_what_happens(
         return
     if outcome == "gathered":
         assert launches(recorded) == ["npu_fusion_attention"]
-        assert row.infer.refusal is not None
-        assert any(row.infer.refusal in record.getMessage() for record in caplog.records)
+        assert any(row.refused[INFER] in record.getMessage() for record in caplog.records)
         return
     if row.name == "varlen, window_size (0, 0), with gradient or dropout":
         # the forward is native; only the backward is composed, and says so when it runs
@@ -91,11 +92,12 @@ def test_the_cell_says_what_happens(
             out.sum().backward()
     assert not launches(recorded)
     if outcome == "composed" and row.name != "no query sees a key":
-        assert row.fusion.refusal is not None
-        assert any(row.fusion.refusal in record.getMessage() for record in caplog.records)
+        assert any(row.refused[FUSION] in record.getMessage() for record in caplog.records)
         assert out.isfinite().all()
 
 
 def test_compat_matrix_is_printed_from_the_table() -> None:
     committed = (Path(__file__).parents[2] / "compat_matrix.md").read_text()
-    assert committed == compat.matrix(), "run: python -m flash_attn_npu.compat > compat_matrix.md"
+    assert committed == matrix.matrix(), (
+        "run: python -m flash_attn_npu._surface.matrix > compat_matrix.md"
+    )

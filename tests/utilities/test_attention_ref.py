@@ -10,11 +10,7 @@ from torch import Tensor
 
 import flash_attn_npu as fa
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
-from flash_attn_npu.utils.testing import (
-    attention_ref,
-    construct_chunk_mask,
-    construct_local_mask,
-)
+from flash_attn_npu.utils.testing import attention_ref, construct_chunk_mask, construct_local_mask
 
 BATCH, HEADS, HEADS_K, SEQLEN_Q, SEQLEN_K, HEADDIM, HEADDIM_V = 2, 4, 2, 5, 7, 6, 3
 QUERIES = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)

@@ -1,73 +1,17 @@
-"""Mirror of `flash_attn.ops.triton.cross_entropy`: the loss; the Triton kernels are absent.
-
-The arithmetic is `kernels.cross_entropy`, which becomes a differentiable function here, or on
-Ascend, where it may serve, torch_npu's.
-"""
+"""Mirror of `flash_attn.ops.triton.cross_entropy`: the loss; the Triton kernels are absent."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from ...kernels import cross_entropy as kernel
-from ...kernels import fused
-from ...rowwise.arguments import refuse_transforms
-from ...rowwise.dispatch import choose
-from ...rowwise.problem import Loss
-from ...rowwise.support import TORCH
+from ..._core.rowwise.losses import CrossEntropyLoss, LossCall, cross_entropy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["CrossEntropyLoss", "cross_entropy_loss"]
-
-
-class CrossEntropyLoss(torch.autograd.Function):
-    """Autograd of `cross_entropy_loss`. It keeps logits, labels and one number for each row."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        precomputed_lse: Tensor | None = None,
-        smoothing: float = 0.0,
-        logit_scale: float = 1.0,
-        lse_square_scale: float = 0.0,
-        ignore_index: int = -100,
-        inplace_backward: bool = False,
-        process_group: ProcessGroup | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """losses and z_losses of each row."""
-        options = kernel.check(
-            logits,
-            labels,
-            precomputed_lse,
-            smoothing,
-            logit_scale,
-            lse_square_scale,
-            ignore_index,
-            process_group,
-        )
-        labels = labels.long()
-        losses, z_losses, lse = kernel.forward(
-            logits, labels, precomputed_lse, options, process_group
-        )
-        ctx.save_for_backward(logits, labels, lse)
-        ctx.mark_non_differentiable(z_losses)
-        ctx.options, ctx.process_group, ctx.inplace = options, process_group, inplace_backward
-        return losses, z_losses
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor, grad_z_losses: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the logits; z_losses are in losses already, and have none."""
-        logits, labels, lse = ctx.saved_tensors
-        dlogits = kernel.backward(
-            grad_losses, logits, labels, lse, ctx.options, ctx.process_group, ctx.inplace
-        )
-        return dlogits, None, None, None, None, None, None, None, None
 
 
 def cross_entropy_loss(
@@ -121,37 +65,16 @@ def cross_entropy_loss(
     derivatives (of lse as it depends on the logits, also if it was passed) where it is composed.
     Different: labels that are not a class are refused.
     """
-    # fmt: off
-    options = kernel.check(
-        logits, labels, precomputed_lse, label_smoothing, logit_scale, lse_square_scale,
-        ignore_index, process_group,
+    return cross_entropy(
+        LossCall(
+            logits,
+            labels,
+            precomputed_lse,
+            label_smoothing,
+            logit_scale,
+            lse_square_scale,
+            ignore_index,
+            inplace_backward,
+            process_group,
+        )
     )
-    # fmt: on
-    problem = Loss(
-        function="cross_entropy_loss",
-        device=logits.device,
-        dtype=logits.dtype,
-        empty=logits.numel() == 0,
-        rows=logits.shape[0],
-        label_smoothing=options.smoothing,
-        logit_scale=options.logit_scale,
-        lse_square_scale=options.lse_square_scale,
-        precomputed=kernel.takes_lse(precomputed_lse, options),
-        parallel=process_group is not None,
-        inplace_backward=bool(inplace_backward),
-    )
-    if choose(problem) != TORCH:
-        return fused.losses(logits, labels, options.ignore_index)
-    refuse_transforms("logits")
-    losses, z_losses = CrossEntropyLoss.apply(  # type: ignore[no-untyped-call]
-        logits,
-        labels,
-        precomputed_lse,
-        label_smoothing,
-        logit_scale,
-        lse_square_scale,
-        ignore_index,
-        inplace_backward,
-        process_group,
-    )
-    return losses, z_losses

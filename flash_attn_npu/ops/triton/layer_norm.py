@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, layer_norm
 
-from ...kernels.norms import NormCall
-from ...rowwise.arguments import refuse_transforms
+from ..._core.ground.dense_arguments import refuse_transforms
+from ..._core.problems.norms import NormCall
+from ..._core.rowwise.norms import LayerNormFn, LayerNormLinearFn, arranged, normalize
 from ...utils.library import triton_op
 from ...utils.torch import custom_bwd, custom_fwd
-from .layer_norm_functions import LayerNormFn, LayerNormLinearFn, arranged, normalize
 
 __all__ = [
     "LayerNormFn",

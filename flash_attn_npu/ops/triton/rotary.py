@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...rowwise.rotation import rotate
+from ..._core.rowwise.rotation import rotate
 
 __all__ = ["apply_rotary"]
 

@@ -1,0 +1,355 @@
+"""Policy of `install()`: when this package may answer to `import flash_attn`, and when not."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import sys
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import cast
+
+from .._core.ground.locks import Lock
+from .._integrations import transformers
+from .._version import FLASH_ATTN_VERSION
+from ..errors import ActivationError
+from . import occupant, operators
+from .finder import AliasFinder, PostImportFinder
+from .metadata import VirtualDistribution, VirtualDistributionFinder
+
+__all__ = ["MIRRORED", "Activation", "install", "installed", "uninstall"]
+
+MIRRORED = (
+    "",
+    "bert_padding",
+    "flash_attn_interface",
+    "layers",
+    "layers.patch_embed",
+    "layers.rotary",
+    "losses",
+    "losses.cross_entropy",
+    "models",
+    "models.bert",
+    "models.bigcode",
+    "models.falcon",
+    "models.gpt",
+    "models.gpt_neox",
+    "models.gptj",
+    "models.llama",
+    "models.opt",
+    "models.vit",
+    "modules",
+    "modules.block",
+    "modules.embedding",
+    "modules.mha",
+    "modules.mlp",
+    "ops",
+    "ops.activations",
+    "ops.fused_dense",
+    "ops.layer_norm",
+    "ops.rms_norm",
+    "ops.triton",
+    "ops.triton.cross_entropy",
+    "ops.triton.layer_norm",
+    "ops.triton.rotary",
+    "utils",
+    "utils.benchmark",
+    "utils.distributed",
+    "utils.generation",
+    "utils.library",
+    "utils.pretrained",
+    "utils.testing",
+    "utils.torch",
+)
+"""Our modules that mirror upstream ones; anything else of ours is absent under `flash_attn`."""
+
+NAMES = (
+    "__version__",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+)
+"""What upstream's package itself holds; nothing else of ours is shown under its name."""
+
+NOTED_AS_ABSENT = {
+    "flash_attn": None,
+    "flash_attn_func": None,
+    "flash_attn_varlen_func": None,
+    "_flash_attn_available": False,
+}
+"""What clients hold, diffusers among them, that looked for flash_attn and did not find it."""
+
+ALIAS = "flash_attn"
+PACKAGE = "flash_attn_npu"
+PROVIDER = "flash-attn-npu-shim"
+RIVAL = "flash-attn-npu"
+
+_log = logging.getLogger(PACKAGE)
+_lock = Lock()
+_claims: set[Activation] = set()
+
+
+def _why_absent(name: str) -> str | None:
+    # read when an import fails, and at no other time
+    from .._surface.exceptions import RULES
+
+    return RULES.absent_module(name)
+
+
+_alias = AliasFinder(ALIAS, PACKAGE, MIRRORED, NAMES, _why_absent)
+_distribution = VirtualDistributionFinder(
+    VirtualDistribution(
+        "flash-attn", FLASH_ATTN_VERSION, ALIAS, PROVIDER, Path(__file__).parents[2]
+    )
+)
+_hooks = PostImportFinder(transformers.HOOKS)
+
+
+class _State:
+    """What is to be undone.
+
+    touched: something of ours may be in place. It is set before the first change and cleared
+        after the last one is undone, so that whatever interrupts, the rest can be made up for.
+    set_aside: what comes back under the name.
+    given_up: placeholders, which come back only if what removes them fails.
+    """
+
+    touched = False
+    set_aside: dict[str, ModuleType | None] = {}  # noqa: RUF012
+    given_up: dict[str, ModuleType | None] = {}  # noqa: RUF012
+
+
+class Activation:
+    """One claim on the name `flash_attn`, returned by `install()`.
+
+    The name stays ours until every claim is given up, or `uninstall()` ends them all. As a
+    context manager it gives itself up at the end of the block.
+    """
+
+    def uninstall(self) -> None:
+        """Give this claim up; a second call does nothing that the first did not leave undone."""
+        with _lock:
+            _claims.discard(self)
+            if not _claims:
+                _switch_off()
+
+    def __enter__(self) -> Activation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.uninstall()
+
+
+def install(*, force: bool = False) -> Activation:
+    """Make `import flash_attn` give this package in this process.
+
+    Applications and launchers call it, before anything imports flash_attn; libraries import
+    flash_attn_npu directly. Calling it again is harmless. Placeholders that other packages
+    left under the name are removed for good.
+
+    Args:
+        force: replace a flash_attn that is already imported, and ignore
+            `sys.modules["flash_attn"] = None`. What was replaced comes back on uninstall.
+
+    Returns:
+        A claim with `.uninstall()`, usable as a context manager.
+
+    Raises:
+        ActivationError: a real flash_attn is already imported, or the name is blocked.
+    """
+    claim = Activation()
+    with _lock:
+        if not _claims:
+            # what an interrupted uninstall has left
+            _switch_off()
+        try:
+            _clear_the_way(force)
+            if not _claims:
+                _switch_on()
+            _claims.add(claim)
+            _warn_of_those_before_us()
+            _State.given_up = {}
+        except BaseException:
+            claim.uninstall()
+            raise
+    return claim
+
+
+def uninstall() -> None:
+    """Give the name up, whoever claimed it; does nothing when not installed.
+
+    Modules that imported names from flash_attn meanwhile keep them. If it fails or is
+    interrupted, calling it again does the rest.
+    """
+    with _lock:
+        _claims.clear()
+        _switch_off()
+
+
+def installed() -> bool:
+    """Whether `import flash_attn` gives this package."""
+    return _alias in sys.meta_path
+
+
+def _switch_on() -> None:
+    _warn_of_rival()
+    _tell_what_is_shadowed()
+    _warn_who_came_too_early()
+    _State.touched = True
+    _distribution.insert()
+    _alias.insert()
+    transformers.forget_cached_answers()
+    _hooks.insert()
+    operators.insert()
+    _log.info("flash_attn is now flash_attn_npu, mirroring flash-attn %s", FLASH_ATTN_VERSION)
+
+
+def _switch_off() -> None:
+    # each step looks at what is there, so that it can be taken again
+    if not _State.touched:
+        return
+    with ExitStack() as last:
+        # one that raises does not keep the others from being taken
+        last.callback(_restore)
+        last.callback(transformers.forget_cached_answers)
+        last.callback(_distribution.remove)
+        last.callback(_alias.remove)
+        last.callback(transformers.undo)
+        last.callback(_hooks.remove)
+        last.callback(operators.remove)
+    _State.touched = False
+
+
+def _restore() -> None:
+    if installed() or any(_alias.owns(*entry) for entry in occupant.loaded_as(ALIAS).items()):
+        # what should have taken us away has failed, and is to be called again
+        return
+    before = {**_State.set_aside, **_State.given_up}
+    # whoever has taken the name meanwhile keeps it, and nothing of another package's beside it
+    if sys.modules.get(ALIAS, before.get(ALIAS)) is before.get(ALIAS):
+        for name, module in before.items():
+            # typeshed has no None here, though Python does
+            sys.modules.setdefault(name, cast(ModuleType, module))
+    _State.set_aside = _State.given_up = {}
+
+
+def _clear_the_way(force: bool) -> None:
+    found = {
+        name: module
+        for name, module in occupant.loaded_as(ALIAS).items()
+        if not _alias.owns(name, module)
+    }
+    comes_back = False
+    if ALIAS not in found:
+        # children without their parent, or placed under ours: nobody but a placeholder does that
+        found = {
+            name: module
+            for name, module in found.items()
+            if module is not None and occupant.is_placeholder(module)
+        }
+    elif (head := found[ALIAS]) is None:
+        _refuse_blocked(force)
+        comes_back = True
+    elif not occupant.is_placeholder(head):
+        _refuse_loaded(head, force)
+        comes_back = True
+    if not found:
+        return
+    _State.touched = True
+    if comes_back:
+        _State.set_aside = {**_State.set_aside, **found}
+    else:
+        _State.given_up = {**_State.given_up, **found}
+    _log.info("removed from sys.modules: %s", ", ".join(sorted(found)))
+    occupant.evict(found)
+
+
+def _refuse_blocked(force: bool) -> None:
+    if not force:
+        raise ActivationError(
+            "sys.modules['flash_attn']",
+            "None, by which somebody in this process blocked the import of flash_attn",
+            "no entry",
+            "delete the entry if flash_attn may be used here, or call install(force=True)",
+        )
+    _log.warning("sys.modules['flash_attn'] was None: install(force=True) lifts that block")
+
+
+def _refuse_loaded(module: ModuleType, force: bool) -> None:
+    holders = ", ".join(occupant.references_to(ALIAS)) or "no module"
+    if not force:
+        raise ActivationError(
+            "sys.modules['flash_attn']",
+            f"a flash_attn that is already imported, from {occupant.whereabouts(module)}; "
+            f"modules that hold names from it: {holders}",
+            "a process that has not imported flash_attn yet",
+            "call flash_attn_npu.install() earlier, or start the program with "
+            "`python -m flash_attn_npu`; install(force=True) replaces it all the same, and "
+            "those modules keep what they hold",
+        )
+    _log.warning(
+        "install(force=True) replaces the flash_attn of %s; still holding names from it: %s",
+        occupant.whereabouts(module),
+        holders,
+    )
+
+
+def _warn_of_rival() -> None:
+    try:
+        version = metadata.version(RIVAL)
+    except metadata.PackageNotFoundError:
+        return
+    _log.warning(
+        "the distribution %s %s is installed beside %s: both bring an import package "
+        "flash_attn_npu, and whichever came last has overwritten files of the other; to keep "
+        "this one: pip uninstall %s, then pip install --force-reinstall --no-deps %s",
+        RIVAL,
+        version,
+        PROVIDER,
+        RIVAL,
+        PROVIDER,
+    )
+
+
+def _warn_who_came_too_early() -> None:
+    early = occupant.holding(NOTED_AS_ABSENT)
+    if early:
+        _log.warning(
+            "imported before install(), these found no flash_attn and go on without it: %s; call "
+            "flash_attn_npu.install() before they are imported, or start the program with "
+            "`python -m flash_attn_npu`",
+            ", ".join(early),
+        )
+
+
+def _warn_of_those_before_us() -> None:
+    before = occupant.answering_before(_alias, ALIAS)
+    if before:
+        _log.warning(
+            "`import flash_attn` does not ask flash_attn_npu first: in sys.meta_path these "
+            "answer before it: %s; take them out, or uninstall() and install() again",
+            ", ".join(before),
+        )
+
+
+def _tell_what_is_shadowed() -> None:
+    spec = importlib.util.find_spec(ALIAS)
+    if spec is not None:
+        _say_shadowed(str(spec.origin))
+
+
+@functools.cache
+def _say_shadowed(origin: str) -> None:
+    _log.info("the flash_attn on disk at %s is shadowed while installed, not changed", origin)

@@ -1,0 +1,1 @@
+"""The way of an attention call, from a public function to a result."""

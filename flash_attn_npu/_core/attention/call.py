@@ -1,0 +1,176 @@
+"""The call behind every public attention function.
+
+Where the fused kernel is differentiable by itself it is called at once: this path is written
+for speed, and adds about 3 us to a launch of 17 us. Everything else is served by `serving`, and
+what is being traced goes through the operators of `operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, UnsupportedError
+from ..ground import arguments
+from ..ground.lengths import Lengths, host_lengths, recall_lengths
+from ..problems.ask import Facts, Options
+from ..problems.results import Inputs
+from ..table.plans import make_plan, recall_plan
+from . import operators, paged, serving
+
+__all__ = ["Answer", "attend", "attend_paged", "unpacked"]
+
+Answer = Tensor | tuple[Tensor, Tensor, Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
+Lengthy = Tensor | Sequence[int] | None
+Raw = tuple[Any, ...]
+"""Arguments as they came: `Options` in its order, or cu_seqlens_q, _k, max_seqlen_q, _k."""
+
+_compiling = torch.compiler.is_dynamo_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+_forward_ad = torch.autograd.forward_ad
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def attend(
+    function: str,
+    inputs: Triple,
+    lengths: Raw | None,
+    options: Raw,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None = None,
+) -> Answer:
+    """Attention over packed tensors, or over dense ones, which have no lengths."""
+    if _compiling() or _dispatch_modes():
+        return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
+    q, k, v = inputs
+    if _forward_ad._current_level >= 0:
+        _refuse_tangents(q=q, k=k, v=v, sink=sink)
+    packed = None if lengths is None else _packed(*lengths)
+    try:
+        # the fields of Ask, in their order
+        key = (
+            function,
+            (q.shape, q.dtype, q.device),
+            (k.shape, k.dtype, k.device),
+            (v.shape, v.dtype, v.device),
+            packed,
+            options,
+            None if alibi_slopes is None else Facts.of(alibi_slopes),
+            None if sink is None else Facts.of(sink),
+            _grad_enabled() and _any_requires_grad(q, k, v, sink),
+            options[-1],
+            None,
+            None,
+            False,
+        )
+        found = recall_plan(key) or make_plan(key)
+    except AttributeError:
+        arguments.require_plain(q=q, k=k, v=v)
+        arguments.require_plain_or_none(alibi_slopes=alibi_slopes, sink=sink)
+        raise
+    except TypeError:
+        # an option that cannot be a key: the checks accept it or name it
+        found = make_plan(key)
+    if found.direct is not None:
+        found.tally.calls += 1
+        try:
+            return found.direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
+        except Exception:
+            # what no kernel takes looks to a remembered plan like any tensor of its shape
+            arguments.require_plain(q=q, k=k, v=v)
+            raise
+    arguments.require_plain(q=q, k=k, v=v)
+    if q.is_meta or _functorch() or _tracing() or type(q) not in _PLAIN or type(k) not in _PLAIN:
+        # these need an operator's fake, or its rules
+        return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
+    return serving.attend(found, Inputs(q, k, v, alibi_slopes, sink))
+
+
+def _any_requires_grad(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> bool:
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return sink is not None and sink.requires_grad
+
+
+def _packed(
+    cu_seqlens_q: Lengthy, cu_seqlens_k: Lengthy, max_seqlen_q: Any, max_seqlen_k: Any
+) -> tuple[Lengths, Lengths, int, int]:
+    """The fields of Packed, in their order."""
+    lengths_q = recall_lengths(cu_seqlens_q) or host_lengths("cu_seqlens_q", cu_seqlens_q)
+    if cu_seqlens_k is cu_seqlens_q:
+        lengths_k = lengths_q
+    else:
+        lengths_k = recall_lengths(cu_seqlens_k) or host_lengths("cu_seqlens_k", cu_seqlens_k)
+    if type(max_seqlen_q) is not int:
+        max_seqlen_q = arguments.longest("max_seqlen_q", max_seqlen_q, lengths_q.longest)
+    if type(max_seqlen_k) is not int:
+        max_seqlen_k = arguments.longest("max_seqlen_k", max_seqlen_k, lengths_k.longest)
+    return lengths_q, lengths_k, max_seqlen_q, max_seqlen_k
+
+
+def _refuse_tangents(**tensors: Tensor | None) -> None:
+    """No kernel has forward-mode derivatives; without this they would silently be zero."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and _forward_ad.unpack_dual(tensor).tangent is not None:
+            raise UnsupportedError(
+                argument,
+                "a tensor with a forward-mode tangent",
+                "reverse-mode differentiation, as in flash-attention",
+                "use torch.autograd.grad or backward() here, or eager attention",
+            )
+
+
+def unpacked(argument: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
+    """The parts of a (batch, seqlen, parts, nheads, headdim) or (total, ...) tensor, as views.
+
+    Args:
+        dims: 5 for a padded batch, 4 for packed sequences.
+    """
+    arguments.require_plain(**{argument: packed})
+    if packed.dim() != dims or packed.shape[-3] != parts:
+        tokens = "(batch, seqlen" if dims == 5 else "(total"
+        raise ArgumentError(
+            argument,
+            f"shape {tuple(packed.shape)}",
+            f"{tokens}, {parts}, nheads, headdim)",
+            f"stack the {parts} tensors along dimension -3; packed sequences go to the varlen "
+            "functions, padded batches to the others",
+        )
+    return packed.unbind(-3)
+
+
+def attend_paged(
+    function: str,
+    inputs: Triple,
+    lengths: Raw,
+    options: Raw,
+    alibi_slopes: Tensor | None,
+    block_table: Tensor,
+) -> Answer:
+    """`attend` over keys in pages; where a gradient is wanted they are gathered first."""
+    q, k, v = inputs
+    arguments.require_plain(q=q, k=k, v=v, block_table=block_table)
+    needs_grad = _grad_enabled() and _any_requires_grad(q, k, v, None)
+    if not needs_grad and (_compiling() or _dispatch_modes()):
+        return operators.attend(
+            function, inputs, lengths, options, alibi_slopes, block_table=block_table
+        )
+    arguments.require_plain_or_none(alibi_slopes=alibi_slopes)
+    if _forward_ad._current_level >= 0:
+        _refuse_tangents(q=q, k=k, v=v)
+    plain, packed = Options.checked(*options), _packed(*lengths)
+    if not needs_grad:
+        lengths = (*lengths[:2], *packed[2:])
+        return operators.attend(
+            function, inputs, lengths, plain, alibi_slopes, block_table=block_table
+        )
+    keys = paged.read_keys(k, v, packed[1], paged.Placement(block_table))
+    gathered = (lengths[0], keys.lengths.cumulative, *packed[2:])
+    return attend(function, (q, *paged.gather(keys)), gathered, plain, alibi_slopes)

@@ -1,0 +1,1 @@
+"""What everything stands on: arguments, lengths, settings, the policy, the report."""

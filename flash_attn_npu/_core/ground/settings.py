@@ -1,0 +1,90 @@
+"""Every setting of the package: its name, its environment variable, its legal values.
+
+| setting | environment variable | values |
+| --- | --- | --- |
+| `fallback` | `FLASH_ATTN_NPU_FALLBACK` | `warn` (default), `allow`, `error` |
+| `alibi_offset` | `FLASH_ATTN_NPU_ALIBI_OFFSET` | `0` (default), `1` |
+
+A variable is read once, when the package is imported; a value that is not legal is an error
+there and then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from threading import local
+
+from ...errors import ArgumentError
+
+__all__ = ["alibi_offset", "fallback", "fallback_policy", "traced"]
+
+POLICIES = ("warn", "allow", "error")
+
+
+def _from_environment(variable: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(variable, allowed[0])
+    if value not in allowed:
+        raise ArgumentError(
+            variable, repr(value), ", ".join(allowed), f"unset it or set {variable}={allowed[0]}"
+        )
+    return value
+
+
+_default_policy = _from_environment("FLASH_ATTN_NPU_FALLBACK", POLICIES)
+_fallback: ContextVar[str] = ContextVar("flash_attn_npu.fallback", default=_default_policy)
+
+
+class _Traced(local):
+    def __init__(self) -> None:
+        # of the class it would not be guarded: a block sets it on the instance
+        self.policy = _default_policy
+
+
+traced = _Traced()
+"""The policy of this thread, for code that torch.compile traces, which knows no ContextVar."""
+
+_alibi_offset = _from_environment("FLASH_ATTN_NPU_ALIBI_OFFSET", ("0", "1")) == "1"
+
+
+def fallback_policy() -> str:
+    """What happens to a call that no fused kernel can serve, in this context: see `fallback`."""
+    return _fallback.get()
+
+
+def fallback(policy: str) -> AbstractContextManager[None]:
+    """Decide, inside a `with` block, about calls that no fused kernel can serve.
+
+    `warn` computes them exactly from torch operations and logs each reason once; `allow` does
+    so without a word; `error` refuses them with the reason (UnsupportedError). There is no way
+    to have an argument ignored. The block holds for the thread that entered it; a thread that is
+    started inside begins with the policy of the environment. A backward keeps its forward's.
+
+    Raises:
+        ArgumentError: policy is none of these words.
+    """
+    if policy not in POLICIES:
+        raise ArgumentError("policy", repr(policy), ", ".join(POLICIES), "pass one of these words")
+    return _within(policy)
+
+
+@contextmanager
+def _within(policy: str) -> Iterator[None]:
+    token, before = _fallback.set(policy), traced.policy
+    traced.policy = policy
+    try:
+        yield
+    finally:
+        _fallback.reset(token)
+        traced.policy = before
+
+
+def alibi_offset() -> bool:
+    """Whether the fused kernel may serve ALiBi with a common seqlen_k - seqlen_q other than 0.
+
+    Its documents speak of equal lengths only; CANN's code reads the offset. Off until an Ascend
+    machine has confirmed it.
+    """
+    return _alibi_offset

@@ -1,0 +1,1 @@
+"""The kernels: each turns a validated problem into a function of tensors."""

@@ -1,0 +1,284 @@
+"""Ascend's fused training kernel, `torch_npu.npu_fusion_attention`, under flash-attn's rules.
+
+Contract: torch_npu's operator documentation. `direct` is differentiable through torch_npu's own
+autograd; `forward` and `backward` are the same without it, the backward from softmax_lse alone:
+the kernel recomputes probabilities as exp(score - softmax_max) / softmax_sum, so softmax_max =
+softmax_lse and softmax_sum = 1 give the gradient, also of a merge over several blocks of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ground.locks import Lock
+from ...ground.memory import Memo
+from ...ground.second_derivatives import once, watch
+from ...problems.attention import Problem
+from ...problems.results import Forward, Inputs, Saved
+from .selection import Rows
+
+__all__ = [
+    "READS_PAGES",
+    "UNLIMITED",
+    "backward",
+    "causal_mask",
+    "direct",
+    "forward",
+    "fusion_attention",
+]
+
+READS_PAGES = False
+
+UNLIMITED = 2147483647
+MASK_SIZE = 2048
+"""Side of the compressed mask that the sparse modes demand."""
+
+STATISTICS = 8
+"""The kernel repeats softmax_max and softmax_sum this often along a last dimension."""
+
+
+_masks: Memo[torch.device, Tensor] = Memo("causal masks", 64, nbytes=64 * MASK_SIZE**2)
+_prepared_calls: Memo[Problem, tuple[Rows, Callable[..., Any]]] = Memo(
+    "calls prepared for npu_fusion_attention", 256, nbytes=1 << 26
+)
+
+
+def causal_mask(device: torch.device) -> Tensor:
+    """The compressed mask, True above the diagonal; one per device, 4 MiB."""
+    mask = _masks.recall(device)
+    if mask is None or torch._C._len_torch_dispatch_stack():
+        # it outlives this call, and a backward cannot save a tensor made in inference mode
+        with torch.inference_mode(False):
+            ones = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device)
+            mask = torch.triu(ones, diagonal=1)
+        # under a mode it may be a fake, which must not outlive the mode
+        if not torch._C._len_torch_dispatch_stack():
+            _masks.put(device, mask)
+    return mask
+
+
+def fusion_attention() -> Callable[..., Any]:
+    """torch_npu's operator, as it is called now."""
+    import torch_npu
+
+    return torch_npu.npu_fusion_attention  # type: ignore[no-any-return]
+
+
+def direct(problem: Problem) -> Callable[..., Any] | None:
+    """A differentiable function (q, k, v, alibi_slopes, sink) -> what the public function returns.
+
+    None where torch_npu's autograd does not serve: a deterministic backward is asked for.
+    """
+    if problem.deterministic and problem.needs_grad:
+        return None
+    rows, kernel = _prepared(problem)
+    first = once(problem.function)
+    if rows.untouched and not (problem.uses_lse or problem.alibi or problem.sink):
+        return _plain(problem, rows, first if problem.needs_grad else None)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None) -> Any:
+        out, top, total, *_ = kernel(rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink)
+        watch(out, first)
+        out = rows.restore(out)
+        if not problem.uses_lse:
+            return out
+        lse = rows.restore_lse(_lse(problem, top.detach(), total.detach()))
+        return out, lse, q.new_empty(0)
+
+    return run
+
+
+def _plain(problem: Problem, rows: Rows, first: Tensor | None) -> Callable[..., Tensor]:
+    """The kernel with nothing around it; positional arguments, which torch parses faster."""
+    import torch_npu
+
+    mode, mask, before, after = _sparsity(problem)
+    # fmt: off
+    call = (
+        problem.nheads, _layout(problem), None, None, mask, problem.softmax_scale,
+        1.0 - problem.dropout_p, before, after, 0, None, rows.ends_q, rows.ends_k, mode,
+    )
+    # fmt: on
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
+        return torch_npu.npu_fusion_attention(q, k, v, *call)[0]  # type: ignore[no-any-return]
+
+    # `watch` written out, which costs less
+    def watched(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
+        out: Tensor = torch_npu.npu_fusion_attention(q, k, v, *call)[0]
+        node: Any = out.grad_fn
+        if node is not None:
+            node._register_hook_dict(first)
+        return out
+
+    return run if first is None else watched
+
+
+def forward(problem: Problem, inputs: Inputs) -> Forward:
+    """Attention without autograd."""
+    rows, kernel = _prepared(problem)
+    q, k, v, slopes, sink = inputs[:5]
+    out, top, total, _, seed, offset, _ = kernel(
+        rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink
+    )
+    return Forward(
+        rows.restore(out),
+        rows.restore_lse(_lse(problem, top, total)),
+        q.new_empty(0),
+        torch.tensor(
+            [seed, offset] if problem.dropout_p else [0, 0], dtype=torch.int64, device="cpu"
+        ),
+    )
+
+
+def backward(
+    problem: Problem, dout: Tensor, saved: Saved, grads: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Write dq, dk, dv into `grads`, where they lie."""
+    rows, _ = _prepared(problem)
+    lse = rows.take_lse(saved.softmax_lse)
+    if problem.varlen:
+        lse = lse.t()
+    top = lse[..., None].expand(*lse.shape, STATISTICS).contiguous()
+    arguments = _grad_arguments(problem, rows, saved.rng_state)
+    arguments |= {
+        "softmax_max": top,
+        "softmax_sum": torch.ones_like(top),
+        "attention_in": rows.take_q(saved.out).contiguous(),
+    }
+    inputs = (rows.take_q(saved.q), rows.take_k(saved.k), rows.take_k(saved.v))
+    with _deterministic() if problem.deterministic else nullcontext():
+        dq, dk, dv = _grad_kernel(problem, saved.alibi_slopes)(
+            *inputs, rows.take_q(dout), problem.nheads, _layout(problem), **arguments
+        )[:3]
+    rows.write_q(grads[0], dq)
+    rows.write_k(grads[1], dk)
+    rows.write_k(grads[2], dv)
+
+
+def _prepared(problem: Problem) -> tuple[Rows, Callable[..., Any]]:
+    known = _prepared_calls.recall(problem)
+    if known is None:
+        rows = Rows(problem)
+        known = rows, _forward_kernel(problem, rows)
+        _prepared_calls.put(problem, known)
+    return known
+
+
+def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:
+    """A function (q, k, v, slopes, sink) of rows that see keys -> the kernel's seven results."""
+    import torch_npu
+
+    shared: dict[str, Any] = {
+        "scale": problem.softmax_scale,
+        "keep_prob": 1.0 - problem.dropout_p,
+        "actual_seq_qlen": rows.ends_q,
+        "actual_seq_kvlen": rows.ends_k,
+    }
+    mode, mask, before, after = _sparsity(problem)
+    shared |= {"sparse_mode": mode, "atten_mask": mask}
+    heads, layout = problem.nheads, _layout(problem)
+    if problem.alibi:
+        biased = shared | {"pre_tokens": before, "next_tokens": after} | _bias(problem)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sink: None) -> Any:
+            # slopes have no gradient; torch_npu's autograd would give them unwritten memory
+            pse = slopes.detach().contiguous()
+            return torch_npu.npu_fusion_attention_v2(q, k, v, heads, layout, pse=pse, **biased)
+
+        return run
+    shared |= {"pre_tockens": before, "next_tockens": after}
+    if problem.varlen and problem.uses_lse:
+        # otherwise packed statistics come as one (nheads, seqlen) block per sequence
+        shared["softmax_layout"] = "TND"
+
+    def run_v1(q: Tensor, k: Tensor, v: Tensor, slopes: None, sink: Tensor | None) -> Any:
+        sunk = {} if sink is None else {"sink": sink.float()}
+        return torch_npu.npu_fusion_attention(q, k, v, heads, layout, **shared, **sunk)
+
+    return run_v1
+
+
+def _grad_kernel(problem: Problem, slopes: Tensor | None) -> Callable[..., Any]:
+    import torch_npu
+
+    if slopes is None:
+        return torch_npu.npu_fusion_attention_grad  # type: ignore[no-any-return]
+
+    def run(*tensors: Any, **arguments: Any) -> Any:
+        arguments["pre_tokens"] = arguments.pop("pre_tockens")
+        arguments["next_tokens"] = arguments.pop("next_tockens")
+        return torch_npu.npu_fusion_attention_grad_v2(
+            *tensors, pse=slopes.contiguous(), **arguments, **_bias(problem)
+        )
+
+    return run
+
+
+def _grad_arguments(problem: Problem, rows: Rows, rng_state: Tensor | None) -> dict[str, Any]:
+    mode, mask, before, after = _sparsity(problem)
+    arguments: dict[str, Any] = {
+        "scale_value": problem.softmax_scale,
+        "keep_prob": 1.0 - problem.dropout_p,
+        "pre_tockens": before,
+        "next_tockens": after,
+        "sparse_mode": mode,
+        "atten_mask": mask,
+        "actual_seq_qlen": rows.ends_q,
+        "actual_seq_kvlen": rows.ends_k,
+    }
+    if problem.varlen:
+        arguments["softmax_layout"] = "TND"
+    if problem.dropout_p and rng_state is not None:
+        seed, offset = rng_state.tolist()
+        arguments |= {"seed": seed, "offset": offset, "numels": problem.nheads * rows.pairs}
+    return arguments
+
+
+def _layout(problem: Problem) -> str:
+    return "TND" if problem.varlen else "BSND"
+
+
+def _sparsity(problem: Problem) -> tuple[int, Tensor | None, int, int]:
+    """(sparse_mode, atten_mask, tokens before, tokens after); no mode works without its mask."""
+    before = UNLIMITED if problem.left is None else problem.left
+    after = UNLIMITED if problem.right is None else problem.right
+    if not (problem.causal or problem.windowed):
+        return 0, None, UNLIMITED, UNLIMITED
+    return 3 if problem.causal else 4, causal_mask(problem.device), before, after
+
+
+def _bias(problem: Problem) -> dict[str, Any]:
+    """Type 2 adds -slope * |j + kv_start - i - q_start|, i and j from the top left."""
+    bias: dict[str, Any] = {"pse_type": 2}
+    # without its blind rows every sequence starts at its first query that sees a key
+    first = (problem.common_offset or 0) + problem.most_blind
+    if first:
+        bias |= {"q_start_idx": [first], "kv_start_idx": [0]}
+    return bias
+
+
+def _lse(problem: Problem, top: Tensor, total: Tensor) -> Tensor:
+    lse = top[..., 0] + torch.log(total[..., 0])
+    return lse.t().contiguous() if problem.varlen else lse
+
+
+_deterministic_lock = Lock()
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """CANN takes its determinism from torch's global setting at the call; leave that as it was."""
+    with _deterministic_lock:
+        before = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -1,0 +1,169 @@
+"""torch_npu's fused operators other than attention, one function for each kind of problem.
+
+`rowwise.support` has admitted the call before. Gradients are those of torch_npu's own autograd,
+except where a function says that it is called outside of autograd. Losses have a first derivative
+only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...ground.second_derivatives import once, refuse_second, watch
+from ...problems.rowwise import ADD_LAYER_NORM, ADD_RMS_NORM, RMS_NORM
+
+__all__ = ["add_and_norm", "gate", "gate_backward", "losses", "rotation"]
+
+MOST_DIMS = 8
+"""A norm's backward takes two to eight dimensions."""
+
+_norm_once = once("a norm")
+
+
+class _Once(torch.autograd.Function):
+    """The tensor itself, whose gradient is refused a derivative: torch_npu's depends on nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return grad
+        return refuse_second("a fused cross entropy", grad, *ctx.saved_tensors)
+
+
+def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x rotated, as a new tensor; called outside of autograd.
+
+    Args:
+        x: (tokens, nheads, rotary_dim).
+        cos, sin: (tokens, rotary_dim / 2), of x's dtype.
+    """
+    import torch_npu
+
+    if interleaved:
+        cos, sin = (table.repeat_interleave(2, dim=-1) for table in (cos, sin))
+    else:
+        cos, sin = (torch.cat((table, table), dim=-1) for table in (cos, sin))
+    # one batch of all tokens: the layout that takes tables of each token in both modes
+    cos, sin = cos[None, :, None], sin[None, :, None]
+    mode = "interleave" if interleaved else "half"
+    turned: Tensor = torch_npu.npu_rotary_mul(x[None], cos, sin, rotary_mode=mode)
+    return turned[0]
+
+
+def add_and_norm(
+    operator: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    zero_centered_weight: bool,
+    total_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual in out_dtype, and that sum in total_dtype.
+
+    Where dtypes are mixed, the sum and the norm are computed in float32.
+    """
+    if not 1 < x.dim() <= MOST_DIMS:
+        rows = x.reshape(-1, x.shape[-1])
+        added = None if residual is None else residual.reshape(rows.shape)
+    else:
+        rows, added = x, residual
+    if zero_centered_weight:
+        weight = weight.float() + 1
+    if operator in (ADD_RMS_NORM, ADD_LAYER_NORM):
+        normed, total = _added_norm(operator, rows, weight, bias, added, eps)
+    else:
+        if out_dtype != x.dtype or (added is not None and x.dtype == torch.float16):
+            # what is returned in float32 must not be rounded before, and a sum not overflow
+            rows = rows.float()
+        total = rows if added is None else rows + added
+        normed = _norm(operator, total, weight, bias, eps)
+    # a sum of strided rows has their strides
+    total = total.to(total_dtype).contiguous()
+    normed = normed.to(out_dtype).contiguous()
+    if total.shape != x.shape:
+        return normed.view(x.shape), total.view(x.shape)
+    return normed, total
+
+
+def _norm(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    normed: Tensor
+    if operator == RMS_NORM:
+        import torch_npu
+
+        if weight.dtype not in (x.dtype, torch.float32):
+            x, weight = x.float(), weight.float()
+        normed = torch_npu.npu_rms_norm(x, weight, eps)[0]
+        watch(normed, _norm_once)
+        return normed
+    if any(given is not None and given.dtype != x.dtype for given in (weight, bias)):
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+    normed = functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    watch(normed, _norm_once)
+    return normed
+
+
+def _added_norm(
+    operator: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    import torch_npu
+
+    if operator == ADD_RMS_NORM:
+        normed, _, total = torch_npu.npu_add_rms_norm(x, residual, weight, eps)
+    else:
+        normed, _, _, total = torch_npu.npu_add_layer_norm(
+            x, residual, weight, bias, eps, additional_output=True
+        )
+    watch(normed, _norm_once)
+    return normed, total
+
+
+def gate(x: Tensor) -> Tensor:
+    """silu(x) * y, where y follows x in each row of one tensor; called outside of autograd."""
+    import torch_npu
+
+    gated: Tensor = torch_npu.npu_swiglu(_whole(x), dim=-1)
+    return gated
+
+
+def gate_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and y; called outside of autograd."""
+    both = torch.ops.npu.npu_swiglu_backward(grad.contiguous(), _whole(x), -1)
+    dx, dy = both.chunk(2, dim=-1)
+    return dx.contiguous(), dy.contiguous()
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The tensor whose first half of the last dimension is x."""
+    return x.as_strided((*x.shape[:-1], 2 * x.shape[-1]), x.stride())
+
+
+def losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The cross entropy of each row, 0 where the label is ignore_index, and zeros as z-losses."""
+    import torch_npu
+
+    if torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
+        logits = _Once.apply(logits)  # type: ignore[no-untyped-call]
+    labels = labels.long()
+    known = (labels >= 0) & (labels < logits.shape[1])
+    # a negative ignore_index is documented to ignore nothing, so every label must be a class
+    classes = labels.masked_fill(~known, 0)
+    loss: Tensor = torch_npu.npu_cross_entropy_loss(logits, classes, reduction="none")[0]
+    loss = loss.masked_fill(~known, float("nan")).masked_fill(labels == ignore_index, 0.0)
+    return loss, torch.zeros_like(loss)

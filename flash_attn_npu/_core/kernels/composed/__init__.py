@@ -1,0 +1,1 @@
+"""The same answers from plain torch operations, on any device."""

@@ -1,0 +1,284 @@
+"""Cross entropy of rows of logits and its gradient, in float32 (float64 for float64 logits).
+
+`forward` and `backward` work on values; `ops.triton.cross_entropy` makes a differentiable function
+of them. Rows are taken in chunks, so that 16-bit logits are never held in float32 as a whole.
+`_row_terms` and `_gradient` see all classes; everything else works on one number for each row.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ....errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ...ground.collectives import gather_rows
+from ...ground.dense_arguments import number, require_dense, require_group
+from ...ground.storage import overlaps_itself
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Options", "backward", "check", "forward", "takes_lse"]
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits that are widened at a time."""
+
+
+class Options(NamedTuple):
+    """What a loss is made of beside its tensors."""
+
+    smoothing: float
+    logit_scale: float
+    lse_square_scale: float
+    ignore_index: int
+
+
+def check(
+    logits: Any,
+    labels: Any,
+    precomputed_lse: Any,
+    smoothing: Any,
+    logit_scale: Any,
+    lse_square_scale: Any,
+    ignore_index: Any,
+    process_group: ProcessGroup | None,
+) -> Options:
+    """The options as plain numbers, once every argument is found to fit."""
+    require_dense(logits=logits, labels=labels)
+    _check_logits(logits)
+    _check_rows("labels", labels, logits)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ArgumentError("labels", labels.dtype, "an integer dtype", "pass labels.long()")
+    if precomputed_lse is not None:
+        require_dense(precomputed_lse=precomputed_lse)
+        _check_rows("precomputed_lse", precomputed_lse, logits)
+        _check_floating("precomputed_lse", precomputed_lse)
+    if not isinstance(ignore_index, (int, Integral)):
+        raise ArgumentTypeError(
+            "ignore_index", type(ignore_index).__name__, "an int", "pass a class index"
+        )
+    require_group(process_group)
+    options = Options(
+        number("label_smoothing", smoothing),
+        number("logit_scale", logit_scale),
+        number("lse_square_scale", lse_square_scale),
+        int(ignore_index),
+    )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(labels, options, _classes(logits, process_group)[1])
+    return options
+
+
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    precomputed_lse: Tensor | None,
+    options: Options,
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, z_losses, lse), each (batch,), of logits (batch, classes of this rank).
+
+    Here and in `backward` labels are int64: -100 compared with uint8 is not what it seems.
+    """
+    first, classes = _classes(logits, process_group)
+    own_lse = precomputed_lse if takes_lse(precomputed_lse, options) else None
+    terms = _row_terms(logits, labels, first, options, own_lse)
+    if process_group is not None and terms.numel():
+        gathered = gather_rows(terms, process_group)[0].unflatten(0, (-1, 3))
+        terms = torch.stack((gathered[:, 0].logsumexp(0), *gathered[:, 1:].sum(0)))
+    lse, target, total = terms
+    losses = lse - (1 - options.smoothing) * target
+    if options.smoothing != 0:
+        losses = losses - (options.smoothing / classes) * total
+    z_losses = torch.zeros_like(lse)
+    if options.lse_square_scale != 0:
+        z_losses = options.lse_square_scale * lse.square()
+        losses = losses + z_losses
+    # a label that could not be refused without a look at the device must not pass for a number
+    foreign = (labels < 0) | (labels >= classes)
+    ignored = labels == options.ignore_index
+    losses = losses.masked_fill(foreign, float("nan")).masked_fill(ignored, 0.0)
+    return losses, z_losses.masked_fill(ignored, 0.0), lse
+
+
+def backward(
+    dlosses: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    options: Options,
+    process_group: ProcessGroup | None,
+    inplace: bool,
+) -> Tensor:
+    """The gradient of this rank's logits, in their dtype; over them if inplace.
+
+    Under grad mode it is differentiable itself, and never in place.
+    """
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not compiling:
+        return _differentiable(dlosses, logits, labels, lse, options, process_group)
+    with torch.no_grad():
+        if inplace and not compiling and not overlaps_itself(logits):
+            dlogits = logits.detach()
+        else:
+            dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        classes = _classes(logits, process_group)
+        for rows in _chunks(logits):
+            tensors = dlosses[rows], logits[rows], labels[rows], lse[rows]
+            dlogits[rows] = _gradient(*tensors, options, *classes)
+    return dlogits
+
+
+def _differentiable(
+    dlosses: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    options: Options,
+    process_group: ProcessGroup | None,
+) -> Tensor:
+    """The gradient as a function of dlosses and logits, by operations that autograd knows."""
+    if process_group is not None:
+        raise UnsupportedError(
+            "create_graph",
+            "True with a process_group",
+            "second derivatives on one process",
+            "leave create_graph out, or gather the logits and leave process_group out",
+        )
+    traced = _scaled(logits, options.logit_scale).logsumexp(1)
+    lse = lse + (traced - traced.detach())  # the value that came, which may be a precomputed one
+    grad = _gradient(dlosses, logits, labels, lse, options, 0, logits.shape[1])
+    return grad.to(logits.dtype)
+
+
+def _gradient(
+    dlosses: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    options: Options,
+    first: int,
+    classes: int,
+) -> Tensor:
+    """The gradient of some rows, not rounded yet."""
+    lse, factor = lse[:, None], dlosses[:, None].to(lse.dtype) * options.logit_scale
+    column, owned = _column(labels, first, logits.shape[1])
+    grad = (_scaled(logits, options.logit_scale) - lse).exp()
+    if options.lse_square_scale != 0:
+        grad = grad * (1 + 2 * options.lse_square_scale * lse)
+    if options.smoothing != 0:
+        grad = grad - options.smoothing / classes
+    target = owned.to(grad.dtype) * (1 - options.smoothing)
+    grad = grad.scatter(1, column, grad.gather(1, column) - target)
+    # filled, not multiplied by 0: what comes for an ignored row may be infinite
+    return (grad * factor).masked_fill((labels == options.ignore_index)[:, None], 0.0)
+
+
+def takes_lse(precomputed_lse: Tensor | None, options: Options) -> bool:
+    """Whether a given lse is used: with a scale or smoothing flash-attention computes its own."""
+    return precomputed_lse is not None and options.logit_scale == 1 and options.smoothing == 0
+
+
+def _row_terms(
+    logits: Tensor, labels: Tensor, first: int, options: Options, own_lse: Tensor | None
+) -> Tensor:
+    """(3, batch): lse, the target's logit and the sum of the logits, over this rank's classes.
+
+    Logits are scaled. The lse is own_lse if that is given. The target's logit is 0 where another
+    rank holds it. The sum is 0 without smoothing, where it would be -inf * 0 for masked classes.
+    """
+    terms = torch.zeros((3, logits.shape[0]), dtype=_wide(logits), device=logits.device)
+    if own_lse is not None:
+        terms[0] = own_lse.detach()
+    for rows in _chunks(logits):
+        scaled = _scaled(logits[rows], options.logit_scale)
+        column, owned = _column(labels[rows], first, logits.shape[1])
+        if own_lse is None:
+            terms[0, rows] = scaled.logsumexp(1)
+        terms[1, rows] = scaled.gather(1, column).masked_fill(~owned, 0.0)[:, 0]
+        if options.smoothing != 0:
+            terms[2, rows] = scaled.sum(1)
+    return terms
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _scaled(logits: Tensor, scale: float) -> Tensor:
+    wide = logits.to(_wide(logits))
+    return wide if scale == 1 else wide * scale
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    """Which rows are widened at a time; all of them for a compiler, which plans by itself."""
+    rows, columns = logits.shape
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    step = max(1, CHUNK_ELEMENTS // columns)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _column(labels: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Each row's own column, (batch, 1), and whether this rank has it; if not, any column."""
+    column = labels[:, None] - first
+    owned = (column >= 0) & (column < columns)
+    return column.clamp(0, columns - 1), owned
+
+
+def _classes(logits: Tensor, process_group: ProcessGroup | None) -> tuple[int, int]:
+    """The first of this rank's classes, and how many there are in all ranks."""
+    columns = logits.shape[1]
+    if process_group is None:
+        return 0, columns
+    rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+    return rank * columns, ranks * columns
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ArgumentError(
+            "logits",
+            f"shape {tuple(logits.shape)}",
+            "(batch, vocab), with at least one class",
+            "pass logits.view(-1, vocab), and the labels as labels.view(-1)",
+        )
+    _check_floating("logits", logits)
+
+
+def _check_floating(argument: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ArgumentError(argument, tensor.dtype, "a floating dtype", f"pass {argument}.float()")
+
+
+def _check_rows(argument: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.shape != logits.shape[:1]:
+        raise ArgumentError(
+            argument,
+            f"shape {tuple(tensor.shape)}",
+            f"({logits.shape[0]},), one for each row of logits",
+            f"pass {argument}.view(-1), and the logits as (batch, vocab)",
+        )
+    if tensor.device != logits.device:
+        raise ArgumentError(
+            argument,
+            tensor.device,
+            f"{logits.device}, as logits",
+            f"pass {argument}.to(logits.device)",
+        )
+
+
+def _check_range(labels: Tensor, options: Options, classes: int) -> None:
+    counted = labels.long()
+    foreign = counted[((counted < 0) | (counted >= classes)) & (counted != options.ignore_index)]
+    if foreign.numel():
+        raise ArgumentError(
+            "labels",
+            f"a label {foreign[0].item()}",
+            f"0 to {classes - 1}, or ignore_index={options.ignore_index}",
+            "pass ignore_index for labels that do not count, and global indices with process_group",
+        )

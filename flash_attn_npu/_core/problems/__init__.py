@@ -1,0 +1,1 @@
+"""What is asked and what is answered, in flash-attn's conventions: vocabulary, no decisions."""

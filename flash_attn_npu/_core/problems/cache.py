@@ -1,0 +1,259 @@
+"""A key-value cache as flash-attention lays it out, and where in it each sequence lies.
+
+A cache is (batch_cache, seqlen_cache, nheads_k, headdim), or, with a block table, pages of
+(num_blocks, page_block_size, nheads_k, headdim). Lengths and block ids are read on the host, once
+per tensor and version, and checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, ArgumentTypeError
+from ..ground.arguments import require_plain, require_values
+from ..ground.memory import PerTensorMemo
+from ..ground.storage import overlaps_itself
+from .ask import Pages
+from .buffers import rows_share, share, written_twice
+from .places import Layout, Span, positions, wrong_block
+
+__all__ = ["MAX_PAGE", "PAGE_UNIT", "Cache", "Span", "cache_lengths", "host_values", "pages_of"]
+
+MAX_PAGE = 512
+PAGE_UNIT = 16
+"""Positions of the pages that a kernel can read: a multiple of the one, up to the other."""
+
+_memo: PerTensorMemo[tuple[int, ...]] = PerTensorMemo("lengths and block tables of a cache", 64)
+
+
+class Cache:
+    """A validated cache.
+
+    Attributes:
+        k, v: the caller's tensors; `names` are what the caller calls them and their lengths.
+        capacity: positions that each sequence may use.
+        rows: for each sequence the row of the cache that holds it, None when paged.
+        ids, width: block ids of all sequences in a row, and how many each has, when paged.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        batch: int,
+        block_table: Tensor | None,
+        batch_idx: Tensor | None,
+        names: tuple[str, str, str] = ("k_cache", "v_cache", "cache_seqlens"),
+    ) -> None:
+        for argument, tensor in (("block_table", block_table), ("cache_batch_idx", batch_idx)):
+            if tensor is not None:
+                require_plain(**{argument: tensor})
+        _check_shapes(k, v, names)
+        self.k, self.v = k, v
+        self._names, self._lengths = names[:2], names[2]
+        self.block_table = block_table
+        self.ids: tuple[int, ...] = ()
+        self.width = 1
+        self.rows: tuple[int, ...] | None = None
+        if block_table is None:
+            self.capacity = k.shape[1]
+            self.rows = _rows(batch, k.shape[0], batch_idx)
+            return
+        if batch_idx is not None:
+            raise ArgumentError(
+                "cache_batch_idx",
+                "a tensor beside block_table",
+                "one of them",
+                "name the pages of each sequence in block_table alone",
+            )
+        _check_table(block_table, batch, k.device, k.shape[1])
+        self.ids = host_values("block_table", block_table)
+        self.width = block_table.shape[1]
+        self.capacity = block_table.shape[1] * k.shape[1]
+
+    @property
+    def page(self) -> int:
+        """Positions of a page; of a whole row when not paged."""
+        return self.k.shape[1]
+
+    @property
+    def layout(self) -> Layout:
+        ids, width = (self.ids, self.width) if self.rows is None else (self.rows, 1)
+        return Layout(self.page, self.k.shape[0], ids, width)
+
+    def check(self, spans: Sequence[Span]) -> None:
+        """Refuse spans that leave the cache, and the block ids that they would use."""
+        for index, span in enumerate(spans):
+            if span.end > self.capacity:
+                raise ArgumentError(
+                    self._lengths,
+                    f"{span.end} positions for sequence {index}, new keys included",
+                    f"at most {self.capacity}, which the cache holds",
+                    "pass a longer cache or more pages",
+                )
+        if self.rows is not None:
+            return
+        wrong = wrong_block(self.layout, spans)
+        if wrong is not None:
+            raise ArgumentError(
+                "block_table",
+                f"block id {wrong[1]} for sequence {wrong[0]}",
+                f"ids from 0 to {self.k.shape[0] - 1}, the blocks of the cache",
+                f"fill the entries of every page that {self._lengths} reaches",
+            )
+
+    def gather(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Packed copies (total_k, nheads_k, headdim) of the keys and values of every span."""
+        where = positions(self.layout, spans, self.k.device)
+        return self.k[where], self.v[where]
+
+    def check_written(self, spans: Sequence[Span]) -> None:
+        """Refuse to write `spans` where some of it would be lost."""
+        for name, tensor in zip(self._names, (self.k, self.v), strict=True):
+            if overlaps_itself(tensor):
+                came = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+                allowed = "a cache with memory for each element"
+                raise ArgumentError(name, came, allowed, f"pass {name}.clone()")
+        twice = written_twice(self.layout, spans)
+        if twice is not None:
+            raise ArgumentError(
+                "block_table" if self.rows is None else "cache_batch_idx",
+                f"the same positions for sequences {twice[0]} and {twice[1]}",
+                "a place of its own for the new keys of each sequence",
+                "give each sequence a row, or the pages that it fills, of its own",
+            )
+        if share(self.k, self.v):
+            where = positions(self.layout, spans, torch.device("cpu"))
+            if rows_share((self.k, self.v), where):
+                name, other = self._names[1], self._names[0]
+                came = f"a tensor that shares memory with {other}"
+                allowed = "memory of its own for the new values"
+                raise ArgumentError(name, came, allowed, f"pass {name}.clone()")
+
+    def write(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> None:
+        """Write packed keys and values where the spans lie, and nowhere else."""
+        where = positions(self.layout, spans, self.k.device)
+        # one of them may be a view of the caches
+        k, v = (x.clone() if share(x, self.k) or share(x, self.v) else x for x in (k, v))
+        for cache, values in ((self.k, k), (self.v, v)):
+            # what was made in inference mode can be written there alone
+            inference = cache.is_inference() or torch.is_inference_mode_enabled()
+            with torch.inference_mode(inference), torch.no_grad():
+                cache.index_put_(where, values)
+
+
+def pages_of(cache: Cache, spans: Sequence[Span]) -> Pages:
+    """How a kernel that reads pages sees the keys of `spans`.
+
+    A row of an unpaged cache counts as the largest pages that fill it.
+    """
+    whole = cache.page
+    legal = range(MAX_PAGE, 0, -PAGE_UNIT)
+    candidates = legal if cache.rows is not None else (whole,)
+    size = next((c for c in candidates if c in legal and whole and whole % c == 0), None)
+    room = cache.k.shape[0] * whole // size if size else 0
+    used = sum(-(-span.end // size) for span in spans) if size else 0
+    return Pages(
+        size,
+        contiguous=cache.k.is_contiguous() and cache.v.is_contiguous(),
+        padded=any(span.start for span in spans),
+        shared=used > room,
+    )
+
+
+def host_values(argument: str, tensor: Tensor) -> tuple[int, ...]:
+    """The entries of an int32 tensor, flattened; one copy for each tensor and version."""
+    require_values(**{argument: tensor})
+    if tensor.dtype != torch.int32:
+        raise ArgumentError(
+            argument,
+            f"a {tensor.dtype} tensor",
+            "a torch.int32 tensor",
+            f"pass {argument}.to(torch.int32)",
+        )
+    return _memo.get(tensor, _values)
+
+
+def _values(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.flatten().tolist())
+
+
+def _rows(batch: int, batch_cache: int, batch_idx: Tensor | None) -> tuple[int, ...]:
+    rows = tuple(range(batch)) if batch_idx is None else host_values("cache_batch_idx", batch_idx)
+    if len(rows) != batch or any(not 0 <= row < batch_cache for row in rows):
+        raise ArgumentError(
+            "k_cache" if batch_idx is None else "cache_batch_idx",
+            f"{batch_cache} rows" if batch_idx is None else str(rows),
+            f"a row of the cache, 0 to {batch_cache - 1}, for each of {batch} sequences",
+            "pass cache_batch_idx with one row for each sequence",
+        )
+    return rows
+
+
+def _check_shapes(k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
+    if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
+        raise ArgumentError(
+            f"{names[0]}, {names[1]}",
+            f"{k.dtype} {tuple(k.shape)} on {k.device} and "
+            f"{v.dtype} {tuple(v.shape)} on {v.device}",
+            "two tensors alike, (batch_cache, seqlen_cache, nheads_k, headdim) or "
+            "(num_blocks, page_block_size, nheads_k, headdim)",
+            "give both four dimensions, and lay them out in the same way",
+        )
+
+
+def _check_table(table: Tensor, batch: int, device: torch.device, page: int) -> None:
+    if table.dim() != 2 or table.shape[0] != batch:
+        raise ArgumentError(
+            "block_table",
+            f"shape {tuple(table.shape)}",
+            f"an int32 tensor of shape ({batch}, max_blocks)",
+            "pass one row of block ids for each sequence",
+        )
+    if page == 0:
+        raise ArgumentError(
+            "k_cache", "pages of 0 positions", "pages of at least 1", "pass real pages"
+        )
+    if table.device not in (device, torch.device("cpu")):
+        raise ArgumentError(
+            "block_table", table.device, f"{device}, as the cache", "move it to the cache's device"
+        )
+
+
+def cache_lengths(
+    argument: str, value: int | Tensor | Sequence[int] | None, batch: int, default: int
+) -> tuple[int, ...]:
+    """One length for each sequence, from an int, a list, an int32 tensor (batch,) or None."""
+    if value is None:
+        return (default,) * batch
+    if isinstance(value, Tensor):
+        lengths = host_values(argument, value)
+        lengths = lengths * batch if value.dim() == 0 else lengths
+    elif _whole(value):
+        lengths = (int(value),) * batch
+    elif isinstance(value, (list, tuple)) and all(_whole(length) for length in value):
+        lengths = tuple(int(length) for length in value)
+    else:
+        raise ArgumentTypeError(
+            argument,
+            type(value).__name__,
+            "an int, a list of ints, or an int32 tensor of shape (batch,)",
+            f"pass {argument} as one of them",
+        )
+    if len(lengths) != batch or any(length < 0 for length in lengths):
+        raise ArgumentError(
+            argument,
+            str(lengths),
+            f"{batch} lengths of at least 0",
+            "pass an int, or an int32 tensor with one length for each sequence",
+        )
+    return lengths
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,0 +1,115 @@
+"""Descriptions of one rotation, norm, gate or loss: what the table asks about, and no tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = [
+    "ADD_LAYER_NORM",
+    "ADD_RMS_NORM",
+    "CROSS_ENTROPY",
+    "LAYER_NORM",
+    "RMS_NORM",
+    "ROTARY_MUL",
+    "SWIGLU",
+    "TORCH",
+    "Gate",
+    "Loss",
+    "Norm",
+    "Problem",
+    "Rotation",
+]
+
+ROTARY_MUL = "npu_rotary_mul"
+ADD_RMS_NORM = "npu_add_rms_norm"
+RMS_NORM = "npu_rms_norm"
+ADD_LAYER_NORM = "npu_add_layer_norm"
+LAYER_NORM = "layer_norm"
+SWIGLU = "npu_swiglu"
+CROSS_ENTROPY = "npu_cross_entropy_loss"
+TORCH = "torch"
+
+
+class Rotation(NamedTuple):
+    """`apply_rotary`: a rotation of rotary_dim dimensions of nheads heads of each token."""
+
+    function: str
+    device: torch.device
+    dtype: torch.dtype
+    table_dtype: torch.dtype
+    empty: bool
+    nheads: int
+    rotary_dim: int
+    interleaved: bool
+
+
+class Norm(NamedTuple):
+    """`layer_norm_fn`: a sum of tensors and its norm.
+
+    weight_dtype, bias_dtype, residual_dtype: None where the argument is not given.
+    branches: how many tensors besides the residual are added.
+    outputs: how many pairs of weight and bias are applied.
+    scaled: rowscale or layerscale.
+    buffers: out or residual_out.
+    within: part of a function with a backward of its own.
+    """
+
+    function: str
+    device: torch.device
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+    residual_dtype: torch.dtype | None
+    empty: bool
+    rms: bool
+    zero_centered: bool
+    branches: int
+    outputs: int
+    scaled: bool
+    dropout: bool
+    buffers: bool
+    needs_grad: bool
+    compiling: bool
+    within: bool = False
+
+
+class Gate(NamedTuple):
+    """`swiglu`: silu(x) * y.
+
+    halves: x and y are the two halves, in this order, of the rows of one contiguous tensor.
+    row_bytes: the size of a row of x.
+    """
+
+    function: str
+    device: torch.device
+    dtype: torch.dtype
+    empty: bool
+    halves: bool
+    row_bytes: int
+    compiling: bool
+
+
+class Loss(NamedTuple):
+    """`cross_entropy_loss` of rows of logits.
+
+    precomputed: precomputed_lse is given and used.
+    parallel: the classes are spread over a process group.
+    """
+
+    function: str
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    empty: bool
+    label_smoothing: float
+    logit_scale: float
+    lse_square_scale: float
+    precomputed: bool
+    parallel: bool
+    inplace_backward: bool
+
+
+Problem = Rotation | Norm | Gate | Loss

@@ -1,0 +1,1 @@
+"""The same way for rotations and gates: all that is computed row by row."""

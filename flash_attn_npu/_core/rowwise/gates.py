@@ -1,0 +1,122 @@
+"""SwiGLU and its gradients: arguments checked, and the operation that serves.
+
+Every SwiGLU of this package comes through these functions, outside of autograd.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from operator import mul
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError
+from ..ground.dense_arguments import require_dense
+from ..kernels.ascend import rowwise
+from ..kernels.composed import gates as composed
+from ..problems.rowwise import TORCH, Gate
+from ..table.choices import choose, serves
+
+__all__ = ["require_floating", "swiglu_bwd", "swiglu_fwd"]
+
+
+def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) * y: x is the gate.
+
+    Args:
+        x, y: one shape, any strides, floating; they may differ in dtype.
+
+    Returns:
+        Contiguous, of their shape, in the dtype they promote to.
+
+    Raises:
+        ArgumentError: the shapes differ, or a dtype is not floating.
+
+    Contract: flash-attention 2.8, `swiglu_fwd`. Wider: differentiable by itself.
+    """
+    _check(x=x, y=y)
+    if choose(_problem(x, y)) != TORCH:
+        return rowwise.gate(x)
+    return composed.swiglu(x, y)
+
+
+def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `swiglu_fwd`.
+
+    Args:
+        x, y: as in `swiglu_fwd`.
+        g: the gradient of its result, of the same shape.
+
+    Returns:
+        (dx, dy): contiguous, each in the dtype of its tensor.
+
+    Raises:
+        ArgumentError: as `swiglu_fwd`.
+
+    Contract: flash-attention 2.8, `swiglu_bwd`.
+    """
+    _check(x=x, y=y, g=g)
+    # the operator takes a gradient of the dtype of its result only
+    if g.dtype == x.dtype and serves(_problem(x, y)):
+        return rowwise.gate_backward(g, x)
+    return composed.swiglu_backward(x, y, g)
+
+
+def require_floating(**tensors: Tensor) -> None:
+    """Raise unless every argument is a dense tensor of a floating dtype, all on one device."""
+    require_dense(**tensors)
+    first, x = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.device != x.device:
+            allowed = f"{x.device}, as {first}"
+            raise ArgumentError(name, tensor.device, allowed, f"pass {name}.to(...)")
+        if not tensor.is_floating_point():
+            raise ArgumentError(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")
+
+
+def _problem(x: Tensor, y: Tensor) -> Gate:
+    compiling = torch.compiler.is_compiling()
+    return Gate(
+        function="swiglu",
+        device=x.device,
+        dtype=torch.promote_types(x.dtype, y.dtype),
+        empty=x.numel() == 0,
+        # a gradient of the fused call itself would go to x alone
+        halves=not (compiling or _is_differentiated(x, y)) and _are_halves(x, y),
+        row_bytes=x.shape[-1] * x.element_size() if x.dim() else 0,
+        compiling=compiling,
+    )
+
+
+def _is_differentiated(x: Tensor, y: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+
+
+def _are_halves(x: Tensor, y: Tensor) -> bool:
+    """Whether the rows of x and y lie behind each other in one contiguous tensor."""
+    if x.device.type != "npu" or x.dim() == 0 or x.dtype != y.dtype or x.stride() != y.stride():
+        return False
+    width = x.shape[-1]
+    return (
+        x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+        and y.storage_offset() == x.storage_offset() + width
+        and x.stride() == _contiguous_strides((*x.shape[:-1], 2 * width))
+    )
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of this shape."""
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1]
+
+
+def _check(x: Tensor, **others: Tensor) -> None:
+    require_floating(x=x, **others)
+    for name, tensor in others.items():
+        if tensor.shape != x.shape:
+            raise ArgumentError(
+                name,
+                f"shape {tuple(tensor.shape)}",
+                f"{tuple(x.shape)}, the shape of x",
+                "pass tensors of one shape; expand what is to be shared",
+            )

@@ -1,0 +1,103 @@
+"""Cross entropy as a differentiable function, or on Ascend, where it may serve, torch_npu's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ground.dense_arguments import refuse_transforms
+from ..kernels.ascend import rowwise
+from ..kernels.composed import cross_entropy as kernel
+from ..problems.rowwise import TORCH, Loss
+from ..table.choices import choose
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["CrossEntropyLoss", "LossCall", "cross_entropy"]
+
+
+class LossCall(NamedTuple):
+    """A call of `cross_entropy_loss`: its arguments, in flash-attention 2.8's order."""
+
+    logits: Tensor
+    labels: Tensor
+    precomputed_lse: Tensor | None = None
+    label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    lse_square_scale: float = 0.0
+    ignore_index: int = -100
+    inplace_backward: bool = False
+    process_group: ProcessGroup | None = None
+
+
+class CrossEntropyLoss(torch.autograd.Function):
+    """Autograd of `cross_entropy_loss`. It keeps logits, labels and one number for each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        precomputed_lse: Tensor | None = None,
+        smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        lse_square_scale: float = 0.0,
+        ignore_index: int = -100,
+        inplace_backward: bool = False,
+        process_group: ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """losses and z_losses of each row."""
+        options = kernel.check(
+            logits,
+            labels,
+            precomputed_lse,
+            smoothing,
+            logit_scale,
+            lse_square_scale,
+            ignore_index,
+            process_group,
+        )
+        labels = labels.long()
+        losses, z_losses, lse = kernel.forward(
+            logits, labels, precomputed_lse, options, process_group
+        )
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.mark_non_differentiable(z_losses)
+        ctx.options, ctx.process_group, ctx.inplace = options, process_group, inplace_backward
+        return losses, z_losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor, grad_z_losses: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the logits; z_losses are in losses already, and have none."""
+        logits, labels, lse = ctx.saved_tensors
+        dlogits = kernel.backward(
+            grad_losses, logits, labels, lse, ctx.options, ctx.process_group, ctx.inplace
+        )
+        return dlogits, None, None, None, None, None, None, None, None
+
+
+def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
+    """(losses, z_losses) of each row."""
+    logits = call.logits
+    options = kernel.check(*call[:7], call.process_group)
+    problem = Loss(
+        function="cross_entropy_loss",
+        device=logits.device,
+        dtype=logits.dtype,
+        empty=logits.numel() == 0,
+        rows=logits.shape[0],
+        label_smoothing=options.smoothing,
+        logit_scale=options.logit_scale,
+        lse_square_scale=options.lse_square_scale,
+        precomputed=kernel.takes_lse(call.precomputed_lse, options),
+        parallel=call.process_group is not None,
+        inplace_backward=bool(call.inplace_backward),
+    )
+    if choose(problem) != TORCH:
+        return rowwise.losses(logits, call.labels, options.ignore_index)
+    refuse_transforms("logits")
+    losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]
+    return losses, z_losses

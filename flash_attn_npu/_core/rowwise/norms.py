@@ -1,0 +1,379 @@
+"""Autograd of the norms, and `normalize`, through which every public norm function passes.
+
+The gradient keeps the rounded sum, a statistic or two per row, dropout masks and parameters: no
+copies in float32. The arithmetic is `kernels.norms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..ground.autocast import custom_bwd, custom_fwd
+from ..ground.dense_arguments import refuse_transforms, require_dense
+from ..ground.second_derivatives import first_order
+from ..ground.storage import share_memory
+from ..kernels.ascend import rowwise
+from ..kernels.composed import norm_checks, norms
+from ..kernels.composed.norms import Normed, Saved
+from ..problems.norms import NormCall
+from ..problems.rowwise import TORCH
+from ..table.choices import choose, recall, remember
+
+__all__ = [
+    "Answer",
+    "LayerNormFn",
+    "LayerNormLinearFn",
+    "arranged",
+    "compose",
+    "gradients",
+    "keep",
+    "normalize",
+    "serve",
+]
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
+
+X0 = {"x": "x0", "eps": "epsilon"}
+X0_PARALLEL = {**X0, "weight": "weight0", "bias": "bias0"}
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "dropout_add_layer_norm": X0,
+    "dropout_add_rms_norm": X0,
+    "dropout_add_layer_norm_parallel_residual": X0_PARALLEL,
+    "dropout_add_rms_norm_parallel_residual": X0_PARALLEL,
+    "layer_norm": {"eps": "epsilon"},
+    "rms_norm": {"eps": "epsilon"},
+    "layer_norm_linear_fn": {"weight": "norm_weight", "bias": "norm_bias"},
+}
+"""What public functions call the fields of NormCall where they call them otherwise."""
+
+
+class Answer(NamedTuple):
+    """y, y1 if there is a weight1, the rounded sum if prenorm, and the masks that were drawn."""
+
+    y: Tensor
+    y1: Tensor | None
+    total: Tensor | None
+    mask: Tensor | None
+    mask1: Tensor | None
+
+
+def normalize(function: str, call: NormCall) -> Answer:
+    """Serve one call of the public function of this name.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit, under the function's name for
+            it; nothing was written.
+    """
+    key = _key(function, call)
+    operator = None if key is None else recall(key)
+    if operator is None:
+        norm_checks.check(call, RENAMED.get(function, {}))
+        problem = norms.problem_of(function, call)
+        operator = choose(problem)
+        if key is not None:
+            remember(key, problem)
+    if operator != TORCH:
+        return _fused(operator, call)
+    refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
+    written = _without_gradient(call)
+    if written is not None:
+        return written
+    inner = unaliased(call)._replace(
+        out=None, residual_out=None, prenorm=call.prenorm or call.residual_out is not None
+    )
+    answer = Answer(*_Normalize.apply(*inner))  # type: ignore[no-untyped-call]
+    return in_buffers(call, answer)
+
+
+def _without_gradient(call: NormCall) -> Answer | None:
+    """`call` in place, if it has buffers, nothing is to be differentiated, and it can be done."""
+    if (call.out is None and call.residual_out is None) or torch.compiler.is_compiling():
+        return None
+    given = norms.tensors_of(call).values()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return None
+    masks = norms.draw_masks(call)
+    written = norms.in_blocks(call, *masks)
+    if written is None:
+        return None
+    y, y1, total = written
+    return Answer(y, y1, total if call.prenorm else None, *masks)
+
+
+def unaliased(call: NormCall) -> NormCall:
+    """`call` with an x of its own, if the result is to be written over x: the gradient needs it."""
+    if call.out is None or torch.compiler.is_compiling() or not share_memory(call.out, call.x):
+        return call
+    return call._replace(x=call.x.clone())
+
+
+def _key(function: str, call: NormCall) -> Hashable:
+    """What the checks and the table look at; None for calls that no fused operator serves."""
+    given, others, options = call[:4], call[4:11], call[11:]
+    plain = type(call.eps) is float and type(call.dropout_p) is float
+    if torch.compiler.is_compiling() or not plain or any(one is not None for one in others):
+        return None
+    facts: list[Any] = [function, torch.is_grad_enabled()]
+    for tensor in given:
+        if isinstance(tensor, Tensor):
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                return None
+            facts += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+        elif tensor is not None:
+            return None
+        else:
+            facts.append(None)
+    return (*facts, options)
+
+
+def compose(function: str, call: NormCall) -> None:
+    """Ask the table about a norm in a function with a backward of its own: it will be composed."""
+    choose(norms.problem_of(function, call)._replace(within=True))
+
+
+def _fused(operator: str, call: NormCall) -> Answer:
+    # fmt: off
+    y, total = rowwise.add_and_norm(
+        operator, call.x, call.weight, call.bias, call.residual, call.eps,
+        call.zero_centered_weight, norms.total_dtype(call) if call.prenorm else call.x.dtype,
+        norms.out_dtype(call),
+    )
+    # fmt: on
+    if call.prenorm and call.residual is None and total.dtype == call.x.dtype:
+        # it is x, which must not change with the result
+        total = total.clone()
+    return Answer(y, None, total if call.prenorm else None, None, None)
+
+
+class _Normalize(torch.autograd.Function):
+    """Autograd of `normalize`; its arguments are the fields of NormCall, without buffers."""
+
+    @staticmethod
+    def forward(ctx: Any, *fields: Any) -> Answer:
+        return serve(ctx, NormCall(*fields))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dy1: Any, dtotal: Any, *masks: Any) -> Any:
+        return gradients(ctx, ctx.saved_tensors, norms.TENSORS, dy, dy1, dtotal)
+
+
+def serve(ctx: Any, call: NormCall, *others: Tensor | None) -> Answer:
+    """The forward of an autograd.Function: draw masks, compute, save for `gradients`.
+
+    Buffers in `call` are not looked at. `others` are saved behind the fields of `norms.Saved`.
+    """
+    masks = norms.draw_masks(call)
+    normed = norms.forward(call, *masks)
+    keep(ctx, call, normed, masks, *others)
+    return Answer(normed.y, normed.y1, normed.total if call.prenorm else None, *masks)
+
+
+def keep(
+    ctx: Any,
+    call: NormCall,
+    normed: Normed,
+    masks: tuple[Tensor | None, Tensor | None],
+    *others: Tensor | None,
+) -> None:
+    """Save what `gradients` needs, and `others` behind it."""
+    x = None if call.layerscale is None else call.x
+    # fmt: off
+    saved = Saved(
+        normed.total, normed.mean, normed.rstd, call.weight, call.weight1, call.rowscale,
+        call.layerscale, *masks, x,
+    )
+    # fmt: on
+    ctx.save_for_backward(*saved, *others)
+    ctx.terms = norms.terms_of(call)
+    ctx.dtypes = {field: given.dtype for field, given in norms.tensors_of(call).items()}
+
+
+def gradients(
+    ctx: Any,
+    saved_tensors: tuple[Tensor, ...],
+    order: tuple[str, ...],
+    dy: Tensor,
+    dy1: Tensor | None,
+    dtotal: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """What `backward` returns, in the dtypes of the arguments.
+
+    Args:
+        saved_tensors: those of ctx, which may be read once only: checkpointing forgets them then.
+        order: the fields of NormCall that are the first arguments of `forward`.
+    """
+    needed = ctx.needs_input_grad
+    wanted = [field for field, needs in zip(order, needed, strict=False) if needs]
+    with torch.no_grad():
+        saved = Saved(*saved_tensors[: len(Saved._fields)])
+        grads = norms.backward(saved, ctx.terms, wanted, dy, dy1, dtotal)
+        rounded = [grads[name].to(ctx.dtypes[name]) if name in grads else None for name in order]
+    once = first_order("a norm", rounded, dy, dy1, dtotal, *saved_tensors)
+    return *once, *(None for _ in needed[len(order) :])
+
+
+def in_buffers(call: NormCall, answer: Answer) -> Answer:
+    """`answer` with y and the sum in the buffers of `call`, where it has some."""
+    if call.out is None and call.residual_out is None:
+        return answer
+    y = in_buffer(call.out, answer.y)
+    total = in_buffer(call.residual_out, answer.total)
+    return answer._replace(y=y, total=total if call.prenorm else None)
+
+
+def in_buffer(buffer: Tensor | None, value: OptionalTensor) -> OptionalTensor:
+    """Write a result to a buffer. What is returned has the gradient, the buffer has none.
+
+    It is the buffer's memory. Under torch.compile it is not: there the gradient of what lies in
+    an argument of the graph would get lost.
+    """
+    if buffer is None or value is None:
+        return value
+    if torch.compiler.is_compiling():
+        buffer.copy_(value.detach())
+        return value
+    return buffer.detach().copy_(value)
+
+
+def arranged(answer: Answer, two: bool, prenorm: bool, return_dropout_mask: bool) -> Any:
+    """`answer` as `layer_norm_fn` returns it; `two`: there is a weight1."""
+    results: tuple[Tensor | None, ...] = (answer.y,)
+    if two:
+        results += (answer.y1,)
+    if prenorm:
+        results += (answer.total,)
+    if return_dropout_mask:
+        results += (answer.mask, answer.mask1)
+    return results if len(results) > 1 else answer.y
+
+
+class LayerNormFn(torch.autograd.Function):
+    """Autograd of `layer_norm_fn`, with its arguments and results."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        x1: Tensor | None = None,
+        weight1: Tensor | None = None,
+        bias1: Tensor | None = None,
+        eps: float = 1e-6,
+        dropout_p: float = 0.0,
+        rowscale: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+        zero_centered_weight: bool = False,
+        is_rms_norm: bool = False,
+        return_dropout_mask: bool = False,
+        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+        residual_out: Tensor | None = None,
+    ) -> Any:
+        """Add and normalise."""
+        # fmt: off
+        call = NormCall(
+            x, weight, bias, residual, x1, weight1, bias1, rowscale, None, out, residual_out,
+            eps, dropout_p, prenorm or residual_out is not None, residual_in_fp32,
+            zero_centered_weight, is_rms_norm, out_dtype,
+        )
+        # fmt: on
+        norm_checks.check(call, {})
+        compose("LayerNormFn", call)
+        ctx.two, ctx.prenorm = weight1 is not None, prenorm
+        answer = in_buffers(call, serve(ctx, unaliased(call)))
+        return arranged(answer, ctx.two, prenorm, return_dropout_mask)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        """The gradients of the tensors, none of rowscale."""
+        dy1 = args[0] if ctx.two else None
+        dtotal = args[int(ctx.two)] if ctx.prenorm else None
+        order = ("x", "weight", "bias", "residual", "x1", "weight1", "bias1")
+        return gradients(ctx, ctx.saved_tensors, order, dy, dy1, dtotal)
+
+
+class LayerNormLinearFn(torch.autograd.Function):
+    """Autograd of `layer_norm_linear_fn`, with its arguments and results."""
+
+    @staticmethod
+    @custom_fwd
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        residual: Tensor | None = None,
+        eps: float = 1e-6,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+        is_rms_norm: bool = False,
+    ) -> Any:
+        """Add, normalise and project."""
+        # fmt: off
+        call = NormCall(
+            x, norm_weight, norm_bias, residual, eps=eps, prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm,
+        )
+        # fmt: on
+        norm_checks.check(call, RENAMED["layer_norm_linear_fn"])
+        _check_linear(x, linear_weight, linear_bias)
+        compose("layer_norm_linear_fn", call)
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        call = call._replace(out_dtype=torch.get_autocast_dtype(kind) if autocast else x.dtype)
+        answer = serve(ctx, call, norm_bias, linear_weight)
+        ctx.prenorm, ctx.out_dtype = prenorm, call.out_dtype
+        ctx.linear_bias_dtype = None if linear_bias is None else linear_bias.dtype
+        bias = None if linear_bias is None else linear_bias.to(call.out_dtype)
+        # linear may return a view, and what a Function returns as a view cannot be written to
+        out = linear(answer.y, linear_weight.to(call.out_dtype), bias).detach()
+        return (out, answer.total) if prenorm else out
+
+    @staticmethod
+    @custom_bwd
+    def backward(ctx: Any, dout: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        """The gradients of the tensors; y is computed again."""
+        saved_tensors = ctx.saved_tensors
+        dtotal = args[0] if ctx.prenorm else None
+        with torch.no_grad():
+            grads = _linear_gradients(ctx, saved_tensors, dout, dtotal)
+        return first_order("layer_norm_linear_fn", grads, dout, dtotal, *saved_tensors)
+
+
+def _linear_gradients(
+    ctx: Any, saved_tensors: tuple[Tensor, ...], dout: Tensor, dtotal: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *saved, norm_bias, linear_weight = saved_tensors
+    total, mean, rstd, norm_weight = saved[:4]
+    rows = dout.flatten(0, -2) if dout.dim() > 1 else dout[None]
+    dy = (rows @ linear_weight.to(dout.dtype)).view(total.shape)
+    order = ("x", "weight", "bias", "linear_weight", "linear_bias", "residual")
+    needs = dict(zip(order, ctx.needs_input_grad, strict=False))
+    grads = gradients(ctx, saved_tensors, order, dy, None, dtotal)
+    wide = ctx.terms.wide
+    dweight = dbias = None
+    if needs["linear_weight"]:
+        normal = norms.standardised(total.to(wide), mean, rstd)
+        y = norms.affine(normal, norm_weight, norm_bias, False).to(ctx.out_dtype)
+        dweight = (rows.t() @ y.reshape(-1, y.shape[-1])).to(linear_weight.dtype)
+    if needs["linear_bias"]:
+        dbias = rows.sum(0, dtype=wide).to(ctx.linear_bias_dtype)
+    return *grads[:3], dweight, dbias, *grads[5:]
+
+
+def _check_linear(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    require_dense(linear_weight=linear_weight)
+    features = linear_weight.shape[0] if linear_weight.dim() else 1
+    norm_checks.check_tensor("linear_weight", linear_weight, (features, x.shape[-1]), x)
+    if linear_bias is not None:
+        norm_checks.check_tensor("linear_bias", linear_bias, (features,), x)

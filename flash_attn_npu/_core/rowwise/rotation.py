@@ -1,0 +1,296 @@
+"""Rotary embedding: arguments checked, positions looked up, and the rotation that serves.
+
+All rotary functions of the package come through `rotate`, outside of autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, ArgumentTypeError
+from ..ground import arguments as checks
+from ..ground.dense_arguments import require_dense, require_truth, require_values
+from ..ground.lengths import Lengths, host_lengths
+from ..ground.storage import blocks, require_writable
+from ..kernels.ascend import rowwise
+from ..kernels.composed import rotation as composed
+from ..problems.rowwise import TORCH, Rotation
+from ..table.choices import choose
+
+__all__ = ["check_dense", "rotate"]
+
+COMPOSED_ELEMENTS = 1 << 20
+FUSED_ELEMENTS = 1 << 26
+"""What is rotated at a time, so that in place means in place: beside x there is little else."""
+
+Rows = slice | Tensor
+"""Which rows of the tables: a range shared by the batch, or one index for every token."""
+
+
+class _Positions(NamedTuple):
+    """The row of the tables for each token.
+
+    Attributes:
+        starts: of the first token of each sequence, or of all; of packed sequences less the number
+            of tokens before them.
+        ends: where packed sequences end; None for a padded batch.
+    """
+
+    starts: int | Tensor
+    ends: Tensor | None
+    device: torch.device
+
+    def rows(self, part: tuple[slice, ...]) -> Rows:
+        """The rows for a block of tokens: all of them, or some sequences and positions of these."""
+        span = part[-1]
+        if isinstance(self.starts, int):
+            return slice(self.starts + span.start, self.starts + span.stop)
+        tokens = torch.arange(span.start, span.stop, device=self.device)
+        if self.ends is None:
+            return self.starts[part[0], None] + tokens
+        return self.starts[torch.searchsorted(self.ends, tokens, right=True)] + tokens
+
+
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
+    function: str = "apply_rotary",
+) -> Tensor:
+    """What `apply_rotary` promises, reported under the name `function`."""
+    require_truth(interleaved=interleaved, inplace=inplace, conjugate=conjugate)
+    packed = cu_seqlens is not None
+    if cu_seqlens is None:
+        check_dense(x, cos, sin, seqlen_offsets)
+        positions = _dense_positions(x, seqlen_offsets)
+    else:
+        _check_kinds(x, cos, sin, 3)
+        positions = _packed_positions(x, cos.shape[0], seqlen_offsets, cu_seqlens, max_seqlen)
+    if inplace:
+        require_writable(x=x)
+    tokens, rotary_dim = 1 if packed else 2, 2 * cos.shape[-1]
+    heads = x.dim() - tokens - 1
+    fused_serves = _is_fused(function, x, cos, heads, interleaved)
+    whole = fused_serves and not inplace and rotary_dim == x.shape[-1]
+    out = x if inplace or whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    limit = FUSED_ELEMENTS if fused_serves else COMPOSED_ELEMENTS
+    if whole:
+        limit = x.numel()
+    for part in blocks(x.shape[:tokens], x.shape[tokens:].numel(), limit):
+        rows = positions.rows(part)
+        part_cos, part_sin = _lookup(cos, rows, heads), _lookup(sin, rows, heads)
+        if conjugate:
+            part_sin = -part_sin
+        if whole:
+            return _fuse(x, part_cos, part_sin, tokens, interleaved)
+        source, target = x[part], out[part]
+        if fused_serves:
+            head = source[..., :rotary_dim]
+            if inplace and torch.is_grad_enabled() and x.requires_grad:
+                # autograd keeps what the operator got, also to differentiate a gradient
+                head = head.clone()
+            turned = _fuse(head, part_cos, part_sin, tokens, interleaved)
+            target[..., :rotary_dim].copy_(turned)
+        else:
+            composed.rotate(source, part_cos, part_sin, interleaved, target)
+        if not inplace:
+            target[..., rotary_dim:].copy_(source[..., rotary_dim:])
+    return out
+
+
+def _is_fused(function: str, x: Tensor, cos: Tensor, heads: int, interleaved: bool) -> bool:
+    rotary_dim = 2 * cos.shape[-1]
+    problem = Rotation(
+        function=function,
+        device=x.device,
+        dtype=x.dtype,
+        table_dtype=cos.dtype,
+        empty=x.numel() == 0 or rotary_dim == 0,
+        nheads=math.prod(x.shape[-1 - heads : -1]),
+        rotary_dim=rotary_dim,
+        interleaved=interleaved,
+    )
+    return choose(problem) != TORCH
+
+
+def _fuse(x: Tensor, cos: Tensor, sin: Tensor, tokens: int, interleaved: bool) -> Tensor:
+    total, rotary_dim = math.prod(x.shape[:tokens]), x.shape[-1]
+    shape = (*x.shape[:tokens], *cos.shape[cos.dim() - x.dim() + tokens :])
+    cos, sin = (table.expand(shape).reshape(total, -1) for table in (cos, sin))
+    turned = rowwise.rotation(x.reshape(total, -1, rotary_dim), cos, sin, interleaved)
+    # what an autograd.Function returns must be no view, else nobody may write to it
+    whole: Tensor = torch.ops.aten._unsafe_view.default(turned, x.shape)
+    return whole
+
+
+def _lookup(table: Tensor, rows: Rows, heads: int) -> Tensor:
+    if isinstance(rows, slice):
+        found = table[rows]
+    else:
+        # index_select refuses a negative row; table[rows] would count it from the end
+        found = table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return found[(..., *(None,) * heads, slice(None))]
+
+
+def check_dense(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor) -> None:
+    """Raise what `rotate` raises for a padded batch, before a caller writes something else."""
+    _check_kinds(x, cos, sin, 4)
+    seqlen_ro, (batch, seqlen) = cos.shape[0], x.shape[:2]
+    if not isinstance(seqlen_offsets, Tensor):
+        start = _checked_offset(seqlen_offsets)
+        _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+        return
+    _check_offsets(seqlen_offsets, batch, x)
+    _check_reach("cos", 0, seqlen, seqlen_ro)
+    if _readable(seqlen_offsets):
+        for start in seqlen_offsets.tolist():
+            _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+
+
+def _dense_positions(x: Tensor, seqlen_offsets: int | Tensor) -> _Positions:
+    if not isinstance(seqlen_offsets, Tensor):
+        return _Positions(_checked_offset(seqlen_offsets), None, x.device)
+    return _Positions(seqlen_offsets.to(x.device, torch.int64), None, x.device)
+
+
+def _packed_positions(
+    x: Tensor,
+    seqlen_ro: int,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | Tensor | None,
+) -> _Positions:
+    require_values(cu_seqlens=cu_seqlens)
+    if cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+    offsets: int | Tensor
+    if isinstance(seqlen_offsets, Tensor):
+        _check_offsets(seqlen_offsets, cu_seqlens.shape[0] - 1, x)
+        offsets = seqlen_offsets.to(x.device, torch.int64)
+    else:
+        offsets = _checked_offset(seqlen_offsets)
+    if not torch.compiler.is_compiling():
+        lengths = host_lengths("cu_seqlens", cu_seqlens)
+        _check_packed(x, lengths, max_seqlen)
+        starts = [0 if isinstance(offsets, Tensor) else offsets] * len(lengths.seqlens)
+        if isinstance(seqlen_offsets, Tensor) and _readable(seqlen_offsets):
+            starts = seqlen_offsets.tolist()
+        for start, seqlen in zip(starts, lengths.seqlens, strict=True):
+            _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
+    cumulative = cu_seqlens.to(x.device, torch.int64)
+    return _Positions(offsets - cumulative[:-1], cumulative[1:], x.device)
+
+
+def _readable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_kinds(x: Tensor, cos: Tensor, sin: Tensor, least: int) -> None:
+    require_dense(x=x, cos=cos, sin=sin)
+    _check_rank(x, least)
+    _check_tables(x, cos, sin)
+
+
+def _check_rank(x: Tensor, least: int) -> None:
+    if x.dim() < least:
+        raise ArgumentError(
+            "x",
+            f"shape {tuple(x.shape)}",
+            "(batch, seqlen, nheads, headdim), or (total, nheads, headdim) with cu_seqlens",
+            "reshape x, or pass cu_seqlens if it is packed",
+        )
+
+
+def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        if not tensor.is_floating_point():
+            raise ArgumentError(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")
+        if tensor.device != x.device:
+            raise ArgumentError(
+                name, tensor.device, f"{x.device}, as x", f"pass {name}.to(x.device)"
+            )
+    if cos.dim() != 2 or 2 * cos.shape[1] > x.shape[-1]:
+        raise ArgumentError(
+            "cos",
+            f"shape {tuple(cos.shape)}",
+            f"(seqlen_ro, rotary_dim / 2) with rotary_dim <= headdim = {x.shape[-1]}",
+            "pass one column for each pair of dimensions",
+        )
+    if sin.shape != cos.shape:
+        raise ArgumentError(
+            "sin",
+            f"shape {tuple(sin.shape)}",
+            f"{tuple(cos.shape)}, the shape of cos",
+            "pass both of the same length and width",
+        )
+
+
+def _checked_offset(seqlen_offsets: object) -> int:
+    # an int is asked for by itself because torch.compile has no Integral for its symbols
+    if isinstance(seqlen_offsets, int):
+        return seqlen_offsets
+    if isinstance(seqlen_offsets, Integral):
+        return int(seqlen_offsets)
+    raise ArgumentTypeError(
+        "seqlen_offsets",
+        type(seqlen_offsets).__name__,
+        "an int or a (batch,) integer tensor",
+        "pass the position of the first token",
+    )
+
+
+def _check_offsets(seqlen_offsets: Tensor, batch: int, x: Tensor) -> None:
+    if x.device.type == "meta":
+        require_dense(seqlen_offsets=seqlen_offsets)
+    else:
+        require_values(seqlen_offsets=seqlen_offsets)
+    if seqlen_offsets.dtype not in (torch.int32, torch.int64) or seqlen_offsets.shape != (batch,):
+        raise ArgumentError(
+            "seqlen_offsets",
+            f"a {seqlen_offsets.dtype} tensor of shape {tuple(seqlen_offsets.shape)}",
+            f"an int, or a torch.int32 or torch.int64 tensor of shape ({batch},)",
+            "pass one position for each sequence",
+        )
+
+
+def _check_reach(argument: str, first: int, end: int, seqlen_ro: int) -> None:
+    if end > first and (first < 0 or end > seqlen_ro):
+        raise ArgumentError(
+            argument,
+            f"positions {first} to {end - 1}",
+            f"positions 0 to {seqlen_ro - 1}, the rows of cos and sin",
+            f"pass cos and sin with at least {end} rows",
+        )
+
+
+def _check_packed(x: Tensor, lengths: Lengths, max_seqlen: int | Tensor | None) -> None:
+    if lengths.total != x.shape[0]:
+        raise ArgumentError(
+            "cu_seqlens",
+            f"a total of {lengths.total}",
+            f"{x.shape[0]}, the number of tokens in x",
+            "pass the cumulative lengths of all sequences in x",
+        )
+    if max_seqlen is None:
+        return
+    if isinstance(max_seqlen, Tensor):
+        require_dense(max_seqlen=max_seqlen)
+    longest = checks.longest("max_seqlen", max_seqlen, lengths.longest)
+    if longest < lengths.longest:
+        raise ArgumentError(
+            "max_seqlen",
+            longest,
+            f"at least {lengths.longest}, the longest sequence in cu_seqlens",
+            f"pass max_seqlen={lengths.longest}",
+        )

@@ -1,0 +1,228 @@
+"""THE TABLE: for each property of a problem and each kernel, native or refused, and why.
+
+Nothing else in the package says what a kernel can do: dispatch, the warnings, compat_matrix.md
+and the tests that reach every cell are all read from here. The fused kernel's limits are those
+of torch_npu's operator documentation and of CANN's own checks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..ground.chip import soc_name
+from ..ground.settings import alibi_offset
+from ..problems.attention import Problem
+from ..problems.cache import MAX_PAGE
+from .rule import Rule, reasons
+
+__all__ = ["BLOCKWISE", "FUSION", "INFER", "TABLE", "refusals"]
+
+INFER = "npu_fused_infer_attention_score"
+FUSION = "npu_fusion_attention"
+BLOCKWISE = "blockwise"
+
+MAX_HEADS = 256
+MAX_HEADDIM = 768
+MAX_SEQUENCES = 20_000
+MAX_TOKENS = 1_000_000
+MAX_CACHED_SEQUENCES = 4096
+MAX_GROUP = 64
+MAX_PAGE_WIDTH = 65_535
+
+
+ROUNDED_BIAS = "it takes a bias in the dtype of q only, which rounds that of alibi_slopes"
+"""Why ALiBi is not handed over as a bias."""
+
+
+def _offset_allowed(problem: Problem) -> bool:
+    return (
+        alibi_offset() and problem.varlen and not soc_name(problem.device).startswith("Ascend950")
+    )
+
+
+TABLE: tuple[Rule, ...] = (
+    Rule(
+        "no query sees a key",
+        lambda p: not p.has_work,
+        {FUSION: "there is nothing to compute", INFER: "there is nothing to compute"},
+    ),
+    Rule(
+        "tensors outside an Ascend NPU",
+        lambda p: p.device.type != "npu",
+        {FUSION: "it runs on Ascend NPUs only", INFER: "it runs on Ascend NPUs only"},
+    ),
+    Rule(
+        "Ascend 310P and 200I",
+        lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
+        {FUSION: "the chip does not have it", INFER: "the chip does not have it"},
+    ),
+    Rule("float16", lambda p: p.dtype == torch.float16),
+    Rule("bfloat16", lambda p: p.dtype == torch.bfloat16),
+    Rule("float32", lambda p: p.dtype == torch.float32, {INFER: "it takes float16 and bfloat16"}),
+    Rule(
+        "float64",
+        lambda p: p.dtype == torch.float64,
+        {FUSION: "it takes float16, bfloat16 and float32", INFER: "it takes float16 and bfloat16"},
+    ),
+    Rule("dense layout", lambda p: not p.varlen),
+    Rule("varlen layout", lambda p: p.varlen),
+    Rule(
+        f"varlen, more than {MAX_SEQUENCES} sequences",
+        lambda p: p.varlen and p.batch > MAX_SEQUENCES,
+        {FUSION: f"it takes at most {MAX_SEQUENCES} packed sequences"},
+    ),
+    Rule(
+        f"varlen, more than {MAX_TOKENS} tokens",
+        lambda p: p.varlen and max(p.total_q, p.total_k) > MAX_TOKENS,
+        {FUSION: f"it takes at most {MAX_TOKENS} packed tokens"},
+    ),
+    Rule(
+        f"dense, a seqlen above {MAX_TOKENS}",
+        lambda p: not p.varlen and max(p.max_seqlen_q, p.max_seqlen_k) > MAX_TOKENS,
+        {FUSION: f"it takes sequences of at most {MAX_TOKENS} tokens"},
+    ),
+    Rule("varlen, sequences of length 0", lambda p: p.varlen and p.with_empty),
+    Rule("varlen, rows past the last sequence", lambda p: p.tail_q > 0 or p.tail_k > 0),
+    Rule("queries that see no key", lambda p: p.has_work and p.most_blind > 0),
+    Rule("MHA", lambda p: p.nheads == p.nheads_k),
+    Rule("GQA and MQA", lambda p: p.nheads > p.nheads_k),
+    Rule(
+        f"more than {MAX_HEADS} heads",
+        lambda p: p.nheads > MAX_HEADS,
+        {
+            FUSION: f"it takes at most {MAX_HEADS} query heads",
+            INFER: f"it takes at most {MAX_HEADS} query heads",
+        },
+    ),
+    Rule("headdim above upstream's 256", lambda p: 256 < p.headdim <= MAX_HEADDIM),
+    Rule(
+        f"headdim above {MAX_HEADDIM}",
+        lambda p: p.headdim > MAX_HEADDIM,
+        {FUSION: f"it takes a headdim of at most {MAX_HEADDIM}"},
+    ),
+    Rule("causal", lambda p: p.causal),
+    Rule("window_size", lambda p: p.windowed),
+    Rule(
+        "varlen, window_size (0, 0), with gradient or dropout",
+        lambda p: p.varlen and p.left == p.right == 0 and p.needs_grad,
+        {FUSION: "its packed backward demands a window_size with left + right > 0"},
+    ),
+    Rule("softmax_lse (return_attn_probs)", lambda p: p.uses_lse),
+    Rule("dropout_p", lambda p: p.dropout_p > 0, {INFER: "it has no dropout_p"}),
+    Rule(
+        "S_dmask (dropout_p with return_attn_probs)",
+        lambda p: p.s_dmask,
+        {FUSION: "it does not return probabilities, as return_attn_probs asks for"},
+    ),
+    Rule(
+        "backward of a dropout mask drawn by blockwise",
+        lambda p: p.mask_from == BLOCKWISE,
+        {FUSION: "it can repeat its own dropout masks only, not that of rng_state"},
+    ),
+    Rule(
+        "backward of a dropout mask drawn by npu_fusion_attention",
+        lambda p: p.mask_from == FUSION,
+        {BLOCKWISE: "it can repeat its own dropout masks only, not that of rng_state"},
+    ),
+    Rule("deterministic", lambda p: p.deterministic),
+    Rule(
+        "softcap",
+        lambda p: p.softcap > 0,
+        {FUSION: "no Ascend kernel has softcap", INFER: "no Ascend kernel has softcap"},
+    ),
+    Rule(
+        "alibi_slopes, equal lengths",
+        lambda p: p.alibi and p.common_offset == 0,
+        {INFER: ROUNDED_BIAS},
+    ),
+    Rule(
+        "alibi_slopes, lengths that differ by a common offset",
+        lambda p: p.alibi and bool(p.common_offset) and not _offset_allowed(p),
+        {
+            FUSION: "its alibi_slopes are documented for seqlen_q = seqlen_k only",
+            INFER: ROUNDED_BIAS,
+        },
+    ),
+    Rule(
+        "alibi_slopes, lengths that differ otherwise",
+        lambda p: p.alibi and p.common_offset is None,
+        {FUSION: "its alibi_slopes know no offset for each sequence", INFER: ROUNDED_BIAS},
+    ),
+    Rule(
+        "alibi_slopes, sequences of length 0",
+        lambda p: p.alibi and p.with_empty,
+        {FUSION: "with alibi_slopes it takes no sequence of length 0"},
+    ),
+    Rule(
+        "alibi_slopes, varlen, softmax_lse",
+        lambda p: p.alibi and p.varlen and p.uses_lse,
+        {FUSION: "with alibi_slopes it returns packed statistics in one block per sequence"},
+    ),
+    Rule("sink (transformers' s_aux)", lambda p: p.sink, {INFER: "its sink is not used yet"}),
+    Rule(
+        "sink, float32",
+        lambda p: p.sink and p.dtype == torch.float32,
+        {FUSION: "it takes a sink with float16 and bfloat16 only"},
+    ),
+    Rule(
+        "sink, softmax_lse or a deterministic backward",
+        lambda p: p.sink and p.uses_lse,
+        {FUSION: "whether its statistics count the sink is not documented"},
+    ),
+    Rule(
+        "sink, alibi_slopes",
+        lambda p: p.sink and p.alibi,
+        {FUSION: "alibi_slopes and a sink are not documented together"},
+    ),
+    Rule(
+        "sink, Ascend 950",
+        lambda p: p.sink and soc_name(p.device).startswith("Ascend950"),
+        {FUSION: "torch_npu drops the sink there"},
+    ),
+    Rule("keys in a cache", lambda p: p.pages is not None),
+    Rule(
+        f"keys in a cache, more than {MAX_CACHED_SEQUENCES} sequences",
+        lambda p: p.pages is not None and p.batch > MAX_CACHED_SEQUENCES,
+        {INFER: f"every CANN takes at most {MAX_CACHED_SEQUENCES} lengths"},
+    ),
+    Rule(
+        f"keys in a cache, more than {MAX_GROUP} query heads for a key head",
+        lambda p: p.pages is not None and p.nheads > MAX_GROUP * max(p.nheads_k, 1),
+        {INFER: f"every CANN takes at most {MAX_GROUP} query heads for a key head"},
+    ),
+    Rule(
+        "keys in a cache, headdim other than 64 and 128",
+        lambda p: p.pages is not None and p.headdim not in (64, 128),
+        {INFER: "for packed queries every CANN takes a headdim of 64 and 128 only"},
+    ),
+    Rule(
+        f"keys in a cache, pages of no multiple of 16 up to {MAX_PAGE}",
+        lambda p: p.pages is not None and p.pages.size is None,
+        {INFER: f"it takes pages of a multiple of 16, up to {MAX_PAGE}"},
+    ),
+    Rule(
+        "keys in a cache that is not contiguous",
+        lambda p: p.pages is not None and not p.pages.contiguous,
+        {INFER: "it takes a contiguous k_cache and v_cache only"},
+    ),
+    Rule(
+        "keys in a cache, cache_leftpad",
+        lambda p: p.pages is not None and p.pages.padded,
+        {INFER: "it takes no cache_leftpad: its pages start at their first position"},
+    ),
+    Rule(
+        "keys in a cache, shared pages in a full cache",
+        lambda p: p.pages is not None and p.pages.shared,
+        {INFER: "it wants as many pages as the sequences of block_table use together"},
+    ),
+    Rule(
+        f"keys in a cache, nheads_k * headdim above {MAX_PAGE_WIDTH}",
+        lambda p: p.pages is not None and p.nheads_k * p.headdim > MAX_PAGE_WIDTH,
+        {INFER: f"a position of its pages holds at most {MAX_PAGE_WIDTH} numbers"},
+    ),
+)
+
+
+def refusals(kernel: str, problem: Problem) -> tuple[str, ...]:
+    """Why `kernel` may not serve `problem`; empty if it may."""
+    return reasons(TABLE, kernel, problem)

@@ -1,0 +1,211 @@
+"""THE OTHER TABLE: what each fused operator besides attention refuses, and why.
+
+Limits are those of torch_npu's operator documentation and of CANN's own checks. What no row names
+is served. Plain torch operations serve everything, so they have no column.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..ground.chip import soc_name
+from ..problems.rowwise import (
+    ADD_LAYER_NORM,
+    ADD_RMS_NORM,
+    CROSS_ENTROPY,
+    LAYER_NORM,
+    RMS_NORM,
+    ROTARY_MUL,
+    SWIGLU,
+    TORCH,
+    Gate,
+    Norm,
+    Problem,
+    Rotation,
+)
+from .rule import Rule, reasons
+
+__all__ = ["TABLE", "TORCH", "candidates", "refusals"]
+
+RMS_NORMS = (ADD_RMS_NORM, RMS_NORM)
+LAYER_NORMS = (ADD_LAYER_NORM, LAYER_NORM)
+NORMS = RMS_NORMS + LAYER_NORMS
+ALL = (ROTARY_MUL, *NORMS, SWIGLU, CROSS_ENTROPY)
+ADDING = (ADD_RMS_NORM, ADD_LAYER_NORM)
+
+MAX_ROTARY_DIM = 896
+MAX_ROTARY_HEADS = 1000
+MAX_LOSS_ROWS = 200_000
+SWIGLU_UNIT = 64
+
+
+def _mixed(norm: Norm) -> bool:
+    given = (norm.weight_dtype, norm.bias_dtype, norm.residual_dtype, norm.out_dtype)
+    half = norm.dtype in (torch.float16, torch.bfloat16)
+    return (half and norm.zero_centered) or any(d not in (None, norm.dtype) for d in given)
+
+
+def _in_float64(problem: Problem) -> bool:
+    dtypes: set[torch.dtype | None] = {problem.dtype}
+    if isinstance(problem, Norm):
+        dtypes |= {problem.residual_dtype, problem.out_dtype}
+    return torch.float64 in dtypes
+
+
+TABLE: tuple[Rule, ...] = (
+    Rule(
+        "tensors outside an Ascend NPU",
+        lambda p: p.device.type != "npu",
+        dict.fromkeys(ALL, "it runs on Ascend NPUs only"),
+    ),
+    Rule(
+        "Ascend 310P and 200I",
+        lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
+        dict.fromkeys(ALL, "the chip does not have it, or not for every dtype"),
+    ),
+    Rule("no element", lambda p: p.empty, dict.fromkeys(ALL, "there is nothing to compute")),
+    Rule("float64", _in_float64, dict.fromkeys(ALL, "it takes float16, bfloat16 and float32")),
+    Rule(
+        "cos and sin of another dtype than x",
+        lambda p: p.table_dtype != p.dtype,
+        dict.fromkeys((ROTARY_MUL,), "it rounds cos and sin to the dtype of x"),
+    ),
+    Rule(
+        f"rotary_dim of {MAX_ROTARY_DIM} and above",
+        lambda p: p.rotary_dim >= MAX_ROTARY_DIM,
+        dict.fromkeys((ROTARY_MUL,), f"it takes a rotary_dim below {MAX_ROTARY_DIM}"),
+    ),
+    Rule(
+        f"{MAX_ROTARY_HEADS} heads and more",
+        lambda p: p.nheads >= MAX_ROTARY_HEADS,
+        dict.fromkeys((ROTARY_MUL,), f"it takes fewer than {MAX_ROTARY_HEADS} heads"),
+    ),
+    Rule(
+        "no residual",
+        lambda p: p.residual_dtype is None,
+        dict.fromkeys(ADDING, "it adds a residual"),
+    ),
+    Rule("norm of mixed dtypes", _mixed, dict.fromkeys(ADDING, "it takes and returns one dtype")),
+    Rule(
+        "RMS norm with gradient",
+        lambda p: p.needs_grad,
+        dict.fromkeys((ADD_RMS_NORM,), "it has no backward"),
+    ),
+    Rule(
+        "layer norm without bias",
+        lambda p: p.bias_dtype is None,
+        dict.fromkeys((ADD_LAYER_NORM,), "it takes a bias always"),
+    ),
+    Rule(
+        "torch.compile",
+        lambda p: p.compiling,
+        dict.fromkeys((ADD_LAYER_NORM,), "its backward cannot be traced"),
+    ),
+    Rule(
+        "RMS norm with bias",
+        lambda p: p.bias_dtype is not None,
+        dict.fromkeys(RMS_NORMS, "it takes no bias"),
+    ),
+    Rule(
+        "norm with x1",
+        lambda p: p.branches > 1,
+        dict.fromkeys(NORMS, "it adds two tensors at most, no x1"),
+    ),
+    Rule(
+        "norm with weight1",
+        lambda p: p.outputs > 1,
+        dict.fromkeys(NORMS, "it applies one weight, no weight1"),
+    ),
+    Rule(
+        "norm with rowscale or layerscale",
+        lambda p: p.scaled,
+        dict.fromkeys(NORMS, "it has no rowscale and layerscale"),
+    ),
+    Rule("norm with dropout_p", lambda p: p.dropout, dict.fromkeys(NORMS, "it has no dropout_p")),
+    Rule(
+        "norm in layer_norm_linear_fn, of a subset of rows, or by an autograd class",
+        lambda p: p.within,
+        dict.fromkeys(NORMS, "the function around it has a backward of its own"),
+    ),
+    Rule(
+        "float16",
+        lambda p: p.dtype == torch.float16,
+        dict.fromkeys(ADDING, "a sum above 65504 would be lost before the norm"),
+    ),
+    Rule(
+        "norm with out or residual_out",
+        lambda p: p.buffers,
+        dict.fromkeys(NORMS, "it takes no out and no residual_out"),
+    ),
+    Rule(
+        "swiglu of other than halves of one tensor",
+        lambda p: not p.halves,
+        dict.fromkeys((SWIGLU,), "it takes the two halves of one tensor, the gate first"),
+    ),
+    Rule(
+        "swiglu under torch.compile",
+        lambda p: p.compiling,
+        dict.fromkeys((SWIGLU,), "where the halves lie is not known while tracing"),
+    ),
+    Rule(
+        f"swiglu of rows of no multiple of {SWIGLU_UNIT} bytes",
+        lambda p: p.row_bytes % SWIGLU_UNIT != 0,
+        dict.fromkeys((SWIGLU,), f"it takes rows of a multiple of {SWIGLU_UNIT} bytes"),
+    ),
+    Rule(
+        "cross entropy of float16 and bfloat16",
+        lambda p: p.dtype in (torch.float16, torch.bfloat16),
+        dict.fromkeys((CROSS_ENTROPY,), "it rounds the loss to the dtype of the logits"),
+    ),
+    Rule(
+        f"cross entropy of more than {MAX_LOSS_ROWS} rows",
+        lambda p: p.rows > MAX_LOSS_ROWS,
+        dict.fromkeys((CROSS_ENTROPY,), f"it takes at most {MAX_LOSS_ROWS} rows"),
+    ),
+    Rule(
+        "label_smoothing",
+        lambda p: p.label_smoothing != 0,
+        dict.fromkeys((CROSS_ENTROPY,), "it takes no label_smoothing without a reduction"),
+    ),
+    Rule(
+        "logit_scale",
+        lambda p: p.logit_scale != 1,
+        dict.fromkeys((CROSS_ENTROPY,), "it has no logit_scale"),
+    ),
+    Rule(
+        "lse_square_scale",
+        lambda p: p.lse_square_scale != 0,
+        dict.fromkeys((CROSS_ENTROPY,), "its lse_square_scale is documented as not supported"),
+    ),
+    Rule(
+        "precomputed_lse",
+        lambda p: p.precomputed,
+        dict.fromkeys((CROSS_ENTROPY,), "it takes no precomputed_lse"),
+    ),
+    Rule(
+        "cross entropy over a process group",
+        lambda p: p.parallel,
+        dict.fromkeys((CROSS_ENTROPY,), "it takes no process_group"),
+    ),
+    Rule(
+        "inplace_backward",
+        lambda p: p.inplace_backward,
+        dict.fromkeys(
+            (CROSS_ENTROPY,), "inplace_backward would gain nothing: it keeps as much as the logits"
+        ),
+    ),
+)
+
+
+def candidates(problem: Problem) -> tuple[str, ...]:
+    """The operators that are asked for a problem, the fastest first, the most general last."""
+    if isinstance(problem, Norm):
+        return RMS_NORMS if problem.rms else LAYER_NORMS
+    if isinstance(problem, Rotation):
+        return (ROTARY_MUL,)
+    return (SWIGLU,) if isinstance(problem, Gate) else (CROSS_ENTROPY,)
+
+
+def refusals(operator: str, problem: Problem) -> tuple[str, ...]:
+    """Why `operator` may not serve `problem`; empty if it may."""
+    return reasons(TABLE, operator, problem)
