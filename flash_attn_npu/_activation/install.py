@@ -19,51 +19,11 @@ from ..errors import ActivationError
 from . import occupant, operators
 from .finder import AliasFinder, PostImportFinder
 from .metadata import VirtualDistribution, VirtualDistributionFinder
+from .mirrored import mirrored
 
 __all__ = ["MIRRORED", "Activation", "install", "installed", "uninstall"]
 
-MIRRORED = (
-    "",
-    "bert_padding",
-    "flash_attn_interface",
-    "layers",
-    "layers.patch_embed",
-    "layers.rotary",
-    "losses",
-    "losses.cross_entropy",
-    "models",
-    "models.bert",
-    "models.bigcode",
-    "models.falcon",
-    "models.gpt",
-    "models.gpt_neox",
-    "models.gptj",
-    "models.llama",
-    "models.opt",
-    "models.vit",
-    "modules",
-    "modules.block",
-    "modules.embedding",
-    "modules.mha",
-    "modules.mlp",
-    "ops",
-    "ops.activations",
-    "ops.fused_dense",
-    "ops.layer_norm",
-    "ops.rms_norm",
-    "ops.triton",
-    "ops.triton.cross_entropy",
-    "ops.triton.layer_norm",
-    "ops.triton.rotary",
-    "utils",
-    "utils.benchmark",
-    "utils.distributed",
-    "utils.generation",
-    "utils.library",
-    "utils.pretrained",
-    "utils.testing",
-    "utils.torch",
-)
+MIRRORED = mirrored(sys.modules[__package__.partition(".")[0]].__path__, own=("errors",))
 """Our modules that mirror upstream ones; anything else of ours is absent under `flash_attn`."""
 
 NAMES = (

@@ -34,8 +34,8 @@ from ._dense_steps import (
     share,
     without_autocast,
 )
+from ._fused_mlp import FusedMLPFunc, check_options, fused_mlp_func
 from .activations import gelu_bwd, relu_bwd, sqrelu_bwd, sqrelu_fwd
-from .fused_mlp import FusedMLPFunc, check_options, fused_mlp_func
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
