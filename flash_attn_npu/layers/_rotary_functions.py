@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._core.ground.dense_arguments import refuse_transforms
 from .._core.ground.storage import require_writable
+from .._core.problems.rowwise import Turn
 from .._core.rowwise.rotation import rotate
 from ..errors import ArgumentError
 from ._rotary_checks import check_k_tables, check_kv, check_plain, packed_heads
@@ -101,16 +102,17 @@ class ApplyRotaryEmb(torch.autograd.Function):
         _save(ctx, (cos, sin, cu_seqlens), seqlen_offsets)
         ctx.interleaved, ctx.max_seqlen = interleaved, max_seqlen
         where = _in_place(ctx, x) if inplace else x
-        out = rotate(where, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
+        out = rotate(
+            where, cos, sin, Turn(seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
+        )
         return x if inplace else out
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         """Rotate the gradient back."""
         (cos, sin, cu_seqlens), seqlen_offsets = _saved(ctx)
-        dx = rotate(
-            do, cos, sin, seqlen_offsets, cu_seqlens, ctx.max_seqlen, ctx.interleaved, False, True
-        )
+        turn = Turn(seqlen_offsets, cu_seqlens, ctx.max_seqlen, ctx.interleaved, conjugate=True)
+        dx = rotate(do, cos, sin, turn)
         return dx, None, None, None, None, None, None, None
 
 
@@ -148,7 +150,8 @@ def apply_rotary_emb(
     Contract: flash-attention 2.8, `apply_rotary_emb`, whose alias is `apply_rotary_emb_func`.
     """
     if not _is_differentiated(x):
-        return rotate(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
+        turn = Turn(seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
+        return rotate(x, cos, sin, turn)
     refuse_transforms("x")
     where = x.clone() if inplace and _is_written_beside(x) else x
     out: Tensor = ApplyRotaryEmb.apply(  # type: ignore[no-untyped-call]
@@ -185,7 +188,8 @@ def _apply_rotary_emb_qkv(
     out = qkv if inplace else qkv.clone(memory_format=torch.contiguous_format)
     for start, size, c, s in turns:
         part = out.narrow(2, start, size)
-        rotate(part, c, s, seqlen_offsets, None, None, interleaved, True, conjugate)
+        turn = Turn(seqlen_offsets, None, None, interleaved, inplace=True, conjugate=conjugate)
+        rotate(part, c, s, turn)
     return out
 
 
@@ -291,7 +295,8 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801
         _save(ctx, (cos, sin), seqlen_offsets)
         ctx.interleaved = interleaved
         where = _in_place(ctx, kv)
-        rotate(where[:, :, 0], cos, sin, seqlen_offsets, None, None, interleaved, inplace=True)
+        turn = Turn(seqlen_offsets, None, None, interleaved, inplace=True)
+        rotate(where[:, :, 0], cos, sin, turn)
         return kv
 
     @staticmethod
@@ -299,17 +304,8 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801
         """Rotate the gradient of k back."""
         (cos, sin), seqlen_offsets = _saved(ctx)
         dkv = dkv.clone()
-        rotate(
-            dkv[:, :, 0],
-            cos,
-            sin,
-            seqlen_offsets,
-            None,
-            None,
-            ctx.interleaved,
-            True,
-            conjugate=True,
-        )
+        turn = Turn(seqlen_offsets, None, None, ctx.interleaved, inplace=True, conjugate=True)
+        rotate(dkv[:, :, 0], cos, sin, turn)
         return dkv, None, None, None, None
 
 
@@ -340,7 +336,8 @@ def apply_rotary_emb_kv_(
     if not _is_differentiated(kv):
         check_kv(kv)
         require_writable(kv=kv)
-        rotate(kv[:, :, 0], cos, sin, seqlen_offsets, None, None, interleaved, inplace=True)
+        turn = Turn(seqlen_offsets, None, None, interleaved, inplace=True)
+        rotate(kv[:, :, 0], cos, sin, turn)
         return kv
     refuse_transforms("kv")
     where = kv.clone() if _is_written_beside(kv) else kv

@@ -64,7 +64,13 @@ def attend(
             options,
             None if alibi_slopes is None else Facts.of(alibi_slopes),
             None if sink is None else Facts.of(sink),
-            _grad_enabled() and _any_requires_grad(q, k, v, sink),
+            _grad_enabled()
+            and (
+                q.requires_grad
+                or k.requires_grad
+                or v.requires_grad
+                or (sink is not None and sink.requires_grad)
+            ),
             options[-1],
             None,
             None,
@@ -87,16 +93,10 @@ def attend(
             arguments.require_plain(q=q, k=k, v=v)
             raise
     arguments.require_plain(q=q, k=k, v=v)
-    if q.is_meta or _functorch() or _tracing() or type(q) not in _PLAIN or type(k) not in _PLAIN:
+    if q.is_meta or _functorch() or _tracing() or not all(type(x) in _PLAIN for x in inputs):
         # these need an operator's fake, or its rules
         return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
     return serving.attend(found, Inputs(q, k, v, alibi_slopes, sink))
-
-
-def _any_requires_grad(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> bool:
-    if q.requires_grad or k.requires_grad or v.requires_grad:
-        return True
-    return sink is not None and sink.requires_grad
 
 
 def _packed(
@@ -157,7 +157,7 @@ def attend_paged(
     """`attend` over keys in pages; where a gradient is wanted they are gathered first."""
     q, k, v = inputs
     arguments.require_plain(q=q, k=k, v=v, block_table=block_table)
-    needs_grad = _grad_enabled() and _any_requires_grad(q, k, v, None)
+    needs_grad = _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not needs_grad and (_compiling() or _dispatch_modes()):
         return operators.attend(
             function, inputs, lengths, options, alibi_slopes, block_table=block_table

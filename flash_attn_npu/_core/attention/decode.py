@@ -18,6 +18,7 @@ from ..ground.lengths import interned
 from ..problems.ask import Ask, Facts, Options, Packed
 from ..problems.buffers import share
 from ..problems.cache import Cache, Span, cache_lengths
+from ..problems.rowwise import Turn
 from ..rowwise.rotation import rotate
 from ..table.plans import Plan, make_plan, permit
 from .paged import Keys
@@ -202,17 +203,14 @@ def _check_positions(step: _Step, queries: int) -> None:
 def _rotate(found: Plan, step: _Step, rotary: _Rotary, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k at their positions; without causal or window all queries are at the first one."""
     q = step.call.q
-    offsets = torch.tensor(step.lengths, dtype=torch.int32, device="cpu")
+    turn = Turn(
+        torch.tensor(step.lengths, dtype=torch.int32, device="cpu"),
+        interleaved=rotary.interleaved,
+        function=f"{step.call.function} (rotary)",
+    )
 
     def rotated(x: Tensor) -> Tensor:
-        return rotate(
-            x,
-            rotary.cos,
-            rotary.sin,
-            seqlen_offsets=offsets,
-            interleaved=rotary.interleaved,
-            function=f"{step.call.function} (rotary)",
-        )
+        return rotate(x, rotary.cos, rotary.sin, turn)
 
     k = rotated(k)
     if _turns(found):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "ADD_LAYER_NORM",
@@ -20,6 +21,7 @@ __all__ = [
     "Norm",
     "Problem",
     "Rotation",
+    "Turn",
 ]
 
 ROTARY_MUL = "npu_rotary_mul"
@@ -113,3 +115,15 @@ class Loss(NamedTuple):
 
 
 Problem = Rotation | Norm | Gate | Loss
+
+
+class Turn(NamedTuple):
+    """How `apply_rotary` rotates: its arguments behind the tables, and the function to report."""
+
+    seqlen_offsets: int | Tensor = 0
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | Tensor | None = None
+    interleaved: bool = False
+    inplace: bool = False
+    conjugate: bool = False
+    function: str = "apply_rotary"

@@ -137,13 +137,8 @@ def compose(function: str, call: NormCall) -> None:
 
 
 def _fused(operator: str, call: NormCall) -> Answer:
-    # fmt: off
-    y, total = rowwise.add_and_norm(
-        operator, call.x, call.weight, call.bias, call.residual, call.eps,
-        call.zero_centered_weight, norms.total_dtype(call) if call.prenorm else call.x.dtype,
-        norms.out_dtype(call),
-    )
-    # fmt: on
+    total_dtype = norms.total_dtype(call) if call.prenorm else call.x.dtype
+    y, total = rowwise.add_and_norm(operator, call, total_dtype, norms.out_dtype(call))
     if call.prenorm and call.residual is None and total.dtype == call.x.dtype:
         # it is x, which must not change with the result
         total = total.clone()
@@ -278,13 +273,25 @@ class LayerNormFn(torch.autograd.Function):
         residual_out: Tensor | None = None,
     ) -> Any:
         """Add and normalise."""
-        # fmt: off
         call = NormCall(
-            x, weight, bias, residual, x1, weight1, bias1, rowscale, None, out, residual_out,
-            eps, dropout_p, prenorm or residual_out is not None, residual_in_fp32,
-            zero_centered_weight, is_rms_norm, out_dtype,
+            x=x,
+            weight=weight,
+            bias=bias,
+            residual=residual,
+            x1=x1,
+            weight1=weight1,
+            bias1=bias1,
+            rowscale=rowscale,
+            out=out,
+            residual_out=residual_out,
+            eps=eps,
+            dropout_p=dropout_p,
+            residual_in_fp32=residual_in_fp32,
+            zero_centered_weight=zero_centered_weight,
+            is_rms_norm=is_rms_norm,
+            out_dtype=out_dtype,
+            prenorm=prenorm or residual_out is not None,
         )
-        # fmt: on
         norm_checks.check(call, {})
         compose("LayerNormFn", call)
         ctx.two, ctx.prenorm = weight1 is not None, prenorm

@@ -19,7 +19,7 @@ from ..ground.lengths import Lengths, host_lengths
 from ..ground.storage import blocks, require_writable
 from ..kernels.ascend import rowwise
 from ..kernels.composed import rotation as composed
-from ..problems.rowwise import TORCH, Rotation
+from ..problems.rowwise import TORCH, Rotation, Turn
 from ..table.choices import choose
 
 __all__ = ["check_dense", "rotate"]
@@ -56,32 +56,16 @@ class _Positions(NamedTuple):
         return self.starts[torch.searchsorted(self.ends, tokens, right=True)] + tokens
 
 
-def rotate(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seqlen_offsets: int | Tensor = 0,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | Tensor | None = None,
-    interleaved: bool = False,
-    inplace: bool = False,
-    conjugate: bool = False,
-    function: str = "apply_rotary",
-) -> Tensor:
-    """What `apply_rotary` promises, reported under the name `function`."""
-    require_truth(interleaved=interleaved, inplace=inplace, conjugate=conjugate)
-    packed = cu_seqlens is not None
-    if cu_seqlens is None:
-        check_dense(x, cos, sin, seqlen_offsets)
-        positions = _dense_positions(x, seqlen_offsets)
-    else:
-        _check_kinds(x, cos, sin, 3)
-        positions = _packed_positions(x, cos.shape[0], seqlen_offsets, cu_seqlens, max_seqlen)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
+    """What `apply_rotary` promises, reported under the name `turn.function`."""
+    interleaved, inplace = turn.interleaved, turn.inplace
+    require_truth(interleaved=interleaved, inplace=inplace, conjugate=turn.conjugate)
+    tokens = 2 if turn.cu_seqlens is None else 1
+    positions = _positions(x, cos, sin, turn)
     if inplace:
         require_writable(x=x)
-    tokens, rotary_dim = 1 if packed else 2, 2 * cos.shape[-1]
-    heads = x.dim() - tokens - 1
-    fused_serves = _is_fused(function, x, cos, heads, interleaved)
+    heads, rotary_dim = x.dim() - tokens - 1, 2 * cos.shape[-1]
+    fused_serves = _is_fused(turn.function, x, cos, heads, interleaved)
     whole = fused_serves and not inplace and rotary_dim == x.shape[-1]
     out = x if inplace or whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     limit = FUSED_ELEMENTS if fused_serves else COMPOSED_ELEMENTS
@@ -90,7 +74,7 @@ def rotate(
     for part in blocks(x.shape[:tokens], x.shape[tokens:].numel(), limit):
         rows = positions.rows(part)
         part_cos, part_sin = _lookup(cos, rows, heads), _lookup(sin, rows, heads)
-        if conjugate:
+        if turn.conjugate:
             part_sin = -part_sin
         if whole:
             return _fuse(x, part_cos, part_sin, tokens, interleaved)
@@ -107,6 +91,15 @@ def rotate(
         if not inplace:
             target[..., rotary_dim:].copy_(source[..., rotary_dim:])
     return out
+
+
+def _positions(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> _Positions:
+    offsets, cu_seqlens = turn.seqlen_offsets, turn.cu_seqlens
+    if cu_seqlens is None:
+        check_dense(x, cos, sin, offsets)
+        return _dense_positions(x, offsets)
+    _check_kinds(x, cos, sin, 3)
+    return _packed_positions(x, cos.shape[0], offsets, cu_seqlens, turn.max_seqlen)
 
 
 def _is_fused(function: str, x: Tensor, cos: Tensor, heads: int, interleaved: bool) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..._core.problems.rowwise import Turn
 from ..._core.rowwise.rotation import rotate
 
 __all__ = ["apply_rotary"]
@@ -51,6 +52,5 @@ def apply_rotary(
     Contract: flash-attention 2.8, `apply_rotary`. Wider: dtypes of cos and sin, more head axes,
     max_seqlen may be None.
     """
-    return rotate(
-        x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate
-    )
+    turn = Turn(seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate)
+    return rotate(x, cos, sin, turn)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...ground.second_derivatives import once, refuse_second, watch
+from ...problems.norms import NormCall
 from ...problems.rowwise import ADD_LAYER_NORM, ADD_RMS_NORM, RMS_NORM
 
 __all__ = ["add_and_norm", "gate", "gate_backward", "losses", "rotation"]
@@ -60,26 +61,19 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def add_and_norm(
-    operator: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    zero_centered_weight: bool,
-    total_dtype: torch.dtype,
-    out_dtype: torch.dtype,
+    operator: str, call: NormCall, total_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual in out_dtype, and that sum in total_dtype.
 
     Where dtypes are mixed, the sum and the norm are computed in float32.
     """
+    x, weight, bias, residual, eps = *call[:4], call.eps
     if not 1 < x.dim() <= MOST_DIMS:
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(rows.shape)
     else:
         rows, added = x, residual
-    if zero_centered_weight:
+    if call.zero_centered_weight:
         weight = weight.float() + 1
     if operator in (ADD_RMS_NORM, ADD_LAYER_NORM):
         normed, total = _added_norm(operator, rows, weight, bias, added, eps)
