@@ -1,7 +1,7 @@
 """compat_matrix.md, printed by `python -m flash_attn_npu._surface.matrix`.
 
-The kernels' parts come from the tables of `attention.support` and `rowwise.support`, the
-namespace's from the comparison of `surface`. What is written out here cannot be computed.
+The kernels' parts come from `table.attention` and `table.rowwise`, the
+namespace's from the comparison of `_surface`. What is written out here cannot be computed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What packed tensors and tables must look like, for `rotary_functions` and `rotary`."""
+"""What packed tensors and tables must look like, for `_rotary_functions` and `rotary`."""
 
 from __future__ import annotations
 

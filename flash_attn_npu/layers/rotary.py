@@ -1,4 +1,4 @@
-"""Mirror of `flash_attn.layers.rotary`: the functions of `rotary_functions`, and the module."""
+"""Mirror of `flash_attn.layers.rotary`: the functions of `_rotary_functions`, and the module."""
 
 from __future__ import annotations
 

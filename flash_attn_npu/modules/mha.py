@@ -1,7 +1,7 @@
 """Mirror of `flash_attn.modules.mha`: multi-head attention with its projections, as modules.
 
-`MHA` is defined here; what stands between its projections is in `inner_attention`, what it shares
-with `ParallelMHA` in `cached_attention`. Clients replace names of this module (the attention
+`MHA` is defined here; what stands between its projections is in `_inner_attention`, what it shares
+with `ParallelMHA` in `_cached_attention`. Clients replace names of this module (the attention
 functions, the linear layers), and every use of them looks them up here, at call time.
 """
 

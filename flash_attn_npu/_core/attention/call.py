@@ -71,6 +71,7 @@ def attend(
                 or v.requires_grad
                 or (sink is not None and sink.requires_grad)
             ),
+            # return_attn_probs, which asks for the lse
             options[-1],
             None,
             None,

@@ -1,6 +1,6 @@
 """What happens when no fused kernel serves a call: refuse it, or say so once and compute it.
 
-Both tables end here: `attention.dispatch` and `rowwise.dispatch`.
+Both tables end here: `table.plans` and `table.choices`.
 """
 
 from __future__ import annotations

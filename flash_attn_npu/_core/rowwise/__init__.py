@@ -1,1 +1,1 @@
-"""The same way for rotations and gates: all that is computed row by row."""
+"""The same way for rotations, norms, gates and losses: all that is computed row by row."""

@@ -1,7 +1,7 @@
 """Autograd of the norms, and `normalize`, through which every public norm function passes.
 
 The gradient keeps the rounded sum, a statistic or two per row, dropout masks and parameters: no
-copies in float32. The arithmetic is `kernels.norms`.
+copies in float32. The arithmetic is `kernels.composed.norms`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _recalled: Memo[Hashable, _Choice] = Memo("operators chosen for norms, by their 
 
 
 def choose(problem: Problem) -> str:
-    """The operator to call, `support.TORCH` if the call is to be composed.
+    """The operator to call, `TORCH` if the call is to be composed.
 
     Raises:
         UnsupportedError: no fused operator serves it, and the fallback policy is `error`.

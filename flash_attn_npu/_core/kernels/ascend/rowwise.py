@@ -1,6 +1,6 @@
 """torch_npu's fused operators other than attention, one function for each kind of problem.
 
-`rowwise.support` has admitted the call before. Gradients are those of torch_npu's own autograd,
+`table.rowwise` has admitted the call before. Gradients are those of torch_npu's own autograd,
 except where a function says that it is called outside of autograd. Losses have a first derivative
 only.
 """

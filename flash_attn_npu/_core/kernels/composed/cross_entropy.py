@@ -1,7 +1,7 @@
 """Cross entropy of rows of logits and its gradient, in float32 (float64 for float64 logits).
 
-`forward` and `backward` work on values; `ops.triton.cross_entropy` makes a differentiable function
-of them. Rows are taken in chunks, so that 16-bit logits are never held in float32 as a whole.
+`forward` and `backward` work on values; `rowwise.losses` makes a differentiable function of
+them. Rows are taken in chunks, so that 16-bit logits are never held in float32 as a whole.
 `_row_terms` and `_gradient` see all classes; everything else works on one number for each row.
 """
 
