@@ -1,8 +1,8 @@
 """Mirror of `flash_attn.models.gpt`: GPT models out of the modules of this package.
 
 The models are defined here; the layers they are built of in `_gpt_blocks`, what is read from a
-config in `_gpt_config`, tensor parallel checkpoints in `_gpt_shards`, and checkpoints of Hugging Face
-in `_gpt_pretrained`, `_gpt2_names` and the module of each family. Clients replace names of this
+config in `_gpt_config`, tensor parallel checkpoints in `_gpt_shards`, and those of Hugging Face in
+`_gpt_pretrained`, `_gpt2_names` and the module of each family. Clients replace names of this
 module, and every use of them looks them up here, at call time.
 """
 

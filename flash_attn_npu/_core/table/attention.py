@@ -1,9 +1,9 @@
 """THE TABLE: for each property of a problem and each kernel, native or refused, and why.
 
-Nothing else in the package says what a kernel can do: plans, the warnings, compat_matrix.md and the
-tests that reach every cell are all read from here. Only `attention_forward_varlen` launches past it:
-its contract is the kernel's. The fused kernel's limits are those
-of torch_npu's operator documentation and of CANN's own checks.
+Nothing else in the package says what a kernel can do: plans, the warnings, compat_matrix.md and
+the tests that reach every cell are all read from here. Only `attention_forward_varlen` launches
+past it: its contract is the kernel's. The fused kernel's limits are those of torch_npu's operator
+documentation and of CANN's own checks.
 """
 
 from __future__ import annotations
