@@ -1,7 +1,8 @@
 """What upstream's interface shows of the way it registers operators, and its two small helpers.
 
 Ours are registered in `_core.attention.operators`, in a namespace of our own. The fakes answer as
-those operators do without values: no tensor is read, and the results have the right shapes and dtypes.
+those operators do without values: no tensor is read, and the results have the right shapes and
+dtypes.
 """
 
 from __future__ import annotations
