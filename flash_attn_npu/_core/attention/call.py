@@ -47,7 +47,7 @@ def attend(
     sink: Tensor | None = None,
 ) -> Answer:
     """Attention over packed tensors, or over dense ones, which have no lengths."""
-    if _compiling() or _dispatch_modes():
+    if _compiling() or _dispatch_modes() or _tracing():
         return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
     q, k, v = inputs
     if _forward_ad._current_level >= 0:
@@ -94,7 +94,8 @@ def attend(
             arguments.require_plain(q=q, k=k, v=v)
             raise
     arguments.require_plain(q=q, k=k, v=v)
-    if q.is_meta or _functorch() or _tracing() or not all(type(x) in _PLAIN for x in inputs):
+    tensors = (*inputs, alibi_slopes, sink)
+    if q.is_meta or _functorch() or any(type(x) not in _PLAIN for x in tensors if x is not None):
         # these need an operator's fake, or its rules
         return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
     return serving.attend(found, Inputs(q, k, v, alibi_slopes, sink))

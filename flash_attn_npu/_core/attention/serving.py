@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,10 +66,29 @@ class _Attention(torch.autograd.Function):
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
         found.backward_tally.calls += 1
         # the forward was asked for by the policy, in the name of the whole call
-        found.kernel.backward(found.problem, dout, saved, grads)
+        _as_one_step()(found, dout, saved, grads)
         dsink = None if sink is None else sink_grad(sink, dout, saved.out, saved.softmax_lse)
         once = first_order(found.ask.function, (*grads, dsink), dout, *sources, sink)
         return (None, *once[:3], None, once[3])
+
+
+def _backward_of(found: Plan, dout: Tensor, saved: Saved, grads: Sequence[Tensor]) -> None:
+    dq, dk, dv = grads
+    found.kernel.backward(found.problem, dout, saved, (dq, dk, dv))
+
+
+_opaque: Any = None
+
+
+def _as_one_step() -> Any:
+    """`_backward_of`, opaque to compiled autograd: it would trace the tiles of every new length."""
+    global _opaque
+    # torch.compiler.disable imports all of dynamo, without which nothing is traced
+    if "torch._dynamo" not in sys.modules:
+        return _backward_of
+    if _opaque is None:
+        _opaque = torch.compiler.disable(_backward_of)
+    return _opaque
 
 
 def run(found: Plan, inputs: Inputs) -> Forward:
