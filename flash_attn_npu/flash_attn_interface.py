@@ -117,7 +117,7 @@ def flash_attn_func(
         softmax_scale: headdim ** -0.5 if None.
         softcap: scores become softcap * tanh(score / softcap); 0.0 for none.
         alibi_slopes: float32 (nheads,) or (batch, nheads): the score of query i and key j gets
-            -slope * |i + seqlen_k - seqlen_q - j| added.
+            -slope * abs(i + seqlen_k - seqlen_q - j) added.
         deterministic: the backward gives the same bits at every run.
         return_attn_probs: also return softmax_lse and S_dmask.
 
