@@ -53,7 +53,7 @@ def _way() -> list[str]:
 def _heads(kernels: list[str]) -> list[str]:
     notes = [
         "green: the kernel takes it",
-        "red: it does not; the reason is logged, or is the error",
+        "red: it does not, and says why",
     ]
     told = [f'<text x="6" y="{80 + 14 * line}">{note}</text>' for line, note in enumerate(notes)]
     for place, kernel in enumerate(kernels):
