@@ -12,6 +12,7 @@ from ._core.attention.mindie import attention_forward_varlen
 from ._core.ground.memory import forget_lengths
 from ._core.ground.settings import fallback
 from ._core.ground.usage import report, reporting
+from ._integrations.torch_attention import register_torch
 from ._version import FLASH_ATTN_VERSION
 from .errors import ActivationError, ArgumentError, ArgumentTypeError, UnsupportedError
 from .flash_attn_interface import (
@@ -46,6 +47,7 @@ __all__ = [
     "forget_lengths",
     "install",
     "installed",
+    "register_torch",
     "report",
     "reporting",
     "uninstall",
