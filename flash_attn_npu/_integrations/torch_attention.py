@@ -1,8 +1,8 @@
 """torch's own flash attention operators on devices that have none: `register_torch`.
 
 `torch.nn.attention.varlen.varlen_attn`, and what is built on it (torchtitan), calls
-`aten::_flash_attention_forward` and `_backward`: flash-attention 2 itself on CUDA, and nothing at all
-on an NPU or a CPU.
+`aten::_flash_attention_forward` and `_backward`: flash-attention 2 itself on CUDA, and nothing
+elsewhere.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shared = {
+    shared: dict[str, Any] = {
         "dropout_p": dropout_p,
         "softmax_scale": query.shape[-1] ** -0.5 if scale is None else scale,
         "causal": is_causal,
@@ -188,7 +188,7 @@ def _backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # torch's varlen_attn hands over a state of its own making where there is no dropout
-    shared = {
+    shared: dict[str, Any] = {
         "dropout_p": dropout_p,
         "softmax_scale": query.shape[-1] ** -0.5 if scale is None else scale,
         "causal": is_causal,
@@ -199,14 +199,13 @@ def _backward(
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "rng_state": rng_state if dropout_p > 0 else None,
     }
-    gradients = tuple(torch.empty_like(each) for each in (query, key, value))
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     given = (grad_out, query, key, value, out, logsumexp, *gradients)
     if cum_seq_q is None:
         flash_attn_interface._flash_attn_backward(*given, **shared)
     else:
-        flash_attn_interface._flash_attn_varlen_backward(
-            *given, cum_seq_q, cum_seq_k, max_q, max_k, **shared
-        )
+        ends = cum_seq_q, _key_ends(cum_seq_k, None)
+        flash_attn_interface._flash_attn_varlen_backward(*given, *ends, max_q, max_k, **shared)
     return gradients
 
 

@@ -68,7 +68,10 @@ _ADDED = (
         "",
         "what flash-attention has no need of: being installed under its name, telling which "
         "kernels served, deciding about the others",
-        ("install", "installed", "uninstall", "fallback", "report", "reporting", "forget_lengths"),
+        (
+            *("install", "installed", "uninstall", "register_torch"),
+            *("fallback", "report", "reporting", "forget_lengths"),
+        ),
     ),
     Added("", "Huawei's function, with Huawei's contract", ("attention_forward_varlen",)),
     Added(
