@@ -16,7 +16,7 @@ from .refusal import CardRefusal
 if TYPE_CHECKING:
     from .journal import Record
 
-__all__ = ["REASON", "CardRefusal", "enable", "record", "start"]
+__all__ = ["REASON", "CardRefusal", "enable", "lying", "record", "start"]
 
 REASON: str | None = "virtual_ascend.start() was not called"
 _started = False
@@ -65,6 +65,13 @@ def enable() -> None:
             libraries[namespace] = torch.library.Library(namespace, "IMPL")
         libraries[namespace].impl(name, kernel, "PrivateUse1", allow_override=True)
     _enabled.extend(libraries.values())
+
+
+def lying(lie: str) -> AbstractContextManager[None]:
+    """Let the card answer wrongly in one way: `with virtual_ascend.lying("scale forgotten"):`."""
+    from .lies import lying
+
+    return lying(lie)
 
 
 def record() -> AbstractContextManager[Record]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import lies
 from .attention_call import AttentionCall
 from .randomness import combine, host_generator
 
@@ -40,6 +41,11 @@ def keep_bits(count: int, keep_prob: float, seed: int, offset: int) -> torch.Ten
 
 def kept_keys(call: AttentionCall, index: int) -> torch.Tensor | None:
     """Which (row, column) of a sequence take part, broadcastable to [N, Sq, Skv]; None for all."""
+    rows, columns = call.lengths[index]
+    return lies.kept(_by_mode(call, index), rows, columns)
+
+
+def _by_mode(call: AttentionCall, index: int) -> torch.Tensor | None:
     if call.mask is None:
         return None
     rows, columns = call.lengths[index]
@@ -50,7 +56,7 @@ def kept_keys(call: AttentionCall, index: int) -> torch.Tensor | None:
     diagonal = j - i
     if call.mode == 2:
         return diagonal <= 0
-    bottom_right = columns - rows
+    bottom_right = lies.offset(columns - rows)
     if call.mode == 3:
         return diagonal <= bottom_right
     return (diagonal >= bottom_right - call.pre) & (diagonal <= bottom_right + call.next)
@@ -108,7 +114,7 @@ def scores(call: AttentionCall, index: int, q: torch.Tensor, k: torch.Tensor) ->
 
 
 def expand_kv(call: AttentionCall, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double().repeat_interleave(call.heads // call.kv_heads, 0)
+    return lies.key_heads(tensor.double(), call.heads)
 
 
 def forward(
@@ -228,7 +234,7 @@ def _backward_one(
 
 def _group(call: AttentionCall, gradient: torch.Tensor) -> torch.Tensor:
     """Sum the gradients of the query heads that share a key head."""
-    return gradient.unflatten(0, (call.kv_heads, -1)).sum(1)
+    return lies.summed_by_key_head(gradient, call.kv_heads)
 
 
 def _dropout_pieces(call: AttentionCall, dropout: Dropout | None) -> list[torch.Tensor | None]:

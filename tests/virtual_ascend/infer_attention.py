@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import lies
 from .fused_call import poisoned
 from .infer_call import InferCall, unpack
 from .infer_rules import check, is_empty
@@ -55,7 +56,7 @@ def _fill(call: InferCall, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 
 def _expand(call: InferCall, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double().repeat_interleave(call.heads // call.kv_heads, 0)
+    return lies.key_heads(tensor.double(), call.heads)
 
 
 def _attend(
@@ -95,13 +96,17 @@ def _averages(call: InferCall) -> bool:
 
 def kept_keys(call: InferCall, index: int, rows: int, columns: int) -> torch.Tensor | None:
     """Which (row, column) of a sequence take part, None for all."""
+    return lies.kept(_by_mode(call, index, rows, columns), rows, columns)
+
+
+def _by_mode(call: InferCall, index: int, rows: int, columns: int) -> torch.Tensor | None:
     if call.is_dense_decode or call.mask is None:
         return None
     if call.mode in (0, 1):
         return _matrix(call, index)[:rows, :columns] == 0
     i = torch.arange(rows, device="cpu")[:, None]
     j = torch.arange(columns, device="cpu")[None, :]
-    diagonal, bottom_right = j - i, columns - rows
+    diagonal, bottom_right = j - i, lies.offset(columns - rows)
     if call.mode == 2:
         return diagonal <= 0
     if call.mode == 3:

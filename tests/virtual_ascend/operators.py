@@ -14,6 +14,7 @@ from . import (
     gate_ops,
     infer_attention,
     journal,
+    lies,
     loss_op,
     norm_ops,
     paged_cache,
@@ -81,6 +82,9 @@ def _journalled(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
     def launch(*args: Any, **kwargs: Any) -> Any:
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
         journal.launched(name, given)
-        return kernel(given, *args, **kwargs)
+        given = lies.arguments(name, given)
+        returned = kernel(given, *args, **kwargs)
+        lies.results(name, given, returned, lambda g, **k: kernel(g, *args, **{**kwargs, **k}))
+        return returned
 
     return launch
