@@ -6,7 +6,7 @@ mean this package. `attention_forward_varlen` is Huawei's own function, with its
 
 from __future__ import annotations
 
-from . import bert_padding, flash_attn_interface
+from . import _activation, bert_padding, flash_attn_interface
 from ._activation import install, installed, uninstall
 from ._core.attention.mindie import attention_forward_varlen
 from ._core.ground.memory import forget_lengths
@@ -52,3 +52,6 @@ __all__ = [
     "reporting",
     "uninstall",
 ]
+
+# of a child that was told to, or in an environment that was activated
+_activation.follow()

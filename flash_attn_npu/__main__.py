@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not program:
         _stop("nothing to run: name a script, -m module or -c command; see -h")
     try:
-        install()
+        install(children=True)
     except ActivationError as error:
         _stop(str(error))
     try:

@@ -1,5 +1,5 @@
 """Make `import flash_attn` mean this package, and undo it."""
 
-from .install import Activation, install, installed, uninstall
+from .install import Activation, follow, install, installed, uninstall
 
-__all__ = ["Activation", "install", "installed", "uninstall"]
+__all__ = ["Activation", "follow", "install", "installed", "uninstall"]

@@ -12,16 +12,21 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import cast
 
+import _flash_attn_npu_startup as startup
+from _flash_attn_npu_startup import ALIAS, PACKAGE, PROVIDER
+
 from .._core.ground.locks import Lock
 from .._integrations import transformers
 from .._version import FLASH_ATTN_VERSION
 from ..errors import ActivationError
+from . import children as offspring
 from . import occupant, operators
+from .distribution import VirtualDistribution
 from .finder import AliasFinder, PostImportFinder
-from .metadata import VirtualDistribution, VirtualDistributionFinder
+from .metadata import VirtualDistributionFinder
 from .mirrored import mirrored
 
-__all__ = ["MIRRORED", "Activation", "install", "installed", "uninstall"]
+__all__ = ["MIRRORED", "Activation", "follow", "install", "installed", "uninstall"]
 
 MIRRORED = mirrored(sys.modules[__package__.partition(".")[0]].__path__, own=("errors",))
 """Our modules that mirror upstream ones; anything else of ours is absent under `flash_attn`."""
@@ -46,9 +51,6 @@ NOTED_AS_ABSENT = {
 }
 """What clients hold, diffusers among them, that looked for flash_attn and did not find it."""
 
-ALIAS = "flash_attn"
-PACKAGE = "flash_attn_npu"
-PROVIDER = "flash-attn-npu-shim"
 RIVAL = "flash-attn-npu"
 
 _log = logging.getLogger(PACKAGE)
@@ -77,11 +79,13 @@ class _State:
 
     touched: something of ours may be in place. It is set before the first change and cleared
         after the last one is undone, so that whatever interrupts, the rest can be made up for.
+    shadows: a real flash_attn would be found but for us.
     set_aside: what comes back under the name.
     given_up: placeholders, which come back only if what removes them fails.
     """
 
     touched = False
+    shadows = False
     set_aside: dict[str, ModuleType | None] = {}  # noqa: RUF012
     given_up: dict[str, ModuleType | None] = {}  # noqa: RUF012
 
@@ -93,11 +97,21 @@ class Activation:
     context manager it gives itself up at the end of the block.
     """
 
+    def __init__(self, *, children: bool = False) -> None:
+        self._children = children
+
+    @property
+    def children(self) -> bool:
+        """Whether processes that this one starts are to serve flash_attn too."""
+        return self._children
+
     def uninstall(self) -> None:
         """Give this claim up; a second call does nothing that the first did not leave undone."""
         with _lock:
             _claims.discard(self)
-            if not _claims:
+            if _claims:
+                _settle()
+            else:
                 _switch_off()
 
     def __enter__(self) -> Activation:
@@ -112,7 +126,7 @@ class Activation:
         self.uninstall()
 
 
-def install(*, force: bool = False) -> Activation:
+def install(*, force: bool = False, children: bool = False) -> Activation:
     """Make `import flash_attn` give this package in this process.
 
     Applications and launchers call it, before anything imports flash_attn; libraries import
@@ -122,6 +136,9 @@ def install(*, force: bool = False) -> Activation:
     Args:
         force: replace a flash_attn that is already imported, and ignore
             `sys.modules["flash_attn"] = None`. What was replaced comes back on uninstall.
+        children: let the processes that this one starts meanwhile do the same, by the
+            environment variable FLASH_ATTN_NPU_INSTALL. They are those of an environment into
+            which flash_attn_npu is installed; a forked child needs nothing.
 
     Returns:
         A claim with `.uninstall()`, usable as a context manager.
@@ -129,7 +146,7 @@ def install(*, force: bool = False) -> Activation:
     Raises:
         ActivationError: a real flash_attn is already imported, or the name is blocked.
     """
-    claim = Activation()
+    claim = Activation(children=children)
     with _lock:
         if not _claims:
             # what an interrupted uninstall has left
@@ -139,6 +156,7 @@ def install(*, force: bool = False) -> Activation:
             if not _claims:
                 _switch_on()
             _claims.add(claim)
+            _settle()
             _warn_of_those_before_us()
             _State.given_up = {}
         except BaseException:
@@ -156,6 +174,21 @@ def uninstall() -> None:
     with _lock:
         _claims.clear()
         _switch_off()
+
+
+def follow() -> None:
+    """Install, if that is what the environment told this interpreter at its start.
+
+    A real flash_attn keeps the name, unless the environment says force. Nothing is raised.
+    """
+    finder = startup.waiting()
+    if finder is None or finder.stands_back(ALIAS):
+        return
+    sys.meta_path.remove(finder)
+    try:
+        install()
+    except ActivationError as error:
+        startup.say(f"flash_attn is not served: {error}")
 
 
 def installed() -> bool:
@@ -176,6 +209,20 @@ def _switch_on() -> None:
     _log.info("flash_attn is now flash_attn_npu, mirroring flash-attn %s", FLASH_ATTN_VERSION)
 
 
+def _settle() -> None:
+    """Tell children what the claims that are left ask for."""
+    if not any(claim.children for claim in _claims):
+        offspring.take_back()
+        return
+    offspring.tell({"1", "force"} if _State.shadows else {"1"})
+    if not offspring.followed():
+        _log.info(
+            "no start-up file of %s in site-packages: children that do not fork will find no "
+            "flash_attn; pip install the package, from a PYTHONPATH alone it does not work",
+            PROVIDER,
+        )
+
+
 def _switch_off() -> None:
     # each step looks at what is there, so that it can be taken again
     if not _State.touched:
@@ -189,6 +236,7 @@ def _switch_off() -> None:
         last.callback(transformers.undo)
         last.callback(_hooks.remove)
         last.callback(operators.remove)
+        last.callback(offspring.take_back)
     _State.touched = False
 
 
@@ -306,6 +354,7 @@ def _warn_of_those_before_us() -> None:
 
 def _tell_what_is_shadowed() -> None:
     spec = importlib.util.find_spec(ALIAS)
+    _State.shadows = spec is not None
     if spec is not None:
         _say_shadowed(str(spec.origin))
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 Script = Callable[..., str]
 
 WORLD = """
-import collections, contextlib, importlib, logging, sys, types
+import collections, contextlib, importlib, logging, os, sys, types
 sys.modules["torch_npu"] = None     # not installed, as far as anybody can tell
 import torch
 import flash_attn_npu
@@ -37,6 +37,7 @@ def state():
         {name: module for name, module in sys.modules.items() if f"{name}.".startswith(
             "flash_attn.")},
         type(torch.ops.flash_attn),
+        dict(os.environ),
     )
 
 def ours(code):
@@ -86,7 +87,7 @@ def every_line(prepare, function):
         line += 1
 
 def install():
-    flash_attn_npu.install(force=True)
+    flash_attn_npu.install(force=True, children=True)
 
 def nothing():
     pass
@@ -125,7 +126,7 @@ assert lines > 40, lines
 if CLIENT:
     raise SystemExit
 claims = []
-lines = every_line(lambda: claims.append(flash_attn_npu.install(force=True)),
+lines = every_line(lambda: claims.append(flash_attn_npu.install(force=True, children=True)),
                    lambda: claims[-1].uninstall())
 assert lines > 40, lines
 """,

@@ -1,0 +1,199 @@
+"""What a start of Python does so that `import flash_attn` may be served: nearly nothing.
+
+`install(children=True)` and the launcher set FLASH_ATTN_NPU_INSTALL. A `.pth` and a `.start` file
+in site-packages call `start()`, which puts one finder into `sys.meta_path` where it is set. That
+finder imports flash_attn_npu, and torch with it, when the program imports flash_attn, or a module
+of a client that would decide without asking for it.
+
+It lies beside the package and not in it, as importing anything of the package imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import ModuleType
+    from typing import Any
+
+VARIABLE = "FLASH_ATTN_NPU_INSTALL"
+OFF = ("", "0")
+WORDS = ("1", "fa3", "force")
+"""1: serve flash_attn. fa3: FlashAttention 3 as well. force: even where a real one would be found.
+
+Several are joined by commas, and each implies the first."""
+
+PACKAGE = "flash_attn_npu"
+PROVIDER = "flash-attn-npu-shim"
+ALIAS = "flash_attn"
+ALIASES_3 = {
+    "flash_attn_3": ("_flash_attn_3", "__init__.py"),
+    "flash_attn_interface": ("_flash_attn_3", "flash_attn_interface.py"),
+}
+"""FlashAttention 3's top-level names, and where they lie in the package."""
+
+CLIENTS = frozenset(
+    {
+        "transformers.integrations.flash_attention",
+        "transformers.integrations.npu_flash_attention",
+        "transformers.modeling_flash_attention_utils",
+        "transformers.modeling_utils",
+        "transformers.utils.import_utils",
+    }
+)
+"""What goes past flash_attn on a machine without CUDA: the package changes it at its import."""
+
+
+def start() -> None:
+    """Follow FLASH_ATTN_NPU_INSTALL: do nothing, wait for flash_attn, or say what is wrong."""
+    value = os.environ.get(VARIABLE, "")
+    if value in OFF:
+        return
+    words = value.split(",")
+    if set(words) <= set(WORDS):
+        _wait(words)
+    else:
+        expected = f"0, or some of {', '.join(WORDS)} joined by commas"
+        say(f"flash_attn is not served: {VARIABLE} is {value!r}; allowed: {expected}")
+
+
+def start_activated() -> None:
+    """Wait for flash_attn where `activate` made that permanent, unless the variable says 0."""
+    if os.environ.get(VARIABLE) == "0":
+        return
+    start()
+    if any(os.path.exists(os.path.join(folder, *mark())) for folder in sys.path):
+        _wait(["1"]).on_disk = True
+
+
+def mark() -> tuple[str, str]:
+    """Below site-packages, the folder and the file in it that make an environment activated."""
+    version = _light("_version").FLASH_ATTN_VERSION
+    return f"{ALIAS}-{version}.dist-info", PACKAGE
+
+
+def waiting() -> Waiting | None:
+    """The finder that waits; None if there is none, or none any more."""
+    return next((finder for finder in sys.meta_path if isinstance(finder, Waiting)), None)
+
+
+_said: set[str] = set()
+
+
+def say(text: str) -> None:
+    """One line on stderr: there is no log yet, and a start must not fail.
+
+    Once: Python reads the start files of a virtual environment twice.
+    """
+    if sys.stderr is not None and text not in _said:
+        _said.add(text)
+        print(f"{PACKAGE}: {text}", file=sys.stderr)
+
+
+class Waiting:
+    """Stands in `sys.meta_path` for `install()`, until more is wanted than to know of flash_attn.
+
+    words: those of the variable. on_disk: whether the distribution is there without this.
+    """
+
+    def __init__(self) -> None:
+        self.words: set[str] = set()
+        self.on_disk = False
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """A promise of flash_attn, to be kept by its import; None for anything else."""
+        if fullname == ALIAS or (fullname in ALIASES_3 and "fa3" in self.words):
+            return None if self.stands_back(fullname) else self._promise(fullname)
+        if fullname in CLIENTS and not self.stands_back(ALIAS):
+            self._give_way()
+            return _found_by(sys.meta_path, fullname, path)
+        return None
+
+    def find_distributions(self, context: Any = None) -> Iterator[Any]:
+        """The distribution that `install()` will show, for who asks before the import."""
+        asked = {} if context is None else vars(context)
+        if "path" in asked or self.on_disk or self.stands_back(ALIAS):
+            return
+        kind = _light("_activation", "distribution").VirtualDistribution
+        version = _light("_version").FLASH_ATTN_VERSION
+        shown = kind("flash-attn", version, ALIAS, PROVIDER, os.path.dirname(_folder()))
+        if shown.answers(asked.get("name")):
+            yield shown
+
+    def stands_back(self, name: str) -> bool:
+        """Whether somebody else has the name, or nothing of ours is left to serve it with."""
+        if not _folder():
+            return True
+        if "force" in self.words:
+            return False
+        others = [finder for finder in sys.meta_path if finder is not self]
+        return getattr(_found_by(others, name, None), "loader", None) is not None
+
+    def create_module(self, spec: Any) -> None:
+        """Let Python make a module, which nobody will see."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Keep the promise."""
+        name = module.__name__
+        # install() would take the entry for a flash_attn of somebody else
+        sys.modules.pop(name, None)
+        self._give_way()
+        __import__(name)
+
+    def _give_way(self) -> None:
+        try:
+            # it sees us waiting, and installs itself
+            __import__(PACKAGE)
+        finally:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+
+    def _promise(self, name: str) -> Any:
+        from importlib.machinery import ModuleSpec
+
+        file = os.path.join(_folder(), *ALIASES_3.get(name, ("__init__.py",)))
+        spec = ModuleSpec(name, self, origin=file)  # type: ignore[arg-type]
+        if os.path.basename(file) == "__init__.py":
+            spec.submodule_search_locations = [os.path.dirname(file)]
+        return spec
+
+
+def _wait(words: Iterable[str]) -> Waiting:
+    finder = waiting()
+    if finder is None:
+        finder = Waiting()
+        sys.meta_path.insert(0, finder)
+    finder.words.update(words)
+    return finder
+
+
+def _found_by(finders: Iterable[Any], name: str, path: Any) -> Any:
+    for finder in list(finders):
+        spec = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
+        if spec is not None:
+            return spec
+    return None
+
+
+def _folder() -> str:
+    """Where the package lies, found without importing it; empty if it is gone."""
+    from importlib.util import find_spec
+
+    spec = find_spec(PACKAGE)
+    return os.path.dirname(spec.origin) if spec is not None and spec.origin else ""
+
+
+def _light(*name: str) -> Any:
+    """A module of the package that imports nothing of it, run without the package."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    file = os.path.join(_folder(), *name) + ".py"
+    spec = spec_from_file_location(f"_{PACKAGE}{'_'.join(name)}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
