@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 from .._activation.install import MIRRORED
@@ -18,7 +18,7 @@ from .exceptions import RULES
 __all__ = ["FROZEN", "compared"]
 
 FROZEN: dict[str, dict[str, Any]] = json.loads(
-    (Path(__file__).parent / "flash_attn.json").read_text()
+    (resources.files(__package__) / "flash_attn.json").read_text(encoding="utf-8")
 )
 """The surface of flash-attention 2.8."""
 

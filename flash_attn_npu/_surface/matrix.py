@@ -12,7 +12,7 @@ from .._core.table import rowwise
 from .._core.table.attention import BLOCKWISE, FUSION, INFER, TABLE
 from .._core.table.rule import Rule
 from .._version import FLASH_ATTN_VERSION
-from . import compared
+from . import compared, wheels
 from .comparison import Module
 from .exceptions import RULES
 
@@ -110,7 +110,9 @@ def matrix() -> str:
         "| --- | --- | --- | --- | --- |"
     )
     attention = f"## Attention\n\n{head}\n{rows}\n"
-    return "\n".join((_HEAD, attention, f"{_ROWWISE}{_rules()}\n", namespace(), _DIFFERENCES))
+    rowwise_rules = f"{_ROWWISE}{_rules()}\n"
+    parts = (_HEAD, attention, rowwise_rules, wheels.table(), namespace(), _DIFFERENCES)
+    return "\n".join(parts)
 
 
 def _rules() -> str:

@@ -65,6 +65,13 @@ def sunk(make: Maker) -> Any:
     return npu_flash_attn_varlen_func(q, k, v, cu, cu, s_aux=sink, **options)
 
 
+def biased(make: Maker) -> Any:
+    q, k, v = (make.tensor(name, 12, 2, 64) for name in "qkv")
+    cu, slopes = make.ints("cu", [0, 5, 12]), make.tensor("slopes", 2, dtype=torch.float32)
+    options = make.options(causal=True, return_attn_probs=True, alibi_slopes=slopes)
+    return flash_attn_npu.flash_attn_varlen_func(q, k, v, cu, cu, 9, 9, **options)
+
+
 def huawei(make: Maker) -> Any:
     q, k, v = (make.tensor(name, 12, 2, 64) for name in "qkv")
     cu_q, cu_k = make.ints("cu_q", [0, 5, 12]), make.ints("cu_k", [0, 5, 12])
@@ -219,6 +226,13 @@ PAGES = ATTENTION | {
     "gathered, inference": {"options": {"softcap": 3.0}, "mode": INFERENCE},
     "gathered, gradient": {"options": {"softcap": 3.0}, "grad": ("k",)},
 }
+BIASED = {"as it is": {}} | GRADIENTS | {
+    "other lengths": {"cu": [0, 3, 12]},
+    "equal lengths": {"cu": [0, 6, 12]},
+    "inference mode": MODES["inference mode"],
+    "deterministic, with gradient": {"options": {"deterministic": True}, "grad": ("q",)},
+    "bfloat16": DTYPES["bfloat16"],
+}  # fmt: skip
 HUAWEI = {"as it is": {}, "other": {"cu_q": [0, 3, 12]}} | GRADIENTS | {
     "inference mode": MODES["inference mode"], "not causal": {"options": {"causal": False}},
     "bfloat16": DTYPES["bfloat16"],
@@ -258,9 +272,12 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
             "cumulative lengths of a tensor",
             "cumulative lengths by their values",
             "names of chips",
+            "version of torch_npu",
+            "arguments of torch_npu's operators",
         ),
     ),
     "sink": (sunk, SUNK, ("plans of attention calls",)),
+    "statistics": (biased, BIASED, ("where packed statistics lie",)),
     "huawei": (huawei, HUAWEI, ("ends of the sequences of a tensor",)),
     "pages": (pages, PAGES, ("lengths and block tables of a cache", "positions in caches")),
     "buffers": (buffers, BUFFERS, ("whether buffers share memory",)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from wheel import pretend_row
 
+from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.problems.rowwise import Gate, Loss, Norm, Problem, Rotation
 from flash_attn_npu._core.table import rowwise
 from flash_attn_npu._core.table.rowwise import TABLE, candidates, refusals
@@ -15,6 +17,13 @@ from flash_attn_npu._core.table.rule import Rule
 CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "tensors outside an Ascend NPU": lambda p: p._replace(device=torch.device("cpu")),
     "Ascend 310P and 200I": lambda p: p,
+    "a torch_npu older than 2.6.0": lambda p: p,
+    "rotary, a torch_npu without npu_rotary_mul": lambda p: p,
+    "RMS norm, a torch_npu without npu_rms_norm": lambda p: p,
+    "RMS norm of a sum, a torch_npu without npu_add_rms_norm": lambda p: p,
+    "layer norm of a sum, a torch_npu without npu_add_layer_norm": lambda p: p,
+    "swiglu, a torch_npu without npu_swiglu and npu_swiglu_backward": lambda p: p,
+    "cross entropy, a torch_npu without npu_cross_entropy_loss": lambda p: p,
     "no element": lambda p: p._replace(empty=True),
     "float64": lambda p: p._replace(dtype=torch.float64),
     "cos and sin of another dtype than x": lambda p: p._replace(table_dtype=torch.float32),
@@ -102,9 +111,17 @@ def plain(npu: torch.device) -> dict[str, Problem]:
 
 
 @pytest.fixture(autouse=True)
+def installed_rules() -> Iterator[None]:
+    yield
+    forget_all()
+
+
+@pytest.fixture(autouse=True)
 def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     callspec = getattr(request.node, "callspec", None)
     rule = callspec.params.get("rule") if callspec else None
+    if isinstance(rule, Rule):
+        pretend_row(rule.name, monkeypatch)
     if isinstance(rule, Rule) and rule.name == "Ascend 310P and 200I":
         monkeypatch.setattr(rowwise, "soc_name", lambda device: "Ascend310P3")
 

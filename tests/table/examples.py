@@ -122,6 +122,12 @@ EXAMPLES: dict[str, Example] = {
     "no query sees a key": dense(seqlens=(6, 0)),
     "tensors outside an Ascend NPU": lambda _: dense()(torch.device("cpu")),
     "Ascend 310P and 200I": dense(),
+    "a torch_npu older than 2.6.0": dense(),
+    "attention, a torch_npu without npu_fusion_attention and npu_fusion_attention_grad": dense(),
+    "alibi_slopes, a torch_npu without npu_fusion_attention_v2 and npu_fusion_attention_grad_v2": (
+        dense(slopes=True)
+    ),
+    "keys in a cache, a torch_npu without npu_fused_infer_attention_score": cached(),
     "float16": dense(),
     "bfloat16": dense(dtype=torch.bfloat16),
     "float32": dense(dtype=torch.float32),

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import virtual_ascend
+from wheel import pretend_row
 
 from examples import EXAMPLES, SMALL_CACHED_SEQUENCES, SMALL_SEQUENCES, SMALL_TOKENS
-from flash_attn_npu._core.ground import usage
+from flash_attn_npu._core.ground import chip, usage
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.table import attention, plans
 from flash_attn_npu._core.table.attention import BLOCKWISE, FUSION, INFER, TABLE
@@ -28,8 +29,11 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Plans and warnings of other tests must not answer here; some rows need another chip."""
     forget_all()
     row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
+    if isinstance(row, Rule):
+        pretend_row(row.name, monkeypatch)
     if isinstance(row, Rule) and row.name in CHIPS:
         monkeypatch.setattr(attention, "soc_name", lambda device: CHIPS[row.name])
+        chip._names.put(torch.device("npu:0"), CHIPS[row.name])
     monkeypatch.setattr(attention, "MAX_SEQUENCES", SMALL_SEQUENCES)
     monkeypatch.setattr(attention, "MAX_TOKENS", SMALL_TOKENS)
     monkeypatch.setattr(attention, "MAX_CACHED_SEQUENCES", SMALL_CACHED_SEQUENCES)

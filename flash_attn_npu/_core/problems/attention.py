@@ -118,9 +118,13 @@ class Problem:
         )
 
     @cached_property
-    def common_offset(self) -> int | None:
-        """seqlen_k - seqlen_q if it is the same for all sequences, else None."""
-        offsets = {k - q for q, k in self.sequences}
+    def seeing_offset(self) -> int | None:
+        """seqlen_k - seqlen_q if it is the same for all sequences, else None.
+
+        Queries that see no key do not count: without them, causal attention of more queries than
+        keys has as many of both.
+        """
+        offsets = {k - q + self.blind(q, k) for q, k in self.sequences}
         return offsets.pop() if len(offsets) == 1 else None
 
     @property

@@ -14,12 +14,12 @@ from ..ground.chip import soc_name
 from ..ground.settings import alibi_offset
 from ..problems.attention import Problem
 from ..problems.cache import MAX_PAGE
+from . import installed
+from .installed import FUSION, INFER
 from .rule import Rule, reasons
 
 __all__ = ["BLOCKWISE", "FUSION", "INFER", "TABLE", "refusals"]
 
-INFER = "npu_fused_infer_attention_score"
-FUSION = "npu_fusion_attention"
 BLOCKWISE = "blockwise"
 
 MAX_HEADS = 256
@@ -57,6 +57,8 @@ TABLE: tuple[Rule, ...] = (
         lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
         {FUSION: "the chip does not have it", INFER: "the chip does not have it"},
     ),
+    installed.supported((FUSION, INFER)),
+    *installed.rows(installed.ATTENTION),
     Rule("float16", lambda p: p.dtype == torch.float16),
     Rule("bfloat16", lambda p: p.dtype == torch.bfloat16),
     Rule("float32", lambda p: p.dtype == torch.float32, {INFER: "it takes float16 and bfloat16"}),
@@ -133,12 +135,12 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "alibi_slopes, equal lengths",
-        lambda p: p.alibi and p.common_offset == 0,
+        lambda p: p.alibi and p.seeing_offset == 0,
         {INFER: ROUNDED_BIAS},
     ),
     Rule(
         "alibi_slopes, lengths that differ by a common offset",
-        lambda p: p.alibi and bool(p.common_offset) and not _offset_allowed(p),
+        lambda p: p.alibi and bool(p.seeing_offset) and not _offset_allowed(p),
         {
             FUSION: "its alibi_slopes are documented for seqlen_q = seqlen_k only",
             INFER: ROUNDED_BIAS,
@@ -146,7 +148,7 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "alibi_slopes, lengths that differ otherwise",
-        lambda p: p.alibi and p.common_offset is None,
+        lambda p: p.alibi and p.seeing_offset is None,
         {FUSION: "its alibi_slopes know no offset for each sequence", INFER: ROUNDED_BIAS},
     ),
     Rule(
@@ -154,32 +156,12 @@ TABLE: tuple[Rule, ...] = (
         lambda p: p.alibi and p.with_empty,
         {FUSION: "with alibi_slopes it takes no sequence of length 0"},
     ),
-    Rule(
-        "alibi_slopes, varlen, softmax_lse",
-        lambda p: p.alibi and p.varlen and p.uses_lse,
-        {FUSION: "with alibi_slopes it returns packed statistics in one block per sequence"},
-    ),
+    Rule("alibi_slopes, varlen, softmax_lse", lambda p: p.alibi and p.varlen and p.uses_lse),
     Rule("sink (transformers' s_aux)", lambda p: p.sink, {INFER: "its sink is not used yet"}),
-    Rule(
-        "sink, float32",
-        lambda p: p.sink and p.dtype == torch.float32,
-        {FUSION: "it takes a sink with float16 and bfloat16 only"},
-    ),
-    Rule(
-        "sink, softmax_lse or a deterministic backward",
-        lambda p: p.sink and p.uses_lse,
-        {FUSION: "whether its statistics count the sink is not documented"},
-    ),
-    Rule(
-        "sink, alibi_slopes",
-        lambda p: p.sink and p.alibi,
-        {FUSION: "alibi_slopes and a sink are not documented together"},
-    ),
-    Rule(
-        "sink, Ascend 950",
-        lambda p: p.sink and soc_name(p.device).startswith("Ascend950"),
-        {FUSION: "torch_npu drops the sink there"},
-    ),
+    Rule("sink, float32", lambda p: p.sink and p.dtype == torch.float32),
+    Rule("sink, softmax_lse or a deterministic backward", lambda p: p.sink and p.uses_lse),
+    Rule("sink, alibi_slopes", lambda p: p.sink and p.alibi),
+    Rule("sink, Ascend 950", lambda p: p.sink and soc_name(p.device).startswith("Ascend950")),
     Rule("keys in a cache", lambda p: p.pages is not None),
     Rule(
         f"keys in a cache, more than {MAX_CACHED_SEQUENCES} sequences",

@@ -23,6 +23,7 @@ from ..problems.rowwise import (
     Problem,
     Rotation,
 )
+from . import installed
 from .rule import Rule, reasons
 
 __all__ = ["TABLE", "TORCH", "candidates", "refusals"]
@@ -63,6 +64,8 @@ TABLE: tuple[Rule, ...] = (
         lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
         dict.fromkeys(ALL, "the chip does not have it, or not for every dtype"),
     ),
+    installed.supported(ALL),
+    *installed.rows(installed.ROWWISE),
     Rule("no element", lambda p: p.empty, dict.fromkeys(ALL, "there is nothing to compute")),
     Rule("float64", _in_float64, dict.fromkeys(ALL, "it takes float16, bfloat16 and float32")),
     Rule(

@@ -4,6 +4,9 @@ Contract: torch_npu's operator documentation. `direct` is differentiable through
 autograd; `forward` and `backward` are the same without it, the backward from softmax_lse alone:
 the kernel recomputes probabilities as exp(score - softmax_max) / softmax_sum, so softmax_max =
 softmax_lse and softmax_sum = 1 give the gradient, also of a merge over several blocks of keys.
+
+What the installed operators lack is made up for here: statistics of packed sequences are read in
+the order in which they come, and a sink that the kernel does not take is added to its answer.
 """
 
 from __future__ import annotations
@@ -15,11 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ground.chip import soc_name
 from ...ground.locks import Lock
 from ...ground.memory import Memo
+from ...ground.schemas import has
 from ...ground.second_derivatives import once, watch
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved
+from ..sinks import with_sink
+from . import statistics
 from .selection import Rows
 
 __all__ = [
@@ -38,9 +45,8 @@ UNLIMITED = 2147483647
 MASK_SIZE = 2048
 """Side of the compressed mask that the sparse modes demand."""
 
-STATISTICS = 8
-"""The kernel repeats softmax_max and softmax_sum this often along a last dimension."""
-
+FORWARD, FORWARD_2 = "npu_fusion_attention", "npu_fusion_attention_v2"
+BACKWARD = "npu_fusion_attention_grad"
 
 _masks: Memo[torch.device, Tensor] = Memo("causal masks", 64, nbytes=64 * MASK_SIZE**2)
 _prepared_calls: Memo[Problem, tuple[Rows, Callable[..., Any]]] = Memo(
@@ -72,9 +78,9 @@ def fusion_attention() -> Callable[..., Any]:
 def direct(problem: Problem) -> Callable[..., Any] | None:
     """A differentiable function (q, k, v, alibi_slopes, sink) -> what the public function returns.
 
-    None where torch_npu's autograd does not serve: a deterministic backward is asked for.
+    None where torch_npu's autograd does not serve.
     """
-    if problem.deterministic and problem.needs_grad:
+    if not _own_autograd(problem):
         return None
     rows, kernel = _prepared(problem)
     first = once(problem.function)
@@ -87,10 +93,42 @@ def direct(problem: Problem) -> Callable[..., Any] | None:
         out = rows.restore(out)
         if not problem.uses_lse:
             return out
-        lse = rows.restore_lse(_lse(problem, top.detach(), total.detach()))
+        lse = rows.restore_lse(_lse(problem, rows, top.detach(), total.detach()))
         return out, lse, q.new_empty(0)
 
     return run
+
+
+def _own_autograd(problem: Problem) -> bool:
+    """Whether torch_npu's autograd serves.
+
+    It has no deterministic backward, and is not asked about a sink where the gradient operator of
+    packed sequences is documented without (Ascend 950), or where the kernel takes no sink.
+    """
+    if problem.sink and (_operator(problem) != FORWARD or not _takes_sink(problem)):
+        return False
+    return not (problem.deterministic and problem.needs_grad)
+
+
+def _takes_sink(problem: Problem) -> bool:
+    """Whether the kernel is given the sink: otherwise it is added to what the kernel answers.
+
+    It takes one with float16 and bfloat16; one beside alibi_slopes is not documented.
+    """
+    fits = problem.sink and problem.dtype != torch.float32 and not problem.alibi
+    return fits and has(_operator(problem), "sink")
+
+
+def _operator(problem: Problem) -> str:
+    """Only the second has ALiBi, and on an Ascend 950 the first drops the sink without a word."""
+    dropped = problem.sink and soc_name(problem.device).startswith("Ascend950")
+    return FORWARD_2 if problem.alibi or dropped else FORWARD
+
+
+def _in_rows(problem: Problem, operator: str) -> bool:
+    """Whether statistics of packed sequences come in rows: see `statistics`."""
+    # the second passes the argument on beside a sink only
+    return has(operator, "softmax_layout") and (operator != FORWARD_2 or _takes_sink(problem))
 
 
 def _plain(problem: Problem, rows: Rows, first: Tensor | None) -> Callable[..., Tensor]:
@@ -126,9 +164,12 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     out, top, total, _, seed, offset, _ = kernel(
         rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink
     )
+    lse = _lse(problem, rows, top, total)
+    if sink is not None and not _takes_sink(problem):
+        out, lse = with_sink(out, lse, sink)
     return Forward(
         rows.restore(out),
-        rows.restore_lse(_lse(problem, top, total)),
+        rows.restore_lse(lse),
         q.new_empty(0),
         torch.tensor(
             [seed, offset] if problem.dropout_p else [0, 0], dtype=torch.int64, device="cpu"
@@ -142,10 +183,13 @@ def backward(
     """Write dq, dk, dv into `grads`, where they lie."""
     rows, _ = _prepared(problem)
     lse = rows.take_lse(saved.softmax_lse)
-    if problem.varlen:
-        lse = lse.t()
-    top = lse[..., None].expand(*lse.shape, STATISTICS).contiguous()
     arguments = _grad_arguments(problem, rows, saved.rng_state)
+    if problem.varlen and saved.alibi_slopes is None and has(BACKWARD, "softmax_layout"):
+        arguments["softmax_layout"] = "TND"
+        lse = lse.t()
+    elif rows.ends_q is not None:
+        lse = statistics.by_sequence(lse, rows.ends_q)
+    top = lse[..., None].expand(*lse.shape, statistics.REPEATED).contiguous()
     arguments |= {
         "softmax_max": top,
         "softmax_sum": torch.ones_like(top),
@@ -174,34 +218,38 @@ def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:
     """A function (q, k, v, slopes, sink) of rows that see keys -> the kernel's seven results."""
     import torch_npu
 
+    operator, sunk = _operator(problem), _takes_sink(problem)
+    second = operator == FORWARD_2
+    mode, mask, before, after = _sparsity(problem)
     shared: dict[str, Any] = {
         "scale": problem.softmax_scale,
         "keep_prob": 1.0 - problem.dropout_p,
         "actual_seq_qlen": rows.ends_q,
         "actual_seq_kvlen": rows.ends_k,
+        "sparse_mode": mode,
+        "atten_mask": mask,
+        "pre_tokens" if second else "pre_tockens": before,
+        "next_tokens" if second else "next_tockens": after,
     }
-    mode, mask, before, after = _sparsity(problem)
-    shared |= {"sparse_mode": mode, "atten_mask": mask}
-    heads, layout = problem.nheads, _layout(problem)
     if problem.alibi:
-        biased = shared | {"pre_tokens": before, "next_tokens": after} | _bias(problem)
-
-        def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sink: None) -> Any:
-            # slopes have no gradient; torch_npu's autograd would give them unwritten memory
-            pse = slopes.detach().contiguous()
-            return torch_npu.npu_fusion_attention_v2(q, k, v, heads, layout, pse=pse, **biased)
-
-        return run
-    shared |= {"pre_tockens": before, "next_tockens": after}
-    if problem.varlen and problem.uses_lse:
-        # otherwise packed statistics come as one (nheads, seqlen) block per sequence
+        shared |= _bias(problem)
+    read = problem.uses_lse or not _own_autograd(problem)
+    if problem.varlen and read and _in_rows(problem, operator):
         shared["softmax_layout"] = "TND"
+    heads, layout = problem.nheads, _layout(problem)
 
-    def run_v1(q: Tensor, k: Tensor, v: Tensor, slopes: None, sink: Tensor | None) -> Any:
-        sunk = {} if sink is None else {"sink": sink.float()}
-        return torch_npu.npu_fusion_attention(q, k, v, heads, layout, **shared, **sunk)
+    def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None) -> Any:
+        given = dict(shared)
+        if slopes is not None:
+            # slopes have no gradient; torch_npu's autograd would give them unwritten memory
+            given["pse"] = slopes.detach().contiguous()
+        if sunk and sink is not None:
+            given["sink"] = sink.float()
+        if second:
+            return torch_npu.npu_fusion_attention_v2(q, k, v, heads, layout, **given)
+        return torch_npu.npu_fusion_attention(q, k, v, heads, layout, **given)
 
-    return run_v1
+    return run
 
 
 def _grad_kernel(problem: Problem, slopes: Tensor | None) -> Callable[..., Any]:
@@ -232,8 +280,6 @@ def _grad_arguments(problem: Problem, rows: Rows, rng_state: Tensor | None) -> d
         "actual_seq_qlen": rows.ends_q,
         "actual_seq_kvlen": rows.ends_k,
     }
-    if problem.varlen:
-        arguments["softmax_layout"] = "TND"
     if problem.dropout_p and rng_state is not None:
         seed, offset = rng_state.tolist()
         arguments |= {"seed": seed, "offset": offset, "numels": problem.nheads * rows.pairs}
@@ -256,16 +302,19 @@ def _sparsity(problem: Problem) -> tuple[int, Tensor | None, int, int]:
 def _bias(problem: Problem) -> dict[str, Any]:
     """Type 2 adds -slope * |j + kv_start - i - q_start|, i and j from the top left."""
     bias: dict[str, Any] = {"pse_type": 2}
-    # without its blind rows every sequence starts at its first query that sees a key
-    first = (problem.common_offset or 0) + problem.most_blind
+    first = problem.seeing_offset
     if first:
         bias |= {"q_start_idx": [first], "kv_start_idx": [0]}
     return bias
 
 
-def _lse(problem: Problem, top: Tensor, total: Tensor) -> Tensor:
+def _lse(problem: Problem, rows: Rows, top: Tensor, total: Tensor) -> Tensor:
     lse = top[..., 0] + torch.log(total[..., 0])
-    return lse.t().contiguous() if problem.varlen else lse
+    if rows.ends_q is None:
+        return lse
+    if _in_rows(problem, _operator(problem)):
+        return lse.t().contiguous()
+    return statistics.by_row(lse, rows.ends_q)
 
 
 _deterministic_lock = Lock()

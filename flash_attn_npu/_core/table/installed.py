@@ -1,0 +1,157 @@
+"""What of torch_npu each fused call needs.
+
+From this the rows of both tables are made that ask the installed torch_npu, and the part of
+compat_matrix.md that says what is fused with which torch_npu. The first entry of a call is the
+operator, the others are all the arguments that are passed to it by name or by position, but for
+those of a need of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..ground.schemas import lacks
+from ..ground.versions import OLDEST, too_old
+from ..problems.rowwise import (
+    ADD_LAYER_NORM,
+    ADD_RMS_NORM,
+    CROSS_ENTROPY,
+    RMS_NORM,
+    ROTARY_MUL,
+    SWIGLU,
+)
+from .rule import Rule
+
+__all__ = ["ATTENTION", "FUSION", "INFER", "ROWWISE", "Need", "rows", "supported"]
+
+INFER = "npu_fused_infer_attention_score"
+FUSION = "npu_fusion_attention"
+
+
+class Need(NamedTuple):
+    """What of torch_npu a kind of call needs.
+
+    feature: the kind, in a user's words.
+    kernel: the one that refuses it if something is missing.
+    calls: (operator, argument, ...) of everything that is called.
+    applies: whether a problem is of this kind.
+    otherwise: how it is served as a fused call all the same, None where it is composed then.
+    """
+
+    feature: str
+    kernel: str
+    calls: tuple[tuple[str, ...], ...]
+    applies: Callable[[Any], bool] = lambda problem: True
+    otherwise: str | None = None
+
+
+_TENSORS = ("query", "key", "value")
+_SHARED = (
+    *("head_num", "input_layout", "atten_mask", "keep_prob"),
+    *("actual_seq_qlen", "actual_seq_kvlen", "sparse_mode"),
+)
+_BY_POSITION = ("pse", "padding_mask", "inner_precise", "prefix")
+_SAVED = (
+    *("dy", "scale_value", "softmax_max", "softmax_sum", "attention_in"),
+    *("seed", "offset", "numels"),
+)
+_TOCKENS = ("pre_tockens", "next_tockens")
+_BIASED = ("pse", "pre_tokens", "next_tokens", "pse_type", "q_start_idx", "kv_start_idx")
+
+ATTENTION = (
+    Need(
+        "attention",
+        FUSION,
+        (
+            (FUSION, *_TENSORS, *_SHARED, *_BY_POSITION, *_TOCKENS, "scale"),
+            (f"{FUSION}_grad", *_TENSORS, *_SHARED, *_TOCKENS, *_SAVED),
+        ),
+        lambda p: not p.alibi,
+    ),
+    Need(
+        "alibi_slopes",
+        FUSION,
+        (
+            (f"{FUSION}_v2", *_TENSORS, *_SHARED, *_BIASED, "scale"),
+            (f"{FUSION}_grad_v2", *_TENSORS, *_SHARED, *_BIASED, *_SAVED),
+        ),
+        lambda p: p.alibi,
+    ),
+    Need(
+        "softmax_lse of packed sequences",
+        FUSION,
+        ((FUSION, "softmax_layout"), (f"{FUSION}_grad", "softmax_layout")),
+        otherwise="fused, its statistics put into rows behind the kernel",
+    ),
+    Need(
+        "sink (transformers' s_aux)",
+        FUSION,
+        ((FUSION, "sink"),),
+        otherwise="fused, the sink added to what the kernel answers",
+    ),
+    Need(
+        "sink, Ascend 950",
+        FUSION,
+        ((f"{FUSION}_v2", "sink", "softmax_layout"),),
+        otherwise="fused, the sink added to what the kernel answers",
+    ),
+    Need(
+        "keys in a cache",
+        INFER,
+        (
+            (
+                INFER,
+                *_TENSORS,
+                *("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_table"),
+                *("num_heads", "num_key_value_heads", "scale", "pre_tokens", "next_tokens"),
+                *("input_layout", "sparse_mode", "block_size", "softmax_lse_flag"),
+            ),
+        ),
+    ),
+)
+
+ROWWISE = (
+    Need("rotary", ROTARY_MUL, ((ROTARY_MUL, "input", "r1", "r2", "rotary_mode"),)),
+    Need("RMS norm", RMS_NORM, ((RMS_NORM, "input", "gamma", "epsilon"),)),
+    Need(
+        "RMS norm of a sum",
+        ADD_RMS_NORM,
+        ((ADD_RMS_NORM, "x1", "x2", "gamma", "epsilon"),),
+    ),
+    Need(
+        "layer norm of a sum",
+        ADD_LAYER_NORM,
+        ((ADD_LAYER_NORM, "x1", "x2", "gamma", "beta", "epsilon", "additional_output"),),
+    ),
+    Need(
+        "swiglu",
+        SWIGLU,
+        ((SWIGLU, "input", "dim"), (f"{SWIGLU}_backward", "grad_output", "input", "dim")),
+    ),
+    Need("cross entropy", CROSS_ENTROPY, ((CROSS_ENTROPY, "input", "target", "reduction"),)),
+)
+
+
+def supported(kernels: tuple[str, ...]) -> Rule:
+    """The row that refuses a torch_npu as a whole."""
+    why = f"the installed torch_npu is older than {OLDEST}, the oldest that is supported"
+    return Rule(
+        f"a torch_npu older than {OLDEST}",
+        lambda p: too_old(p.device),
+        dict.fromkeys(kernels, why),
+    )
+
+
+def rows(needs: tuple[Need, ...]) -> tuple[Rule, ...]:
+    """One row for each need whose calls are composed where something is missing."""
+    return tuple(_row(need) for need in needs if need.otherwise is None)
+
+
+def _row(need: Need) -> Rule:
+    names = " and ".join(call[0] for call in need.calls)
+    return Rule(
+        f"{need.feature}, a torch_npu without {names}",
+        lambda p: need.applies(p) and lacks(p.device, *need.calls),
+        {need.kernel: f"the installed torch_npu lacks {names}, or an argument of it"},
+    )
