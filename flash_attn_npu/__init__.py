@@ -6,24 +6,28 @@ mean this package. `attention_forward_varlen` is Huawei's own function, with its
 
 from __future__ import annotations
 
-from . import _activation, bert_padding, flash_attn_interface
-from ._activation import install, installed, uninstall
-from ._core.attention.mindie import attention_forward_varlen
-from ._core.ground.memory import forget_lengths
-from ._core.ground.settings import fallback
-from ._core.ground.usage import report, reporting
-from ._integrations.torch_attention import register_torch
+from ._commands.starting import command_line_starts
 from ._version import FLASH_ATTN_VERSION
 from .errors import ActivationError, ArgumentError, ArgumentTypeError, UnsupportedError
-from .flash_attn_interface import (
-    flash_attn_func,
-    flash_attn_kvpacked_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
-)
+
+# the command line says what it can without torch, and asks for the rest when it runs a program
+if not command_line_starts():
+    from . import _activation, bert_padding, flash_attn_interface
+    from ._activation import install, installed, uninstall
+    from ._core.attention.mindie import attention_forward_varlen
+    from ._core.ground.memory import forget_lengths
+    from ._core.ground.settings import fallback
+    from ._core.ground.usage import report, reporting
+    from ._integrations.torch_attention import register_torch
+    from .flash_attn_interface import (
+        flash_attn_func,
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+        flash_attn_with_kvcache,
+    )
 
 __version__ = FLASH_ATTN_VERSION
 
@@ -53,5 +57,6 @@ __all__ = [
     "uninstall",
 ]
 
-# of a child that was told to, or in an environment that was activated
-_activation.follow()
+if not command_line_starts():
+    # of a child that was told to, or in an environment that was activated
+    _activation.follow()

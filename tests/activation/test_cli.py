@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 import flash_attn_npu
 from flash_attn_npu import __main__ as command_line
+from flash_attn_npu._commands import run
 from flash_attn_npu._core.ground import usage
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -118,10 +120,69 @@ def test_a_refused_install_is_an_error_line(python: Run, tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
-def test_help(python: Run) -> None:
-    done = python("-m", "flash_attn_npu", "-h")
-    assert done.returncode == 0
-    assert "usage: python -m flash_attn_npu" in done.stdout
+TORCHLESS = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.modules["numpy"] = None
+"""
+
+
+@pytest.mark.parametrize("words", [["-h"], ["--version"], ["run", "-h"], ["matrix", "-h"]])
+def test_help_and_versions_need_no_torch(python: Run, tmp_path: Path, words: list[str]) -> None:
+    # before Python looks for our module: as where torch cannot be imported
+    (tmp_path / "sitecustomize.py").write_text(TORCHLESS)
+    done = python("-m", "flash_attn_npu", *words, path=(tmp_path,))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("usage: python -m flash_attn_npu" in done.stdout) != (words == ["--version"])
+    assert ("2.8.3" in done.stdout) == (words == ["--version"])
+
+
+def test_the_console_script_is_the_same_command(python: Run, tmp_path: Path) -> None:
+    """What an installer writes for the entry point, under its name."""
+    script = tmp_path / "flash-attn-npu"
+    script.write_text("import sys\nfrom flash_attn_npu.__main__ import main\nsys.exit(main())\n")
+    (tmp_path / "sitecustomize.py").write_text(TORCHLESS)
+    said = python(str(script), "-h", path=(tmp_path,))
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout.startswith("usage: flash-attn-npu ")
+    (tmp_path / "apps").mkdir()
+    (tmp_path / "apps" / "with.py").write_text(PROBE)
+    (tmp_path / "sitecustomize.py").unlink()
+    done = python(str(script), "apps/with.py", "-h")
+    assert done.stdout == python("-m", "flash_attn_npu", "apps/with.py", "-h").stdout
+
+
+@pytest.mark.usefixtures("programs")
+def test_run_and_its_absence_are_one(python: Run) -> None:
+    done = python("-m", "flash_attn_npu", "-q", "run", "-v", "apps/with.py", *ARGS)
+    plain = python("-m", "flash_attn_npu", "-v", "apps/with.py", *ARGS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, plain.stdout, plain.stderr)
+
+
+def test_standard_input_sees_what_it_sees_under_python(python: Run) -> None:
+    ours = python("-m", "flash_attn_npu", "-", *ARGS, stdin=PROBE)
+    assert (ours.returncode, ours.stderr) == (0, "")
+    assert ours.stdout == python("-", *ARGS, stdin=PLAIN).stdout
+
+
+def test_a_file_says_what_served(python: Run, tmp_path: Path) -> None:
+    code = (
+        "import torch, flash_attn\n"
+        "q = torch.randn(1, 4, 2, 8)\n"
+        "flash_attn.flash_attn_func(q, q, q)\n"
+        "raise SystemExit(3)\n"
+    )
+    done = python("-m", "flash_attn_npu", "-q", "--report", "used.json", "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+    (served,) = json.loads((tmp_path / "used.json").read_text())["served"]
+    assert (served["function"], served["calls"]) == ("flash_attn_func", 1)
+    assert served["reasons"]
+
+
+def test_every_rank_has_its_own_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "3")
+    run._write_report(tmp_path / "used.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["used.rank3.json"]
 
 
 @pytest.mark.usefixtures("programs")

@@ -58,7 +58,8 @@ def floor(file: str) -> int | None:
 
 def mirrored(file: str) -> bool:
     """Whether a file has upstream's name, or is a helper that lies beside such files."""
-    return not file.startswith(("_core/", "_activation/", "_integrations/", "_surface/"))
+    apart = ("_core/", "_activation/", "_commands/", "_integrations/", "_surface/", "__main__.py")
+    return not file.startswith(apart)
 
 
 ABOVE = ("errors.py", "_version.py")

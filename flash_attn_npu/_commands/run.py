@@ -1,0 +1,164 @@
+"""`run`: run a program in which `import flash_attn` gives this package."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from ..errors import ActivationError
+from .starting import complete
+
+REPORT_SCHEMA = 1
+
+
+def add(subparsers: Any) -> None:
+    """Describe the command."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run a program (may be left out)",
+        description="Run a Python program in which `import flash_attn` gives flash_attn_npu.",
+        usage="%(prog)s [-h] [-q] [-v] [--report FILE] [--simulate]\n"
+        "           (script | -m module | -c command | -) [args ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="do not say at the end which kernels served"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log to stderr what is done")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write at the end which kernels served, as JSON; a launcher's rank N but 0 writes "
+        "FILE with .rankN before its suffix",
+    )
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="run on a simulated Ascend: torch_npu is real, the card under it is not",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Install, run the program as `__main__`, and say on stderr which kernels served."""
+    if not options.program:
+        _stop("nothing to run: name a script, -m module, -c command or -; see -h")
+    if options.verbose:
+        _log_to_stderr()
+    if options.simulate:
+        _simulate()
+    complete()
+    from .. import _activation
+
+    try:
+        _activation.install(children=True)
+    except ActivationError as error:
+        _stop(str(error))
+    try:
+        _run(options.program)
+    finally:
+        _tell(options)
+    return 0
+
+
+def _simulate() -> None:
+    """Start the simulated card, before anything imports torch."""
+    _stop("--simulate: the simulated card is not shipped with this version")
+
+
+def _tell(options: argparse.Namespace) -> None:
+    from .._core.ground import usage
+
+    if options.report:
+        _write_report(Path(options.report))
+    if not options.quiet and _rank() in ("", "0"):
+        for line in usage.summary().splitlines():
+            print(f"flash_attn_npu: {line}", file=sys.stderr)
+
+
+def _write_report(file: Path) -> None:
+    from .._core.ground import usage
+
+    rank = _rank()
+    if rank not in ("", "0"):
+        file = file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
+    served = [vars(entry) for entry in usage.report().tallies]
+    file.write_text(json.dumps({"schema": REPORT_SCHEMA, "served": served}, indent=1) + "\n")
+
+
+def _rank() -> str:
+    # a launcher tells its workers who they are; each would say the same
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", ""))
+
+
+def _run(program: list[str]) -> None:
+    what, *rest = program
+    if what in ("-m", "-c"):
+        if not rest:
+            _stop(f"{what} needs an argument; see -h")
+        (_run_module if what == "-m" else _run_command)(rest[0], rest[1:])
+    elif what == "-":
+        sys.argv = ["-", *rest]
+        _execute(sys.stdin.read(), "<stdin>")
+    else:
+        _run_script(what, rest)
+
+
+def _run_script(path: str, args: list[str]) -> None:
+    if not os.path.exists(path):
+        _stop(f"can't open {path!r}: there is no such file")
+    sys.argv = [path, *args]
+    _first_on_path(os.path.dirname(os.path.realpath(path)))
+    runpy.run_path(path, run_name="__main__")
+
+
+def _run_module(name: str, args: list[str]) -> None:
+    _first_on_path(os.getcwd())
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise
+        _stop(str(error))
+    if found is None:
+        _stop(f"no module named {name}")
+    sys.argv = ["-m", *args]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _run_command(code: str, args: list[str]) -> None:
+    sys.argv = ["-c", *args]
+    _execute(code, "<string>")
+
+
+def _execute(code: str, name: str) -> None:
+    _first_on_path("")
+    module = ModuleType("__main__")
+    sys.modules["__main__"] = module
+    exec(compile(code, name, "exec", dont_inherit=True), vars(module))
+
+
+def _first_on_path(folder: str) -> None:
+    # Python put the current folder there for our own -m, unless told not to (-P, -I)
+    if not getattr(sys.flags, "safe_path", False) and not sys.flags.isolated:
+        sys.path[0] = folder
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger = logging.getLogger("flash_attn_npu")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
