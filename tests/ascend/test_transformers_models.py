@@ -49,6 +49,8 @@ WITH_WINDOW = [name for name, (_, _, extra) in MODELS.items() if "sliding_window
 def build(name: str, attention: str, device: str, **more: Any) -> Module:
     """The same random weights whatever the attention and the device."""
     model_type, config_type, extra = MODELS[name]
+    if name == "bert" and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4.x knows no flash attention for BERT")
     config = getattr(transformers, config_type)(
         **(SIZES | extra | more), attn_implementation=attention
     )
