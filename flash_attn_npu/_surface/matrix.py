@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from .._core.table import rowwise
-from .._core.table.attention import BLOCKWISE, FUSION, INFER, TABLE
+from .._core.table.attention import BLOCKWISE, FUSION, INFER, NAMES, TABLE
 from .._core.table.rule import Rule
 from .._version import FLASH_ATTN_VERSION
 from . import compared, wheels
@@ -106,8 +106,8 @@ def matrix() -> str:
     """The whole file, as text."""
     rows = "\n".join(_row(row) for row in TABLE)
     head = (
-        f"| a problem with | {FUSION} | {BLOCKWISE} | {INFER} | on Ascend |\n"
-        "| --- | --- | --- | --- | --- |"
+        f"| a problem with | {' | '.join(NAMES)} | on Ascend |\n"
+        f"| --- |{' --- |' * len(NAMES)} --- |"
     )
     attention = f"## Attention\n\n{head}\n{rows}\n"
     rowwise_rules = f"{_ROWWISE}{_rules()}\n"
@@ -186,7 +186,7 @@ def outcome(rule: Rule) -> str:
 def _row(rule: Rule) -> str:
     cells = (
         f"refused: {rule.refused[kernel]}" if kernel in rule.refused else "native"
-        for kernel in (FUSION, BLOCKWISE, INFER)
+        for kernel in NAMES
     )
     return f"| {rule.name} | {' | '.join(cells)} | {outcome(rule)} |"
 

@@ -159,7 +159,7 @@ def test_memos_of_lengths_are_bounded_by_bytes():
             assert memo.held() <= memo.nbytes
     by_values = {memo.name: len(memo) for memo in memos()}
     assert 0 < by_values["cumulative lengths by their values"] < 30
-    assert 0 < by_values["plans of attention calls"] < 30
+    assert 0 < by_values["plans of calls"] < 30
 
 
 def test_positions_in_caches_are_bounded_by_bytes():

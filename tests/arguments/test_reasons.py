@@ -8,7 +8,7 @@ import torch
 from flash_attn_npu import fallback, flash_attn_func, flash_attn_varlen_func, reporting
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.table import attention as support
-from flash_attn_npu._core.table import plans, rowwise
+from flash_attn_npu._core.table import choice, rowwise
 from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
 
@@ -61,9 +61,10 @@ def test_a_call_is_decided_once(npu, monkeypatch, name):
     def refusals(kernel, problem):
         if kernel == support.FUSION:
             decided.append(problem)
-        return support.refusals(kernel, problem)
+        return decide(kernel, problem)
 
-    monkeypatch.setattr(plans, "refusals", refusals)
+    decide = choice.refusals
+    monkeypatch.setattr(choice, "refusals", refusals)
     with reporting() as region:
         run(npu, **options).sum().backward()
         run(npu, **options).sum().backward()

@@ -58,7 +58,7 @@ def test_a_trace_leaves_no_plan_behind() -> None:
     forget_all()
     given = tuple(problem()[name] for name in "qkv")
     traced = torch.jit.trace(flash_attn_func, given, check_trace=False)
-    plans = next(memo for memo in memos() if memo.name == "plans of attention calls")
+    plans = next(memo for memo in memos() if memo.name == "plans of calls")
     shapes = [size for key in plans._known for facts in key[1:4] for size in facts[0]]
     assert all(type(size) is int for size in shapes)
     assert torch.equal(traced(*given), flash_attn_func(*given))

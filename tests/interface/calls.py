@@ -93,7 +93,7 @@ def run(function: str, call: Call) -> Any:
 
 
 def plans_remembered() -> int:
-    (plans,) = (memo for memo in memos() if memo.name == "plans of attention calls")
+    (plans,) = (memo for memo in memos() if memo.name == "plans of calls")
     return len(plans)
 
 

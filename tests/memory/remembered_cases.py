@@ -265,7 +265,7 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
         packed,
         PACKED,
         (
-            "plans of attention calls",
+            "plans of calls",
             "calls prepared for npu_fusion_attention",
             "positions of queries that see a key",
             "causal masks",
@@ -276,7 +276,7 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
             "arguments of torch_npu's operators",
         ),
     ),
-    "sink": (sunk, SUNK, ("plans of attention calls",)),
+    "sink": (sunk, SUNK, ("plans of calls",)),
     "statistics": (biased, BIASED, ("where packed statistics lie",)),
     "huawei": (huawei, HUAWEI, ("ends of the sequences of a tensor",)),
     "pages": (pages, PAGES, ("lengths and block tables of a cache", "positions in caches")),
@@ -285,9 +285,9 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
     "norm": (
         norm,
         NORMS,
-        ("operators chosen row by row", "operators chosen for norms, by their arguments"),
+        ("plans of calls",),
     ),
-    "rotation": (rotation, TURNS, ("operators chosen row by row",)),
+    "rotation": (rotation, TURNS, ("plans of calls",)),
     "mask": (masked, MASKED, ("attention masks of transformers",)),
     "position ids": (positioned, FROM_TRANSFORMERS, ("position ids of transformers",)),
 }

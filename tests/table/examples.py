@@ -155,7 +155,9 @@ EXAMPLES: dict[str, Example] = {
     "S_dmask (dropout_p with return_attn_probs)": dense(dropout_p=0.5, return_attn_probs=True),
     "backward of a dropout mask drawn by blockwise": backward(rng_offset=-1, softcap=0.0),
     "backward of a dropout mask drawn by npu_fusion_attention": backward(0, softcap=1.0),
-    "deterministic": dense(deterministic=True, grad=True),
+    "deterministic": dense(deterministic=True),
+    "deterministic, with gradient": dense(deterministic=True, grad=True),
+    "backward from softmax_lse": backward(0, softcap=0.0),
     "softcap": dense(softcap=5.0),
     "alibi_slopes, equal lengths": dense(slopes=True),
     "alibi_slopes, lengths that differ by a common offset": dense(seqlens=(4, 6), slopes=True),
@@ -167,6 +169,7 @@ EXAMPLES: dict[str, Example] = {
     "sink, softmax_lse or a deterministic backward": sunk(return_attn_probs=True),
     "sink, alibi_slopes": sunk(slopes=True),
     "sink, Ascend 950": sunk(),
+    "sink that the kernel's autograd does not take": sunk(dtype=torch.float32),
     "keys in a cache": cached(),
     f"keys in a cache, more than {MAX_CACHED_SEQUENCES} sequences": cached(
         batch=SMALL_CACHED_SEQUENCES + 1

@@ -14,7 +14,7 @@ from wheel import pretend_row
 from examples import EXAMPLES, SMALL_CACHED_SEQUENCES, SMALL_SEQUENCES, SMALL_TOKENS
 from flash_attn_npu._core.ground import chip, usage
 from flash_attn_npu._core.ground.memory import forget_all
-from flash_attn_npu._core.table import attention, plans
+from flash_attn_npu._core.table import attention, choice
 from flash_attn_npu._core.table.attention import BLOCKWISE, FUSION, INFER, TABLE
 from flash_attn_npu._core.table.rule import Rule
 from flash_attn_npu._surface import matrix
@@ -55,11 +55,11 @@ def test_every_row_has_an_example() -> None:
 def test_the_example_has_the_property(
     row: Rule, npu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen, refusals = [], choice.refusals
     monkeypatch.setattr(
-        plans,
+        choice,
         "refusals",
-        lambda kernel, problem: seen.append(problem) or attention.refusals(kernel, problem),
+        lambda kernel, problem: seen.append(problem) or refusals(kernel, problem),
     )
     try:
         EXAMPLES[row.name](npu)

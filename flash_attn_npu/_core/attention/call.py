@@ -18,8 +18,9 @@ from ..ground import arguments
 from ..ground.lengths import Lengths, host_lengths, recall_lengths
 from ..problems.ask import Facts, Options
 from ..problems.results import Inputs
-from ..table.plans import make_plan, recall_plan
+from ..table.choice import recall
 from . import operators, paged, serving
+from .asking import new_plan
 
 __all__ = ["Answer", "attend", "attend_paged", "unpacked"]
 
@@ -77,14 +78,14 @@ def attend(
             None,
             False,
         )
-        found = recall_plan(key) or make_plan(key)
+        found = recall(key) or new_plan(key)
     except AttributeError:
         arguments.require_plain(q=q, k=k, v=v)
         arguments.require_plain_or_none(alibi_slopes=alibi_slopes, sink=sink)
         raise
     except TypeError:
         # an option that cannot be a key: the checks accept it or name it
-        found = make_plan(key)
+        found = new_plan(key)
     if found.direct is not None:
         found.tally.calls += 1
         try:

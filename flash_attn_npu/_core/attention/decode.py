@@ -20,7 +20,8 @@ from ..problems.buffers import share
 from ..problems.cache import Cache, Span, cache_lengths
 from ..problems.rowwise import Turn
 from ..rowwise.rotation import rotate
-from ..table.plans import Plan, make_plan, permit
+from ..table.choice import Plan, begin
+from .asking import make_plan
 from .paged import Keys
 from .serving import run_over
 
@@ -97,7 +98,7 @@ def with_kvcache(call: CacheCall) -> tuple[Tensor, Tensor | None]:
         _check_positions(step, seqlen_q if _turns(found) else 1)
     if step.new is not None:
         step.cache.check_written(step.written)
-    permit(found)
+    begin(found)
     with torch.no_grad():
         q, new = call.q, step.new
         if step.rotary is not None and new is not None:
@@ -109,7 +110,7 @@ def with_kvcache(call: CacheCall) -> tuple[Tensor, Tensor | None]:
         packed = q.reshape(batch * seqlen_q, nheads, headdim)
         answer = run_over(found, packed, keys, call.alibi_slopes)
     lse = None
-    if found.ask.uses_lse:
+    if found.problem.uses_lse:
         lse = answer.softmax_lse.view(nheads, batch, seqlen_q).transpose(0, 1).contiguous()
     return answer.out.view(q.shape), lse
 
@@ -185,7 +186,7 @@ def _append(step: _Step, new: tuple[Tensor, Tensor]) -> None:
 
 def _turns(found: Plan) -> bool:
     """Whether each query is rotated at a position of its own."""
-    return found.problem.causal or found.problem.windowed
+    return bool(found.problem.causal or found.problem.windowed)
 
 
 def _check_positions(step: _Step, queries: int) -> None:

@@ -17,9 +17,10 @@ from ..ground.storage import require_writable
 from ..problems.ask import Ask, Facts, Packed
 from ..problems.buffers import require_apart
 from ..problems.results import ROUNDING, Forward, Inputs, Saved, accumulator, rounded_up
-from ..table.attention import BLOCKWISE, FUSION
-from ..table.plans import Plan, make_plan, permit
+from ..table.attention import drawn_by
+from ..table.choice import Plan, begin
 from . import paged
+from .asking import make_plan
 from .derivatives import sink_grad
 from .paged import Keys
 from .records import AnyBackward, AnyForward, VarlenBackward, VarlenForward, options
@@ -31,11 +32,12 @@ Answer = Tensor | tuple[Tensor, Tensor, Tensor]
 
 def attend(found: Plan, inputs: Inputs) -> Answer:
     """What a public function returns; its backward is served by the same plan."""
-    if found.ask.needs_grad:
+    ask: Ask = found.problem.ask
+    if ask.needs_grad:
         out, lse, s_dmask = _Attention.apply(found, *inputs[:5])  # type: ignore[no-untyped-call]
     else:
         out, lse, s_dmask, _ = run(found, inputs)
-    return (out, lse, s_dmask) if found.ask.options.return_attn_probs else out
+    return (out, lse, s_dmask) if ask.options.return_attn_probs else out
 
 
 class _Attention(torch.autograd.Function):
@@ -68,7 +70,7 @@ class _Attention(torch.autograd.Function):
         # the forward was asked for by the policy, in the name of the whole call
         _as_one_step()(found, dout, saved, grads)
         dsink = None if sink is None else sink_grad(sink, dout, saved.out, saved.softmax_lse)
-        once = first_order(found.ask.function, (*grads, dsink), dout, *sources, sink)
+        once = first_order(found.problem.function, (*grads, dsink), dout, *sources, sink)
         return (None, *once[:3], None, once[3])
 
 
@@ -96,8 +98,10 @@ def run(found: Plan, inputs: Inputs) -> Forward:
     slopes, sink = inputs.alibi_slopes, inputs.sink
     arguments.require_plain(q=inputs.q, k=inputs.k, v=inputs.v)
     arguments.require_plain_or_none(alibi_slopes=slopes, sink=sink)
-    permit(found)
-    found.tally.calls += 1
+    return _answer(begin(found), inputs)
+
+
+def _answer(found: Plan, inputs: Inputs) -> Forward:
     answer: Forward = found.kernel.forward(found.problem, inputs)
     return answer
 
@@ -113,7 +117,7 @@ def forward(call: AnyForward) -> Forward:
             arguments.require_plain_or_none(alibi_slopes=call.alibi_slopes, sink=call.sink)
             keys = paged.read_keys(call.k, call.v, packed.k, placement)
             ask = _ask(call, packed._replace(k=keys.lengths), keys)
-            return run_over(make_plan(ask), call.q, keys, call.alibi_slopes, call.sink)
+            return run_over(begin(make_plan(ask)), call.q, keys, call.alibi_slopes, call.sink)
     found = make_plan(_ask(call, packed))
     return run(found, Inputs(call.q, call.k, call.v, call.alibi_slopes, call.sink))
 
@@ -121,12 +125,12 @@ def forward(call: AnyForward) -> Forward:
 def run_over(
     found: Plan, q: Tensor, keys: Keys, alibi_slopes: Tensor | None, sink: Tensor | None = None
 ) -> Forward:
-    """`run` over keys that are not simply packed: where they lie, or gathered."""
-    if found.kernel.READS_PAGES:
-        return run(found, Inputs(q, keys.k, keys.v, alibi_slopes, sink, keys.cache, keys.spans))
-    # before the copy, which the policy may refuse
-    permit(found)
-    return run(found, Inputs(q, *paged.gather(keys), alibi_slopes, sink))
+    """Attention over keys that are not simply packed, where they lie or gathered; it has begun."""
+    if found.kernel.reads_pages:
+        inputs = Inputs(q, keys.k, keys.v, alibi_slopes, sink, keys.cache, keys.spans)
+    else:
+        inputs = Inputs(q, *paged.gather(keys), alibi_slopes, sink)
+    return _answer(found, inputs)
 
 
 def backward(call: AnyBackward) -> Tensor:
@@ -235,9 +239,7 @@ def _run_backward(
     require_writable(**written)
     read = {"q": q, "k": k, "v": v, "out": saved.out, "softmax_lse": saved.softmax_lse}
     require_apart(written, {"dout": dout, **read})
-    permit(found)
-    found.tally.calls += 1
-    found.kernel.backward(found.problem, dout, saved, grads)
+    _backward_of(begin(found), dout, saved, grads)
 
 
 def _as_it_lies(lse: Tensor, shape: torch.Size) -> Tensor:
@@ -268,4 +270,4 @@ def _mask_from(dropout_p: float, rng_state: Tensor | None) -> str | None:
             "the int64 tensor of 2 that the forward returned",
             "keep the fourth result of the forward and pass it here",
         )
-    return BLOCKWISE if int(rng_state[1]) < 0 else FUSION
+    return drawn_by(int(rng_state[1]))

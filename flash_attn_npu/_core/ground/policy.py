@@ -1,6 +1,6 @@
 """What happens when no fused kernel serves a call: refuse it, or say so once and compute it.
 
-Both tables end here: `table.plans` and `table.choices`.
+Both tables end here, through `table.choice`.
 """
 
 from __future__ import annotations

@@ -106,3 +106,27 @@ class Ask(NamedTuple):
     mask_from: str | None = None
     pages: Pages | None = None
     backward: bool = False
+
+    @classmethod
+    def of(cls, key: tuple[Any, ...]) -> Ask:
+        """From a plain tuple of the fields, whose options are checked and made plain."""
+        ask = cls(*key)
+        return ask._replace(
+            q=Facts(*ask.q),
+            k=Facts(*ask.k),
+            v=Facts(*ask.v),
+            packed=None if ask.packed is None else Packed(*ask.packed),
+            options=Options.checked(*ask.options),
+            needs_grad=bool(ask.needs_grad),
+            uses_lse=bool(ask.uses_lse),
+        )
+
+    @classmethod
+    def is_key(cls, key: tuple[Any, ...]) -> bool:
+        """Whether a plan may be remembered under such a tuple as it is.
+
+        A number given as a tensor may change under the same key, and an array is none.
+        """
+        options = key[cls._fields.index("options")]
+        parts = [x for part in options for x in (part if isinstance(part, tuple) else (part,))]
+        return all(part is None or type(part) in (bool, int, float) for part in parts)

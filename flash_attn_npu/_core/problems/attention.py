@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 
 from ..ground.lengths import Lengths
-from .ask import Pages
+from .ask import Ask, Pages
 
 __all__ = ["DTYPES", "Problem", "default_scale"]
 
@@ -34,7 +34,7 @@ class Problem:
     last cumulative length belong to no sequence.
     """
 
-    function: str
+    ask: Ask
     dtype: torch.dtype
     device: torch.device
     nheads: int
@@ -58,8 +58,19 @@ class Problem:
     uses_lse: bool
     needs_grad: bool
     sink: bool
-    mask_from: str | None
-    pages: Pages | None
+
+    @property
+    def function(self) -> str:
+        """The public function, as users know it."""
+        return self.ask.function
+
+    @property
+    def mask_from(self) -> str | None:
+        return self.ask.mask_from
+
+    @property
+    def pages(self) -> Pages | None:
+        return self.ask.pages
 
     @property
     def varlen(self) -> bool:
@@ -106,9 +117,9 @@ class Problem:
         return any(0 in lengths for lengths in self.sequences)
 
     @cached_property
-    def has_work(self) -> bool:
-        """Whether any query sees any key."""
-        return self.nheads > 0 and self.headdim > 0 and self.seeing_rows > 0
+    def empty(self) -> bool:
+        """Whether no query sees a key."""
+        return not (self.nheads > 0 and self.headdim > 0 and self.seeing_rows > 0)
 
     @cached_property
     def seeing_rows(self) -> int:

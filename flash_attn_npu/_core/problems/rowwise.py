@@ -35,7 +35,10 @@ TORCH = "torch"
 
 
 class Rotation(NamedTuple):
-    """`apply_rotary`: a rotation of rotary_dim dimensions of nheads heads of each token."""
+    """`apply_rotary`: a rotation of rotary_dim dimensions of nheads heads of each token.
+
+    head_dims: how many dimensions of x the heads have.
+    """
 
     function: str
     device: torch.device
@@ -45,6 +48,7 @@ class Rotation(NamedTuple):
     nheads: int
     rotary_dim: int
     interleaved: bool
+    head_dims: int = 1
 
 
 class Norm(NamedTuple):
@@ -83,6 +87,7 @@ class Gate(NamedTuple):
 
     halves: x and y are the two halves, in this order, of the rows of one contiguous tensor.
     row_bytes: the size of a row of x.
+    grad_dtype: of the gradient of the result, None for a forward.
     """
 
     function: str
@@ -92,6 +97,7 @@ class Gate(NamedTuple):
     halves: bool
     row_bytes: int
     compiling: bool
+    grad_dtype: torch.dtype | None = None
 
 
 class Loss(NamedTuple):

@@ -78,7 +78,7 @@ def _problem(ask: Ask, shape: _Shape) -> Problem:
     # 1e-30 is what clients pass to ask for softmax_lse: it drops nothing
     dropout_p = options.dropout_p if 1.0 - options.dropout_p < 1.0 else 0.0
     return Problem(
-        function=ask.function,
+        ask=ask,
         dtype=ask.q.dtype,
         device=ask.q.device,
         nheads=ask.q.shape[-2],
@@ -99,8 +99,6 @@ def _problem(ask: Ask, shape: _Shape) -> Problem:
         # both, as each draws masks of its own
         needs_grad=ask.needs_grad or dropout_p > 0,
         sink=ask.sink is not None,
-        mask_from=ask.mask_from,
-        pages=ask.pages,
     )
 
 

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..ground.dense_arguments import require_dense
-from ..kernels.ascend import rowwise
-from ..kernels.composed import gates as composed
-from ..problems.rowwise import TORCH, Gate
-from ..table.choices import choose, serves
+from ..problems.rowwise import Gate
+from ..table.choice import choose, plan
 
 __all__ = ["require_floating", "swiglu_bwd", "swiglu_fwd"]
 
@@ -36,9 +34,9 @@ def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
     Contract: flash-attention 2.8, `swiglu_fwd`. Wider: differentiable by itself.
     """
     _check(x=x, y=y)
-    if choose(_problem(x, y)) != TORCH:
-        return rowwise.gate(x)
-    return composed.swiglu(x, y)
+    found = choose(_problem(x, y))
+    gated: Tensor = found.kernel.forward(found.problem, x, y)
+    return gated
 
 
 def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,10 +55,10 @@ def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     Contract: flash-attention 2.8, `swiglu_bwd`.
     """
     _check(x=x, y=y, g=g)
-    # the operator takes a gradient of the dtype of its result only
-    if g.dtype == x.dtype and serves(_problem(x, y)):
-        return rowwise.gate_backward(g, x)
-    return composed.swiglu_backward(x, y, g)
+    # neither counted nor told: the forward has been
+    found = plan(_problem(x, y)._replace(grad_dtype=g.dtype))
+    dx, dy = found.kernel.backward(found.problem, g, x, y)
+    return dx, dy
 
 
 def require_floating(**tensors: Tensor) -> None:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..ground.dense_arguments import refuse_transforms
-from ..kernels.ascend import rowwise
 from ..kernels.composed import cross_entropy as kernel
-from ..problems.rowwise import TORCH, Loss
-from ..table.choices import choose
+from ..problems.rowwise import Loss
+from ..table.choice import choose
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -96,8 +95,10 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
         parallel=call.process_group is not None,
         inplace_backward=bool(call.inplace_backward),
     )
-    if choose(problem) != TORCH:
-        return rowwise.losses(logits, call.labels, options.ignore_index)
-    refuse_transforms("logits")
-    losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]
+    direct = choose(problem).direct
+    if direct is not None:
+        losses, z_losses = direct(logits, call.labels, options.ignore_index)
+    else:
+        refuse_transforms("logits")
+        losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]
     return losses, z_losses

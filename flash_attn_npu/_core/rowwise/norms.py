@@ -17,12 +17,10 @@ from ..ground.autocast import custom_bwd, custom_fwd
 from ..ground.dense_arguments import refuse_transforms, require_dense
 from ..ground.second_derivatives import first_order
 from ..ground.storage import share_memory
-from ..kernels.ascend import rowwise
 from ..kernels.composed import norm_checks, norms
 from ..kernels.composed.norms import Normed, Saved
 from ..problems.norms import NormCall
-from ..problems.rowwise import TORCH
-from ..table.choices import choose, recall, remember
+from ..table.choice import Plan, begin, choose, recall
 
 __all__ = [
     "Answer",
@@ -70,15 +68,14 @@ def normalize(function: str, call: NormCall) -> Answer:
             it; nothing was written.
     """
     key = _key(function, call)
-    operator = None if key is None else recall(key)
-    if operator is None:
+    found = None if key is None else recall(key)
+    if found is None:
         norm_checks.check(call, RENAMED.get(function, {}))
-        problem = norms.problem_of(function, call)
-        operator = choose(problem)
-        if key is not None:
-            remember(key, problem)
-    if operator != TORCH:
-        return _fused(operator, call)
+        found = choose(norms.problem_of(function, call), key)
+    else:
+        begin(found)
+    if found.direct is not None:
+        return _fused(found, call)
     refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
     written = _without_gradient(call)
     if written is not None:
@@ -113,7 +110,7 @@ def unaliased(call: NormCall) -> NormCall:
 
 
 def _key(function: str, call: NormCall) -> Hashable:
-    """What the checks and the table look at; None for calls that no fused operator serves."""
+    """What the checks and the table look at; None for calls with more than the usual tensors."""
     given, others, options = call[:4], call[4:11], call[11:]
     plain = type(call.eps) is float and type(call.dropout_p) is float
     if torch.compiler.is_compiling() or not plain or any(one is not None for one in others):
@@ -136,9 +133,10 @@ def compose(function: str, call: NormCall) -> None:
     choose(norms.problem_of(function, call)._replace(within=True))
 
 
-def _fused(operator: str, call: NormCall) -> Answer:
+def _fused(found: Plan, call: NormCall) -> Answer:
+    assert found.direct is not None
     total_dtype = norms.total_dtype(call) if call.prenorm else call.x.dtype
-    y, total = rowwise.add_and_norm(operator, call, total_dtype, norms.out_dtype(call))
+    y, total = found.direct(call, total_dtype, norms.out_dtype(call))
     if call.prenorm and call.residual is None and total.dtype == call.x.dtype:
         # it is x, which must not change with the result
         total = total.clone()

@@ -17,16 +17,10 @@ from ..ground import arguments as checks
 from ..ground.dense_arguments import require_dense, require_truth, require_values
 from ..ground.lengths import Lengths, host_lengths
 from ..ground.storage import blocks, require_writable
-from ..kernels.ascend import rowwise
-from ..kernels.composed import rotation as composed
-from ..problems.rowwise import TORCH, Rotation, Turn
-from ..table.choices import choose
+from ..problems.rowwise import Rotation, Turn
+from ..table.choice import choose
 
 __all__ = ["check_dense", "rotate"]
-
-COMPOSED_ELEMENTS = 1 << 20
-FUSED_ELEMENTS = 1 << 26
-"""What is rotated at a time, so that in place means in place: beside x there is little else."""
 
 Rows = slice | Tensor
 """Which rows of the tables: a range shared by the batch, or one index for every token."""
@@ -58,36 +52,29 @@ class _Positions(NamedTuple):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
     """What `apply_rotary` promises, reported under the name `turn.function`."""
-    interleaved, inplace = turn.interleaved, turn.inplace
-    require_truth(interleaved=interleaved, inplace=inplace, conjugate=turn.conjugate)
+    inplace = turn.inplace
+    require_truth(interleaved=turn.interleaved, inplace=inplace, conjugate=turn.conjugate)
     tokens = 2 if turn.cu_seqlens is None else 1
     positions = _positions(x, cos, sin, turn)
     if inplace:
         require_writable(x=x)
     heads, rotary_dim = x.dim() - tokens - 1, 2 * cos.shape[-1]
-    fused_serves = _is_fused(turn.function, x, cos, heads, interleaved)
-    whole = fused_serves and not inplace and rotary_dim == x.shape[-1]
-    out = x if inplace or whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    limit = FUSED_ELEMENTS if fused_serves else COMPOSED_ELEMENTS
-    if whole:
-        limit = x.numel()
+    found = choose(_problem(turn, x, cos, heads))
+    direct = None if inplace or rotary_dim < x.shape[-1] else found.direct
+    limit = found.kernel.at_once if direct is None else x.numel()
+    whole = inplace or direct is not None
+    out = x if whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for part in blocks(x.shape[:tokens], x.shape[tokens:].numel(), limit):
         rows = positions.rows(part)
         part_cos, part_sin = _lookup(cos, rows, heads), _lookup(sin, rows, heads)
         if turn.conjugate:
             part_sin = -part_sin
-        if whole:
-            return _fuse(x, part_cos, part_sin, tokens, interleaved)
-        source, target = x[part], out[part]
-        if fused_serves:
-            head = source[..., :rotary_dim]
-            if inplace and torch.is_grad_enabled() and x.requires_grad:
-                # autograd keeps what the operator got, also to differentiate a gradient
-                head = head.clone()
-            turned = _fuse(head, part_cos, part_sin, tokens, interleaved)
-            target[..., :rotary_dim].copy_(turned)
-        else:
-            composed.rotate(source, part_cos, part_sin, interleaved, target)
+        if direct is not None:
+            turned: Tensor = direct(x, part_cos, part_sin)
+            return turned
+        source = x[part]
+        target = source if inplace else out[part]
+        found.kernel.forward(found.problem, source, part_cos, part_sin, target)
         if not inplace:
             target[..., rotary_dim:].copy_(source[..., rotary_dim:])
     return out
@@ -102,29 +89,19 @@ def _positions(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> _Positions:
     return _packed_positions(x, cos.shape[0], offsets, cu_seqlens, turn.max_seqlen)
 
 
-def _is_fused(function: str, x: Tensor, cos: Tensor, heads: int, interleaved: bool) -> bool:
+def _problem(turn: Turn, x: Tensor, cos: Tensor, heads: int) -> Rotation:
     rotary_dim = 2 * cos.shape[-1]
-    problem = Rotation(
-        function=function,
+    return Rotation(
+        function=turn.function,
         device=x.device,
         dtype=x.dtype,
         table_dtype=cos.dtype,
         empty=x.numel() == 0 or rotary_dim == 0,
         nheads=math.prod(x.shape[-1 - heads : -1]),
         rotary_dim=rotary_dim,
-        interleaved=interleaved,
+        interleaved=turn.interleaved,
+        head_dims=heads,
     )
-    return choose(problem) != TORCH
-
-
-def _fuse(x: Tensor, cos: Tensor, sin: Tensor, tokens: int, interleaved: bool) -> Tensor:
-    total, rotary_dim = math.prod(x.shape[:tokens]), x.shape[-1]
-    shape = (*x.shape[:tokens], *cos.shape[cos.dim() - x.dim() + tokens :])
-    cos, sin = (table.expand(shape).reshape(total, -1) for table in (cos, sin))
-    turned = rowwise.rotation(x.reshape(total, -1, rotary_dim), cos, sin, interleaved)
-    # what an autograd.Function returns must be no view, else nobody may write to it
-    whole: Tensor = torch.ops.aten._unsafe_view.default(turned, x.shape)
-    return whole
 
 
 def _lookup(table: Tensor, rows: Rows, heads: int) -> Tensor:

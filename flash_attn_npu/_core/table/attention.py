@@ -3,7 +3,7 @@
 Nothing else in the package says what a kernel can do: plans, the warnings, compat_matrix.md and
 the tests that reach every cell are all read from here. Only `attention_forward_varlen` launches
 past it: its contract is the kernel's. The fused kernel's limits are those of torch_npu's operator
-documentation and of CANN's own checks.
+documentation and of CANN's own checks. The candidates, first choice first, stand at the end.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import torch
 
 from ..ground.chip import soc_name
 from ..ground.settings import alibi_offset
+from ..kernels.ascend import fusion_attention, infer_attention
+from ..kernels.composed import attention as composed
 from ..problems.attention import Problem
 from ..problems.cache import MAX_PAGE
 from . import installed
 from .installed import FUSION, INFER
-from .rule import Rule, reasons
+from .rule import Candidate, Rule, Table
 
-__all__ = ["BLOCKWISE", "FUSION", "INFER", "TABLE", "refusals"]
+__all__ = ["BLOCKWISE", "FUSION", "INFER", "NAMES", "TABLE", "WHOLE", "drawn_by"]
 
+AUTOGRAD = "npu_fusion_attention's autograd"
 BLOCKWISE = "blockwise"
 
 MAX_HEADS = 256
@@ -44,7 +47,7 @@ def _offset_allowed(problem: Problem) -> bool:
 TABLE: tuple[Rule, ...] = (
     Rule(
         "no query sees a key",
-        lambda p: not p.has_work,
+        lambda p: p.empty,
         {FUSION: "there is nothing to compute", INFER: "there is nothing to compute"},
     ),
     Rule(
@@ -86,7 +89,7 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule("varlen, sequences of length 0", lambda p: p.varlen and p.with_empty),
     Rule("varlen, rows past the last sequence", lambda p: p.tail_q > 0 or p.tail_k > 0),
-    Rule("queries that see no key", lambda p: p.has_work and p.most_blind > 0),
+    Rule("queries that see no key", lambda p: not p.empty and p.most_blind > 0),
     Rule("MHA", lambda p: p.nheads == p.nheads_k),
     Rule("GQA and MQA", lambda p: p.nheads > p.nheads_k),
     Rule(
@@ -129,6 +132,16 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule("deterministic", lambda p: p.deterministic),
     Rule(
+        "deterministic, with gradient",
+        lambda p: p.deterministic and p.needs_grad,
+        {AUTOGRAD: "torch_npu never asks it for a deterministic backward"},
+    ),
+    Rule(
+        "backward from softmax_lse",
+        lambda p: p.ask.backward,
+        {AUTOGRAD: "it differentiates a forward of its own"},
+    ),
+    Rule(
         "softcap",
         lambda p: p.softcap > 0,
         {FUSION: "no Ascend kernel has softcap", INFER: "no Ascend kernel has softcap"},
@@ -162,7 +175,16 @@ TABLE: tuple[Rule, ...] = (
     Rule("sink, softmax_lse or a deterministic backward", lambda p: p.sink and p.uses_lse),
     Rule("sink, alibi_slopes", lambda p: p.sink and p.alibi),
     Rule("sink, Ascend 950", lambda p: p.sink and soc_name(p.device).startswith("Ascend950")),
-    Rule("keys in a cache", lambda p: p.pages is not None),
+    Rule(
+        "sink that the kernel's autograd does not take",
+        lambda p: not fusion_attention.differentiates(p),
+        {AUTOGRAD: "it is not asked about such a sink"},
+    ),
+    Rule(
+        "keys in a cache",
+        lambda p: p.pages is not None,
+        {AUTOGRAD: "keys are copied out of a cache for the forward alone"},
+    ),
     Rule(
         f"keys in a cache, more than {MAX_CACHED_SEQUENCES} sequences",
         lambda p: p.pages is not None and p.batch > MAX_CACHED_SEQUENCES,
@@ -206,6 +228,25 @@ TABLE: tuple[Rule, ...] = (
 )
 
 
-def refusals(kernel: str, problem: Problem) -> tuple[str, ...]:
-    """Why `kernel` may not serve `problem`; empty if it may."""
-    return reasons(TABLE, kernel, problem)
+CANDIDATES = (
+    Candidate(FUSION, fusion_attention.KERNEL, AUTOGRAD, detour=f"gathers its keys for {FUSION}"),
+    Candidate(BLOCKWISE, composed.KERNEL),
+)
+OVER_PAGES = (Candidate(INFER, infer_attention.KERNEL), *CANDIDATES)
+NAMES = (*(candidate.name for candidate in CANDIDATES), INFER)
+"""Of all kernels, the columns of compat_matrix.md."""
+
+
+def _candidates(problem: Problem) -> tuple[Candidate, ...]:
+    return CANDIDATES if problem.pages is None else OVER_PAGES
+
+
+def drawn_by(offset: int) -> str | None:
+    """The kernel that drew the dropout mask of this offset in rng_state."""
+    for candidate in CANDIDATES:
+        if candidate.kernel.draws is not None and candidate.kernel.draws(offset):
+            return candidate.name
+    return None
+
+
+WHOLE = Table(TABLE, _candidates)

@@ -1,7 +1,8 @@
 """THE OTHER TABLE: what each fused operator besides attention refuses, and why.
 
 Limits are those of torch_npu's operator documentation and of CANN's own checks. What no row names
-is served. Plain torch operations serve everything, so they have no column.
+is served. Plain torch operations serve everything, so they have no column. The candidates, first
+choice first, stand at the end.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import torch
 
 from ..ground.chip import soc_name
+from ..kernels.ascend import rowwise as fused
+from ..kernels.composed import gates, rotation
+from ..kernels.kernel import Kernel
 from ..problems.rowwise import (
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
@@ -24,9 +28,9 @@ from ..problems.rowwise import (
     Rotation,
 )
 from . import installed
-from .rule import Rule, reasons
+from .rule import Candidate, Rule, Table
 
-__all__ = ["TABLE", "TORCH", "candidates", "refusals"]
+__all__ = ["ALL", "TABLE", "TORCH", "WHOLE"]
 
 RMS_NORMS = (ADD_RMS_NORM, RMS_NORM)
 LAYER_NORMS = (ADD_LAYER_NORM, LAYER_NORM)
@@ -151,6 +155,11 @@ TABLE: tuple[Rule, ...] = (
         dict.fromkeys((SWIGLU,), "where the halves lie is not known while tracing"),
     ),
     Rule(
+        "gradient of swiglu in another dtype",
+        lambda p: p.grad_dtype not in (None, p.dtype),
+        dict.fromkeys((SWIGLU,), "its backward takes a gradient in the dtype of x only"),
+    ),
+    Rule(
         f"swiglu of rows of no multiple of {SWIGLU_UNIT} bytes",
         lambda p: p.row_bytes % SWIGLU_UNIT != 0,
         dict.fromkeys((SWIGLU,), f"it takes rows of a multiple of {SWIGLU_UNIT} bytes"),
@@ -200,15 +209,27 @@ TABLE: tuple[Rule, ...] = (
 )
 
 
-def candidates(problem: Problem) -> tuple[str, ...]:
-    """The operators that are asked for a problem, the fastest first, the most general last."""
+ROTATIONS = (Candidate(ROTARY_MUL, fused.ROTATION), Candidate(TORCH, rotation.KERNEL))
+GATES = (Candidate(SWIGLU, fused.GATE), Candidate(TORCH, gates.KERNEL))
+LOSSES = (Candidate(CROSS_ENTROPY, fused.LOSS), Candidate(TORCH, Kernel()))
+RMS = (
+    Candidate(ADD_RMS_NORM, fused.norm(ADD_RMS_NORM), shortcut=True),
+    Candidate(RMS_NORM, fused.norm(RMS_NORM)),
+    Candidate(TORCH, Kernel()),
+)
+LAYER = (
+    Candidate(ADD_LAYER_NORM, fused.norm(ADD_LAYER_NORM), shortcut=True),
+    Candidate(LAYER_NORM, fused.norm(LAYER_NORM)),
+    Candidate(TORCH, Kernel()),
+)
+
+
+def _candidates(problem: Problem) -> tuple[Candidate, ...]:
     if isinstance(problem, Norm):
-        return RMS_NORMS if problem.rms else LAYER_NORMS
+        return RMS if problem.rms else LAYER
     if isinstance(problem, Rotation):
-        return (ROTARY_MUL,)
-    return (SWIGLU,) if isinstance(problem, Gate) else (CROSS_ENTROPY,)
+        return ROTATIONS
+    return GATES if isinstance(problem, Gate) else LOSSES
 
 
-def refusals(operator: str, problem: Problem) -> tuple[str, ...]:
-    """Why `operator` may not serve `problem`; empty if it may."""
-    return reasons(TABLE, operator, problem)
+WHOLE = Table(TABLE, _candidates)

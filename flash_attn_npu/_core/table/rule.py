@@ -1,16 +1,18 @@
-"""The one kind of rule that both tables hold: data, from which everything is read.
+"""What both tables are made of: rules, data from which everything is read, and candidates.
 
-Plans and choices, the warnings, compat_matrix.md and the tests that reach every cell are made from
-rules. A kernel serves a problem if none of the rules that are present names it.
+Plans, the warnings, compat_matrix.md and the tests that reach every cell are made from rules. A
+kernel serves a problem if none of the rules that are present names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Rule", "reasons"]
+from ..kernels.kernel import Kernel
+
+__all__ = ["Candidate", "Rule", "Table", "reasons"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,34 @@ class Rule:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def reasons(table: Iterable[Rule], kernel: str, problem: Any) -> tuple[str, ...]:
+class Candidate(NamedTuple):
+    """One kernel in the list of those that are asked for a problem.
+
+    name: what rules, warnings and reports call it.
+    autograd: what rules call its autograd, `kernel.direct`, if that refuses more than the kernel
+        itself does; refused, the kernel serves by its forward and backward.
+    shortcut: a candidate behind it does the same with more launches, so that it was passed over is
+        no loss, and not told.
+    detour: what a call does that comes here because another was passed over, and is fused all the
+        same; None if it is composed.
+    """
+
+    name: str
+    kernel: Kernel
+    autograd: str | None = None
+    shortcut: bool = False
+    detour: str | None = None
+
+
+class Table(NamedTuple):
+    """The rules for some kinds of problems, and the candidates for one, first choice first."""
+
+    rules: tuple[Rule, ...]
+    candidates: Callable[[Any], tuple[Candidate, ...]]
+
+
+def reasons(rules: Iterable[Rule], kernel: str, problem: Any) -> tuple[str, ...]:
     """Why a kernel may not serve a problem, by the rules that are present; empty if it may."""
     return tuple(
-        rule.refused[kernel] for rule in table if kernel in rule.refused and rule.present(problem)
+        rule.refused[kernel] for rule in rules if kernel in rule.refused and rule.present(problem)
     )

@@ -25,21 +25,12 @@ from ...ground.schemas import has
 from ...ground.second_derivatives import once, watch
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved
+from ..kernel import Kernel
 from ..sinks import with_sink
 from . import statistics
 from .selection import Rows
 
-__all__ = [
-    "READS_PAGES",
-    "UNLIMITED",
-    "backward",
-    "causal_mask",
-    "direct",
-    "forward",
-    "fusion_attention",
-]
-
-READS_PAGES = False
+__all__ = ["KERNEL", "UNLIMITED", "causal_mask", "differentiates", "fusion_attention"]
 
 UNLIMITED = 2147483647
 MASK_SIZE = 2048
@@ -75,13 +66,8 @@ def fusion_attention() -> Callable[..., Any]:
     return torch_npu.npu_fusion_attention  # type: ignore[no-any-return]
 
 
-def direct(problem: Problem) -> Callable[..., Any] | None:
-    """A differentiable function (q, k, v, alibi_slopes, sink) -> what the public function returns.
-
-    None where torch_npu's autograd does not serve.
-    """
-    if not _own_autograd(problem):
-        return None
+def direct(problem: Problem) -> Callable[..., Any]:
+    """A differentiable function (q, k, v, alibi_slopes, sink) -> the public result."""
     rows, kernel = _prepared(problem)
     first = once(problem.function)
     if rows.untouched and not (problem.uses_lse or problem.alibi or problem.sink):
@@ -99,15 +85,13 @@ def direct(problem: Problem) -> Callable[..., Any] | None:
     return run
 
 
-def _own_autograd(problem: Problem) -> bool:
-    """Whether torch_npu's autograd serves.
+def differentiates(problem: Problem) -> bool:
+    """Whether torch_npu's autograd of the kernel is asked about a sink.
 
-    It has no deterministic backward, and is not asked about a sink where the gradient operator of
-    packed sequences is documented without (Ascend 950), or where the kernel takes no sink.
+    It is not where the gradient operator of packed sequences is documented without (Ascend 950),
+    or where the kernel takes no sink.
     """
-    if problem.sink and (_operator(problem) != FORWARD or not _takes_sink(problem)):
-        return False
-    return not (problem.deterministic and problem.needs_grad)
+    return not problem.sink or (_operator(problem) == FORWARD and _takes_sink(problem))
 
 
 def _takes_sink(problem: Problem) -> bool:
@@ -233,7 +217,7 @@ def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:
     }
     if problem.alibi:
         shared |= _bias(problem)
-    read = problem.uses_lse or not _own_autograd(problem)
+    read = problem.uses_lse or not differentiates(problem)
     if problem.varlen and read and _in_rows(problem, operator):
         shared["softmax_layout"] = "TND"
     heads, layout = problem.nheads, _layout(problem)
@@ -331,3 +315,7 @@ def _deterministic() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+# the offsets of torch_npu's generator count what was drawn, and are never negative
+KERNEL = Kernel(forward, backward, direct, draws=lambda offset: offset >= 0)

@@ -17,11 +17,10 @@ from ...ground.memory import Memo
 from ...problems.attention import Problem
 from ...problems.cache import Cache
 from ...problems.results import Forward, Inputs
+from ..kernel import Kernel
 from .fusion_attention import UNLIMITED, causal_mask
 
-__all__ = ["READS_PAGES", "forward"]
-
-READS_PAGES = True
+__all__ = ["KERNEL"]
 
 _row_tables: Memo[tuple[tuple[int, ...], int, torch.device], Tensor] = Memo(
     "page tables of unpaged caches", 16, nbytes=1 << 24
@@ -100,3 +99,6 @@ def _row_pages(rows: tuple[int, ...], pages: int, device: torch.device) -> Tenso
         table = (first + torch.arange(pages, dtype=torch.int32, device="cpu")).to(device)
         _row_tables.put(key, table)
     return table
+
+
+KERNEL = Kernel(forward, reads_pages=True)

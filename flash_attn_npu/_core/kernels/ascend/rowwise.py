@@ -1,4 +1,4 @@
-"""torch_npu's fused operators other than attention, one function for each kind of problem.
+"""torch_npu's fused operators other than attention, one kernel for each.
 
 `table.rowwise` has admitted the call before. Gradients are those of torch_npu's own autograd,
 except where a function says that it is called outside of autograd. Losses have a first derivative
@@ -7,6 +7,9 @@ only.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +18,21 @@ from torch.nn import functional
 
 from ...ground.second_derivatives import once, refuse_second, watch
 from ...problems.norms import NormCall
-from ...problems.rowwise import ADD_LAYER_NORM, ADD_RMS_NORM, RMS_NORM
+from ...problems.rowwise import (
+    ADD_LAYER_NORM,
+    ADD_RMS_NORM,
+    RMS_NORM,
+    Gate,
+    Loss,
+    Norm,
+    Rotation,
+)
+from ..kernel import Kernel
 
-__all__ = ["add_and_norm", "gate", "gate_backward", "losses", "rotation"]
+__all__ = ["GATE", "LOSS", "ROTATION", "norm"]
+
+AT_ONCE = 1 << 26
+"""Elements that are rotated at a time, so that in place means in place."""
 
 MOST_DIMS = 8
 """A norm's backward takes two to eight dimensions."""
@@ -40,13 +55,29 @@ class _Once(torch.autograd.Function):
         return refuse_second("a fused cross entropy", grad, *ctx.saved_tensors)
 
 
-def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x rotated, as a new tensor; called outside of autograd.
+def _rotated(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (*tokens, *heads, rotary_dim) rotated, as a new tensor; called outside of autograd."""
+    tokens = x.dim() - problem.head_dims - 1
+    total = math.prod(x.shape[:tokens])
+    shape = (*x.shape[:tokens], *cos.shape[cos.dim() - x.dim() + tokens :])
+    cos, sin = (table.expand(shape).reshape(total, -1) for table in (cos, sin))
+    turned = _turned(x.reshape(total, -1, x.shape[-1]), cos, sin, problem.interleaved)
+    # what an autograd.Function returns must be no view, else nobody may write to it
+    whole: Tensor = torch.ops.aten._unsafe_view.default(turned, x.shape)
+    return whole
 
-    Args:
-        x: (tokens, nheads, rotary_dim).
-        cos, sin: (tokens, rotary_dim / 2), of x's dtype.
-    """
+
+def _rotate(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Write the rotated dimensions of x to out, which may be x."""
+    head = x[..., : problem.rotary_dim]
+    if out is x and torch.is_grad_enabled() and x.requires_grad:
+        # autograd keeps what the operator got, also to differentiate a gradient
+        head = head.clone()
+    out[..., : problem.rotary_dim].copy_(_rotated(problem, head, cos, sin))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (tokens, nheads, rotary_dim) rotated by a row of cos and sin for each token."""
     import torch_npu
 
     if interleaved:
@@ -60,7 +91,16 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return turned[0]
 
 
-def add_and_norm(
+def norm(operator: str) -> Kernel:
+    """The kernel of one of the fused norms."""
+
+    def direct(_: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
+        return partial(_add_and_norm, operator)
+
+    return Kernel(direct=direct)
+
+
+def _add_and_norm(
     operator: str, call: NormCall, total_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual in out_dtype, and that sum in total_dtype.
@@ -128,7 +168,7 @@ def _added_norm(
     return normed, total
 
 
-def gate(x: Tensor) -> Tensor:
+def _gate(_: Gate, x: Tensor, y: Tensor) -> Tensor:
     """silu(x) * y, where y follows x in each row of one tensor; called outside of autograd."""
     import torch_npu
 
@@ -136,7 +176,7 @@ def gate(x: Tensor) -> Tensor:
     return gated
 
 
-def gate_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_backward(_: Gate, grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and y; called outside of autograd."""
     both = torch.ops.npu.npu_swiglu_backward(grad.contiguous(), _whole(x), -1)
     dx, dy = both.chunk(2, dim=-1)
@@ -148,7 +188,7 @@ def _whole(x: Tensor) -> Tensor:
     return x.as_strided((*x.shape[:-1], 2 * x.shape[-1]), x.stride())
 
 
-def losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The cross entropy of each row, 0 where the label is ignore_index, and zeros as z-losses."""
     import torch_npu
 
@@ -161,3 +201,12 @@ def losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, T
     loss: Tensor = torch_npu.npu_cross_entropy_loss(logits, classes, reduction="none")[0]
     loss = loss.masked_fill(~known, float("nan")).masked_fill(labels == ignore_index, 0.0)
     return loss, torch.zeros_like(loss)
+
+
+def _differentiable_losses(_: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
+    return _losses
+
+
+ROTATION = Kernel(_rotate, direct=lambda problem: partial(_rotated, problem), at_once=AT_ONCE)
+GATE = Kernel(_gate, _gate_backward)
+LOSS = Kernel(direct=_differentiable_losses)

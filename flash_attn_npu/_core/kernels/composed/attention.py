@@ -15,6 +15,7 @@ from torch import Tensor
 from ...ground.lengths import Lengths
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved, accumulator, rounded_up
+from ..kernel import Kernel
 from .tiles import (
     TILE_ELEMENTS_ON_CPU,
     Band,
@@ -25,19 +26,13 @@ from .tiles import (
     probabilities,
 )
 
-__all__ = ["READS_PAGES", "backward", "direct", "forward"]
-
-READS_PAGES = False
+__all__ = ["KERNEL"]
 
 STREAMS_AT_ONCE = 64
 """Sequences times heads that share a tile: few enough for tiles to stay large."""
 
 MASK_OF_BLOCKWISE = -1
 """The offset in rng_state of a dropout mask drawn here; a fused kernel's is never negative."""
-
-
-def direct(problem: Problem) -> None:
-    """None: it has no autograd of its own."""
 
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:
@@ -260,3 +255,6 @@ def _empty_s_dmask(problem: Problem, q: Tensor) -> Tensor:
         rounded_up(problem.max_seqlen_k),
     )
     return q.new_zeros(problem.batch, problem.nheads, *sides)
+
+
+KERNEL = Kernel(forward, backward, draws=lambda offset: offset < 0)

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-__all__ = ["swiglu", "swiglu_backward"]
+from ...problems.rowwise import Gate
+from ..kernel import Kernel
+
+__all__ = ["KERNEL"]
 
 
-def swiglu(x: Tensor, y: Tensor) -> Tensor:
+def forward(_: Gate, x: Tensor, y: Tensor) -> Tensor:
     """silu(x) * y, contiguous, in the dtype that x and y promote to."""
     dtype = torch.promote_types(x.dtype, y.dtype)
     return (silu(x.to(_wide(x, y))) * y).to(dtype).contiguous()
 
 
-def swiglu_backward(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def backward(_: Gate, g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and y, contiguous, each in the dtype of its tensor."""
     wide = _wide(x, y)
     gate, g = x.to(wide), g.to(wide)
@@ -28,3 +31,6 @@ def swiglu_backward(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def _wide(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+
+
+KERNEL = Kernel(forward, backward)

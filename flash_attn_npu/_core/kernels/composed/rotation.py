@@ -5,20 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rotate"]
+from ...problems.rowwise import Rotation
+from ..kernel import Kernel
+
+__all__ = ["KERNEL"]
+
+AT_ONCE = 1 << 20
+"""Elements: beside x there is little else in float32."""
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
+def forward(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Write the rotated dimensions of x to out, which may be x.
 
     Args:
         x, out: (..., headdim).
         cos, sin: (..., rotary_dim / 2), broadcast over the heads.
-        interleaved: pairs are neighbours, not the two halves.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(wide), sin.to(wide)
-    first, second = _pairs(2 * cos.shape[-1], interleaved)
+    first, second = _pairs(2 * cos.shape[-1], problem.interleaved)
     a, b = x[..., first].to(wide), x[..., second].to(wide)
     turned_a, turned_b = a * cos - b * sin, a * sin + b * cos
     # written part by part, not by torch.cat, which autocast on the CPU refuses for float16
@@ -27,7 +32,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) 
 
 
 def _pairs(rotary_dim: int, interleaved: bool) -> tuple[slice, slice]:
-    """Where the first and the second of each pair lie in a head."""
+    """Where the first and the second of each pair lie in a head: interleaved, side by side."""
     if interleaved:
         return slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
     return slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
+
+
+KERNEL = Kernel(forward, at_once=AT_ONCE)

@@ -1,0 +1,177 @@
+"""The choice: the first candidate of a table that none of its rules refuses, as a plan.
+
+There is one for attention and for everything row by row. A plan is made once for each distinct
+thing that is asked and remembered, so all layers of a model share one. Under torch.compile nothing
+is remembered, and counted and logged once for each graph, so that tracing leaves no trace in it.
+
+How to add a kernel:
+1. Write its file in `kernels`, with a `Kernel` for the kind of problem it is for; the docstring of
+   `Kernel` says what its functions take and give.
+2. Give it a row in the list of candidates of its kind, at the end of `table.attention` or
+   `table.rowwise`, at its place in the order. What is passed over there is told to the user, unless
+   it is a `shortcut`; so the function that gives the list leaves out what cannot be meant (the
+   inference kernel, say, where no keys lie in a cache).
+3. Say what it refuses: add its name, and a reason in the words of the caller's arguments, to each
+   rule that concerns it. What no rule says is served.
+The warnings, the report, compat_matrix.md and the tests of every cell follow from that.
+A wrapper of a kernel is a `Kernel` too, `kernel._replace(forward=...)`, and stands in for it where
+`_decide` makes the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import UnsupportedError
+from ..ground import policy, usage
+from ..ground.memory import Memo
+from ..ground.traced import note
+from ..kernels.kernel import Kernel
+from ..problems import attention, rowwise
+from . import attention as attention_table
+from . import rowwise as rowwise_table
+from .rule import Candidate, Table, reasons
+
+__all__ = ["Plan", "Verdict", "begin", "choose", "permit", "plan", "recall", "refusals"]
+
+_plans: Memo[Hashable, Plan] = Memo("plans of calls", 512, nbytes=1 << 26)
+recall = _plans.recall
+"""The plan that was remembered for what is asked, None if there is none."""
+
+_TABLES: dict[type, Table] = {
+    attention.Problem: attention_table.WHOLE,
+    rowwise.Rotation: rowwise_table.WHOLE,
+    rowwise.Norm: rowwise_table.WHOLE,
+    rowwise.Gate: rowwise_table.WHOLE,
+    rowwise.Loss: rowwise_table.WHOLE,
+}
+
+
+class Verdict(NamedTuple):
+    """What the table said of one candidate: it was accepted if there are no reasons."""
+
+    kernel: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {', '.join(self.reasons)}"
+
+
+@dataclass(eq=False)
+class Plan:
+    """What serves a call.
+
+    problem: what the kernel is to compute.
+    trace: the verdicts in the order in which candidates were asked, the accepted one last.
+    reasons: what is told of those that were passed over.
+    direct: the kernel's own differentiable function, None if its forward and backward serve.
+    """
+
+    problem: Any
+    candidate: Candidate
+    kernel: Kernel
+    trace: tuple[Verdict, ...]
+    reasons: tuple[str, ...]
+    direct: Callable[..., Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+    @property
+    def nbytes(self) -> int:
+        return getattr(self.problem, "nbytes", 0)
+
+    # not made under torch.compile, which neither counts here nor traces a cached_property
+    @cached_property
+    def tally(self) -> usage.Tally:
+        """Counts the calls, for the report."""
+        return usage.tally(self.problem.function, self.name, self.reasons)
+
+    @cached_property
+    def backward_tally(self) -> usage.Tally:
+        """Counts backwards that this plan serves apart from its forwards."""
+        return usage.tally(f"{self.problem.function} (backward)", self.name, self.reasons)
+
+
+def choose(problem: Any, key: Hashable = None) -> Plan:
+    """What serves a call, which begins now: `plan`, and the policy asked, and the call counted.
+
+    Raises:
+        UnsupportedError: the call is composed, and the fallback policy is `error`.
+    """
+    found = plan(problem, key)
+    if torch.compiler.is_compiling():
+        work = not problem.empty
+        note(problem.function, problem.device.type, found.name, found.reasons, work)
+        return found
+    return begin(found)
+
+
+def plan(problem: Any, key: Hashable = None) -> Plan:
+    """What serves a problem, and has not begun.
+
+    Args:
+        key: what `recall` will know the plan by, and knows none by yet; it must hold all that the
+            problem, and the checks before it, depend on. The problem itself if None.
+    """
+    if torch.compiler.is_compiling():
+        return _decide(problem)
+    found = recall(problem) if key is None else None
+    if found is None:
+        found = _decide(problem)
+        _plans.put(problem if key is None else key, found)
+    return found
+
+
+def begin(found: Plan) -> Plan:
+    """Ask the policy about a call and count it, before it is served by this plan."""
+    permit(found)
+    found.tally.calls += 1
+    return found
+
+
+def permit(found: Plan) -> None:
+    """Apply the fallback policy to a plan; a problem without work loses nothing by no fusion."""
+    if found.reasons and not found.problem.empty:
+        problem = found.problem
+        policy.permit(
+            problem.function, problem.device, found.reasons, detour=found.candidate.detour
+        )
+
+
+def refusals(kernel: str, problem: Any) -> tuple[str, ...]:
+    """Why a kernel, or its autograd, may not serve a problem; empty if it may."""
+    return reasons(_TABLES[type(problem)].rules, kernel, problem)
+
+
+def _decide(problem: Any) -> Plan:
+    """Ask the candidates one by one: the only place where a call is decided."""
+    trace: tuple[Verdict, ...] = ()
+    told: tuple[str, ...] = ()
+    for candidate in _TABLES[type(problem)].candidates(problem):
+        verdict = Verdict(candidate.name, refusals(candidate.name, problem))
+        trace = (*trace, verdict)
+        if not verdict.reasons:
+            kernel = candidate.kernel
+            direct = _direct(kernel, candidate.autograd, problem)
+            return Plan(problem, candidate, kernel, trace, told, direct)
+        if not candidate.shortcut:
+            told = (*told, str(verdict))
+    raise UnsupportedError(
+        problem.function,
+        "a call that no kernel can serve",
+        "; ".join(told),
+        "change the arguments named here",
+    )
+
+
+def _direct(kernel: Kernel, autograd: str | None, problem: Any) -> Callable[..., Any] | None:
+    if kernel.direct is None or (autograd is not None and refusals(autograd, problem)):
+        return None
+    return kernel.direct(problem)
