@@ -1,14 +1,16 @@
-"""Which Ascend chip a device is."""
+"""Which Ascend chip a device is, and what runs on it."""
 
 from __future__ import annotations
 
 import torch
 
+from .confirmed import Combination
 from .memory import Memo
 
-__all__ = ["soc_name"]
+__all__ = ["combination", "soc_name"]
 
 _names: Memo[torch.device, str] = Memo("names of chips", 64)
+_combinations: Memo[torch.device, Combination] = Memo("versions of what runs on a chip", 64)
 
 
 def soc_name(device: torch.device) -> str:
@@ -24,5 +26,21 @@ def soc_name(device: torch.device) -> str:
     return name
 
 
+def combination(device: torch.device) -> Combination:
+    """Chip, CANN and torch_npu behind an NPU, by which reports are told apart."""
+    known = _combinations.recall(device)
+    if known is None:
+        import torch_npu
+
+        try:
+            cann = str(torch_npu.npu.utils.get_cann_version())
+        except Exception:  # an older torch_npu has no such function, or CANN does not say
+            cann = ""
+        known = Combination(soc_name(device), cann, str(torch_npu.__version__))
+        _combinations.put(device, known)
+    return known
+
+
 # what torch.compiler.assume_constant_result sets; that would import torch._dynamo, which is slow
 soc_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+combination._dynamo_marked_constant = True  # type: ignore[attr-defined]
