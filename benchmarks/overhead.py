@@ -18,19 +18,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "ascend")]
+# torch must not load torch_npu before the stubs are there
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
-import virtual_ascend  # noqa: E402
+from flash_attn_npu import _virtual_ascend as virtual_ascend
 
 REASON = virtual_ascend.start()
 
@@ -128,7 +128,7 @@ def mindiesd_function() -> Callable[..., Any] | None:
     if importlib.util.find_spec("mindiesd") is None:
         print("not compared: mindiesd is not installed")
         return None
-    from mindie_function import load
+    from tests.helpers.mindie_function import load
 
     function: Callable[..., Any] = load()[0].attention_forward_varlen
     return function

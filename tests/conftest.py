@@ -1,23 +1,26 @@
-"""What every test module may use: the simulated Ascend, started before anything imports torch.
+"""What every test module may use: the simulated Ascend, and a fresh start for every test.
 
-Test modules import their helpers (virtual_ascend among them) by name: pytest puts this folder on
-sys.path.
+Helpers are imported by their full name (`from tests.helpers import reference`).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
-import virtual_ascend
+from hypothesis import settings
+
+# torch must not load torch_npu by itself: there is no CANN, here before the stubs and in children
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+import torch
+
+from flash_attn_npu import _virtual_ascend as virtual_ascend
+from flash_attn_npu._core.ground.memory import forget_all
 
 REASON = virtual_ascend.start()
-
-import torch  # noqa: E402
-
-# A child process has no stubs: it would fail to import torch if that loaded torch_npu
-os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 # The tensors are small, and waiting workers cost more than they bring
 torch.set_num_threads(1)
 if REASON is None:
@@ -26,10 +29,20 @@ else:
     # installed without its libraries it would fail the import of transformers, which looks for it
     sys.modules["torch_npu"] = None  # type: ignore[assignment]
 
+# The same examples on every run, at any speed
+settings.register_profile("properties", deadline=None, derandomize=True, database=None)
+settings.load_profile("properties")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if REASON is not None and os.environ.get("FLASH_ATTN_NPU_REQUIRE_ASCEND") == "1":
         raise pytest.UsageError(f"the virtual Ascend is required but not running: {REASON}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if moving:
+        raise pytest.UsageError(f"a test's name holds an address: {moving[0]}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -42,6 +55,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(
         f"virtual Ascend: running (torch_npu {torch_npu.__version__}, SoC {soc}; simulated)"
     )
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """Every test draws the same numbers whenever it runs, and nothing is remembered or said yet."""
+    forget_all()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Compiled code of its own."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def _device(name: str) -> torch.device:

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from environments import Environment, build_wheel
 
 import flash_attn_npu
 from flash_attn_npu._activation import children
+from tests.helpers.environments import Environment, build_wheel
 
 VARIABLE = "FLASH_ATTN_NPU_INSTALL"
 

@@ -10,10 +10,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from environments import ROOT, START_FILES, Environment, pythons
 
 import _flash_attn_npu_startup as hook
 from flash_attn_npu._integrations import transformers
+from tests.helpers.environments import ROOT, START_FILES, Environment, pythons
 
 PYTHONS = pythons()
 

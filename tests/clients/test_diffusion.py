@@ -8,10 +8,12 @@ import importlib.util
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from packaging.version import Version
-from probes import cumulative, importable, mask, randn
-from references import (
+from torch import Tensor
+
+from tests.helpers.client_references import (
     add_rms_norm,
     assert_gives,
     assert_gradients,
@@ -20,7 +22,9 @@ from references import (
     mlp,
     packed,
 )
-from torch import Tensor
+from tests.helpers.probes import cumulative, importable, mask, randn
+
+pytestmark = pytest.mark.usefixtures("flash_attn")
 
 NHEADS, HEADDIM = 3, 16
 SCALE = HEADDIM**-0.5

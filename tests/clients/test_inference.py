@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from probes import cumulative, randn
-from references import (
+
+from tests.helpers.client_references import (
     assert_gives,
     assert_gradients,
     assert_lse,
@@ -19,6 +19,9 @@ from references import (
     rotated,
     tables,
 )
+from tests.helpers.probes import cumulative, randn
+
+pytestmark = pytest.mark.usefixtures("flash_attn")
 
 SCALE = 0.25
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from probes import cumulative, importable, randn
-from references import (
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.helpers.client_references import (
     add_layer_norm,
     add_rms_norm,
     assert_gives,
@@ -26,8 +28,9 @@ from references import (
     swiglu,
     tables,
 )
-from torch import Tensor, nn
-from torch.nn import functional
+from tests.helpers.probes import cumulative, importable, randn
+
+pytestmark = pytest.mark.usefixtures("flash_attn")
 
 HIDDEN = 24
 

@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from probes import cumulative, default_arguments, importable, randn
-from references import assert_gives, assert_gradients, assert_lse, attention, packed
 from torch import Tensor
+
+from tests.helpers.client_references import (
+    assert_gives,
+    assert_gradients,
+    assert_lse,
+    attention,
+    packed,
+)
+from tests.helpers.probes import cumulative, default_arguments, importable, randn
+
+pytestmark = pytest.mark.usefixtures("flash_attn")
 
 HALF, SEQLEN, NHEADS, HEADDIM = 4, 8, 2, 16
 SCALE = HEADDIM**-0.5

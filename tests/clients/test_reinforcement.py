@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from probes import cumulative, mask, randn
-from references import assert_gives, assert_gradients, cross_entropy, packed
 from torch import Tensor
+
+from tests.helpers.client_references import assert_gives, assert_gradients, cross_entropy, packed
+from tests.helpers.probes import cumulative, mask, randn
+
+pytestmark = pytest.mark.usefixtures("flash_attn")
 
 LENGTHS, SEQLEN, VOCABULARY = [5, 3], 6, 11
 TOKENS = sum(LENGTHS)

@@ -10,8 +10,18 @@ from typing import Any
 import pytest
 import torch
 from packaging import version
-from probes import cumulative, importable, mask, randn
-from references import assert_gives, attention, packed, rms_norm, rotated, tables
+
+from tests.helpers.client_references import (
+    assert_gives,
+    attention,
+    packed,
+    rms_norm,
+    rotated,
+    tables,
+)
+from tests.helpers.probes import cumulative, importable, mask, randn
+
+pytestmark = pytest.mark.usefixtures("flash_attn")
 
 
 def test_qwen1(device: torch.device) -> None:

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-import reference
 import torch
-import virtual_ascend
 from torch import Tensor
 
 import flash_attn_npu
+from flash_attn_npu import _virtual_ascend as virtual_ascend
+from tests.helpers import reference
 
 varlen = pytest.importorskip("torch.nn.attention.varlen")
 ENDS = [0, 5, 12]

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from packaging import version
-from probes import cumulative, importable, mask, randn
-from references import (
+from torch import Tensor
+
+from tests.helpers.client_references import (
     add_rms_norm,
     assert_gives,
     assert_gradients,
@@ -26,7 +27,9 @@ from references import (
     rotated,
     tables,
 )
-from torch import Tensor
+from tests.helpers.probes import cumulative, importable, mask, randn
+
+pytestmark = pytest.mark.usefixtures("flash_attn")
 
 HIDDEN = 24
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import importing_inductor
 from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 import flash_attn_npu as fa
+from tests.helpers.compiled_cases import importing_inductor
 
 KEPT = {
     torch.ops.flash_attn_npu_shim._flash_attn_forward.default,

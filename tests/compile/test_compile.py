@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import flash_attn_npu as fa
+from tests.helpers.compiled_cases import (
     CASES,
     Case,
     each_case,
@@ -16,10 +20,6 @@ from attention_cases import (
     outputs,
     packed,
 )
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-
-import flash_attn_npu as fa
 
 STEPS = 4
 
@@ -158,7 +158,7 @@ def test_lengths_given_as_tensors(fullgraph: bool) -> None:
 
 
 def test_compiled_calls_on_an_npu_stay_fused(npu: torch.device) -> None:
-    import virtual_ascend
+    from flash_attn_npu import _virtual_ascend as virtual_ascend
 
     def run(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Any:
         return fa.flash_attn_varlen_func(q, k, v, cu, cu, 7, 7, causal=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import dense, packed
 from torch import Tensor, nn
 from torch.export import Dim, export
 
 import flash_attn_npu as fa
+from tests.helpers.compiled_cases import dense, packed
 
 each_mode = pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 

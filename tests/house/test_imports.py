@@ -17,7 +17,9 @@ FLOORS = ("attention", "rowwise", "table", "kernels", "problems", "ground")
 """Of `_core`, from the top: a file imports from its own floor and from those below.
 
 `attention` rotates by `rowwise`, which knows nothing of it."""
-NPU = ("_core/kernels/ascend/", "_core/ground/chip.py", "_integrations/")
+NPU = ("_core/kernels/ascend/", "_core/ground/chip.py", "_integrations/", "_virtual_ascend/")
+CARD = "_virtual_ascend/"
+COMMANDS = ("__main__.py", "_commands/")
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -58,7 +60,15 @@ def floor(file: str) -> int | None:
 
 def mirrored(file: str) -> bool:
     """Whether a file has upstream's name, or is a helper that lies beside such files."""
-    apart = ("_core/", "_activation/", "_commands/", "_integrations/", "_surface/", "__main__.py")
+    apart = (
+        "_core/",
+        "_activation/",
+        "_commands/",
+        "_integrations/",
+        "_surface/",
+        "__main__.py",
+        CARD,
+    )
     return not file.startswith(apart)
 
 
@@ -85,6 +95,16 @@ def test_the_mirror_imports_neither_kernels_nor_tables(file: str) -> None:
 def test_torch_npu_stays_where_it_is_called(file: str) -> None:
     names = [name for name in imported(file) if name.split(".")[0] == "torch_npu"]
     assert not names or file.startswith(NPU), f"{file} imports {names}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_simulated_card_and_we_do_not_know_each_other(file: str) -> None:
+    """It stands where CANN stands: only the command line, which starts it, names it."""
+    for name, target in ours(file):
+        if file.startswith(CARD):
+            assert target.startswith(CARD), f"{file} imports {name}"
+        elif not file.startswith(COMMANDS):
+            assert not target.startswith(CARD), f"{file} imports {name}"
 
 
 def test_no_circles() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import malformed
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from flash_attn_npu import flash_attn_interface as interface
 from flash_attn_npu._integrations.unpadding import memoised_upad_input
 from flash_attn_npu.layers.rotary import RotaryEmbedding
 from flash_attn_npu.utils import _sampling, generation, testing
+from tests.helpers import malformed_rowwise as malformed
 
 Made = Callable[[], Callable[[], Any]]
 """Makes the arguments, and returns the call."""

@@ -7,9 +7,9 @@ from threading import Thread
 
 import pytest
 import torch
-import virtual_ascend
 from torch import Tensor
 
+from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import fallback, flash_attn_func, reporting
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import UnsupportedError

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import virtual_ascend
 from torch import Tensor
 
+from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import fallback, reporting
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import malformed
 import pytest
 import torch
 
@@ -18,6 +17,7 @@ from flash_attn_npu.modules import embedding
 from flash_attn_npu.ops import fused_dense, layer_norm, rms_norm
 from flash_attn_npu.ops.triton import layer_norm as of_triton
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
+from tests.helpers import malformed_rowwise as malformed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(nested|Nested).*prototype", "ignore:Sparse CSR tensor support is in beta"

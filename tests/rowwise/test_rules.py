@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from wheel import pretend_row
 
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.problems.rowwise import Gate, Loss, Norm, Problem, Rotation
@@ -14,6 +13,7 @@ from flash_attn_npu._core.table import rowwise
 from flash_attn_npu._core.table.choice import refusals
 from flash_attn_npu._core.table.rowwise import TABLE, WHOLE
 from flash_attn_npu._core.table.rule import Rule
+from tests.helpers.wheel import pretend_row
 
 CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "tensors outside an Ascend NPU": lambda p: p._replace(device=torch.device("cpu")),

@@ -1,0 +1,83 @@
+"""A simulated Ascend: the real torch_npu wheel over stub CANN libraries, with CPU arithmetic.
+
+start() loads the stubs, enable() imports torch_npu over them and registers the arithmetic. torch
+may be there before, if it was kept from loading torch_npu (TORCH_DEVICE_BACKEND_AUTOLOAD=0).
+It knows torch_npu and nothing of flash_attn_npu. No Ascend machine confirmed what it computes.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from .machine import stubs
+from .machine.refusal import CardRefusal
+
+if TYPE_CHECKING:
+    from .machine.journal import Record
+
+__all__ = ["REASON", "CardRefusal", "enable", "lying", "record", "start"]
+
+REASON: str | None = "virtual_ascend.start() was not called"
+_started = False
+_enabled: list[object] = []
+
+
+def start() -> str | None:
+    """Load the stubs; None if torch_npu can now be imported, else the reason why not."""
+    global REASON, _started
+    if not _started:
+        _started = True
+        REASON = _start()
+    return REASON
+
+
+def _start() -> str | None:
+    reason = stubs.obstacle()
+    if reason is None:
+        # A task queue would launch from a thread of its own, behind the journal's back
+        os.environ["TASK_QUEUE_ENABLE"] = "0"
+        os.environ["ASCEND_LAUNCH_BLOCKING"] = "1"
+        try:
+            stubs.preload()
+        except (OSError, RuntimeError) as error:
+            reason = str(error)
+    # enable() imports it, and a child process has no stubs
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    return reason
+
+
+def enable() -> None:
+    """Give the simulated card its arithmetic, in this process and for good."""
+    if REASON is not None:
+        raise RuntimeError(f"the virtual Ascend is not running: {REASON}")
+    if _enabled:
+        return
+    import torch
+    import torch_npu  # noqa: F401
+
+    from . import operators
+    from .machine import arithmetic
+
+    libraries: dict[str, torch.library.Library] = {}
+    for name, kernel in {**arithmetic.kernels(), **operators.kernels()}.items():
+        namespace = name.partition("::")[0]
+        if namespace not in libraries:
+            libraries[namespace] = torch.library.Library(namespace, "IMPL")
+        libraries[namespace].impl(name, kernel, "PrivateUse1", allow_override=True)
+    _enabled.extend(libraries.values())
+
+
+def lying(lie: str) -> AbstractContextManager[None]:
+    """Let the card answer wrongly in one way: `with virtual_ascend.lying("scale forgotten"):`."""
+    from .machine.lies import lying
+
+    return lying(lie)
+
+
+def record() -> AbstractContextManager[Record]:
+    """Collect launches and copies: `with virtual_ascend.record() as rec`."""
+    from .machine.journal import record
+
+    return record()

@@ -1,0 +1,151 @@
+"""Composed attention over several tiles of scores, in both directions, with every option."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.property_harness import EFFORTS
+from tests.helpers.strategies import Problem, dense_problems, varlen_problems
+from tests.helpers.tile_cases import Case, assert_case, masks, solve, tiles_of
+
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+CPU = torch.device("cpu")
+DTYPES = st.sampled_from((FP32, FP32, BF16, FP16, FP64))
+FIELDS = {"dtype": DTYPES, "layouts": st.just(("contiguous",) * 3)}
+
+
+def test_tiles_are_as_small_as_asked():
+    """The seam works: 4 x 6 tiles take a product each for their scores and for their output."""
+    case = Case(Problem(((16, 24),), headdim=8), packed=False)
+    with tiles_of(4), torch.autograd.profiler.profile() as profile:
+        solve(case, CPU)
+    products = sum(event.count for event in profile.key_averages() if event.key == "aten::bmm")
+    # and five for their gradients
+    assert products == (2 + 5) * 4 * 6
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    packed = draw(st.booleans())
+    return Case(
+        draw(varlen_problems(**FIELDS) if packed else dense_problems(**FIELDS)),
+        packed,
+        softcap=draw(st.sampled_from((0.0, 0.0, 0.7, 20.0))),
+        slopes=draw(st.sampled_from(("", "", "heads", "sequences"))),
+        dropout_p=draw(st.sampled_from((0.0, 0.0, 0.25))),
+        sink=draw(st.booleans()),
+        loud=draw(st.sampled_from((1.0, 4.0, -4.0, 10.0, -10.0))),
+    )
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_any_options_over_many_tiles(effort):
+    @settings(max_examples=100 * effort)
+    @given(case=cases(), side=st.sampled_from((4, 7, 16)))
+    def run(case: Case, side: int) -> None:
+        with tiles_of(side):
+            assert_case(case, CPU)
+
+    run()
+
+
+# one option each, so that a failure names it; 3 x 5 tiles of 8, the last ones cut
+SMALL = Problem(((21, 37), (37, 21)), nheads_k=2, group=2, headdim=16)
+OPTIONS = {
+    "plain": {},
+    "rising": {"loud": 10.0},
+    "falling": {"loud": -10.0},
+    "softcap": {"softcap": 5.0, "loud": 8.0},
+    "alibi": {"slopes": "heads"},
+    "alibi-of-sequences": {"slopes": "sequences"},
+    "dropout": {"dropout_p": 0.3},
+    "sink": {"sink": True, "loud": 4.0},
+    "sink-dropout-alibi": {"sink": True, "dropout_p": 0.3, "slopes": "sequences", "loud": -4.0},
+}
+BANDS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (11, 5)},
+    "causal-window": {"causal": True, "window_size": (11, 0)},
+    "open-to-the-right": {"window_size": (3, -1)},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_each_option_over_many_tiles(packed, band, options):
+    seqlens = SMALL.seqlens if packed else ((21, 37),) * 2
+    for dtype in (FP32, BF16, FP64):
+        problem = replace(SMALL, seqlens=seqlens, dtype=dtype, **band)
+        with tiles_of(8):
+            assert_case(Case(problem, packed, **options), CPU)
+
+
+@pytest.mark.parametrize("loud", [10.0, -10.0])
+@pytest.mark.parametrize(
+    ("seqlens", "options"),
+    [
+        (((1100, 1100),), {}),
+        (((1100, 1100),), {"causal": True}),
+        (((520, 1300),), {"causal": True, "window_size": (600, 0)}),
+        (((1100, 600),), {"window_size": (-1, 100)}),
+    ],
+    ids=["full", "causal", "window", "more-queries"],
+)
+def test_tiles_of_the_true_size(seqlens, options, loud):
+    problem = Problem(seqlens, headdim=16, **options)
+    assert_case(Case(problem, packed=False, loud=loud), CPU)
+
+
+def test_tiles_of_the_true_size_of_many_heads():
+    """64 heads leave a tile 128 x 128 scores on the CPU."""
+    problem = Problem(((200, 300),), nheads_k=8, group=8, headdim=8, causal=True)
+    assert_case(Case(problem, packed=False, softcap=15.0, slopes="heads", loud=9.0), CPU)
+
+
+def test_tiles_on_ascend(npu):
+    problem = Problem(((21, 37), (37, 21)), nheads_k=2, group=2, headdim=16, dtype=FP16)
+    for options in (OPTIONS["softcap"], {"softcap": 5.0, "slopes": "sequences", "dropout_p": 0.3}):
+        with tiles_of(16):
+            assert_case(Case(replace(problem, causal=True), **options), npu)
+
+
+# more sequences times heads than share a tile: 64
+LENGTHS = ((3, 5), (4, 4), (5, 3), (1, 9), (0, 2), (4, 4), (2, 0))
+MANY = {
+    "dense": (False, Problem(((5, 7),) * 50, nheads_k=2, group=2, headdim=8)),
+    "dense-one-head": (False, Problem(((5, 7),) * 150, headdim=8)),
+    "dense-many-heads": (False, Problem(((5, 7),) * 3, nheads_k=35, group=2, headdim=8)),
+    "varlen": (True, Problem(LENGTHS * 20, nheads_k=2, group=2, headdim=8)),
+    "varlen-alike": (True, Problem(((4, 6),) * 150, headdim=8)),
+}
+MANY_OPTIONS = {
+    name: OPTIONS[name] for name in ("plain", "alibi-of-sequences", "dropout", "sink-dropout-alibi")
+}
+
+
+@pytest.mark.parametrize(("packed", "problem"), MANY.values(), ids=MANY)
+@pytest.mark.parametrize("options", MANY_OPTIONS.values(), ids=MANY_OPTIONS)
+@pytest.mark.parametrize("side", [None, 4], ids=["true-tiles", "small-tiles"])
+def test_many_sequences(packed, problem, options, side):
+    case = Case(replace(problem, causal=True), packed, **options)
+    if side is None:
+        assert_case(case, CPU)
+    else:
+        with tiles_of(side):
+            assert_case(case, CPU)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "varlen"])
+def test_every_sequence_and_head_has_a_mask_of_its_own(packed):
+    """Also where sequences do not share a tile, and in every tile of a sequence."""
+    case = Case(Problem(((24, 24),) * 70, group=2), packed, dropout_p=0.5)
+    with tiles_of(8):
+        kept = torch.stack(masks(case, solve(case, CPU)["s_dmask"]))
+    blocks = kept.unflatten(2, (3, 8)).unflatten(4, (3, 8)).transpose(3, 4).flatten(0, 3)
+    assert blocks.shape == (70 * 2 * 9, 8, 8)
+    assert len({tuple(block.flatten().tolist()) for block in blocks}) == len(blocks)

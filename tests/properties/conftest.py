@@ -1,6 +1,0 @@
-"""One hypothesis profile for all properties: the same examples on every run, at any speed."""
-
-from hypothesis import settings
-
-settings.register_profile("properties", deadline=None, derandomize=True, database=None)
-settings.load_profile("properties")
