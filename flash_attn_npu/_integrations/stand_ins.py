@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 
 from .. import flash_attn_interface
-from .._core.attention import call
+from .._core.attention import cache_operators, call
+from .._core.attention.decode import CacheCall
 from .._core.ground.lengths import host_lengths
-from ..errors import UnsupportedError
 
 __all__ = [
     "STAND_INS",
@@ -104,28 +104,23 @@ def npu_flash_attn_with_kvcache(
     alibi_slopes: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`flash_attn_with_kvcache` as transformers' continuous batching calls it."""
-    if s_aux is not None:
-        raise UnsupportedError(
-            "s_aux",
-            f"an attention sink of shape {tuple(s_aux.shape)}",
-            "None: sinks are not served over a paged cache yet",
-            'generate without continuous batching, or with attn_implementation="eager"',
-        )
-    out = flash_attn_interface.flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cache_seqlens=cache_seqlens,
-        block_table=block_table,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-    )
+    """`flash_attn_with_kvcache` as transformers' continuous batching calls it.
+
+    `s_aux` is an attention sink, (nheads,).
+    """
+    shared: dict[str, Any] = {
+        "cache_seqlens": cache_seqlens,
+        "block_table": block_table,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }
+    if s_aux is None:
+        out = flash_attn_interface.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **shared)
+    else:
+        out, _ = cache_operators.attend(CacheCall(q, k_cache, v_cache, k, v, sink=s_aux, **shared))
     return cast(torch.Tensor, out)
 
 

@@ -33,11 +33,15 @@ PASSED_OVER = {
     "headdim": (
         CacheProblem(LENGTHS, 16, 2, **NEW, headdim=80, options=CAUSAL),
         FUSION,
-        "headdim of 64 and 128",
+        "multiple of 128",
     ),
     "odd-pages": (CacheProblem(LENGTHS, 5, 3, **NEW, options=CAUSAL), FUSION, "multiple of 16"),
     "large-pages": (CacheProblem(LENGTHS, 528, 1, **NEW, options=CAUSAL), FUSION, "up to 512"),
-    "odd-rows": (CacheProblem(LENGTHS, 20, **NEW, options=CAUSAL), FUSION, "multiple of 16"),
+    "odd-rows": (
+        CacheProblem(LENGTHS, 20, **NEW, rows=(1, 0), options=CAUSAL),
+        FUSION,
+        "multiple of 16",
+    ),
     "strided": (
         CacheProblem(LENGTHS, 16, **NEW, layout="interleaved", options=CAUSAL),
         FUSION,

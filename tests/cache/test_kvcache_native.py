@@ -13,7 +13,13 @@ from torch import Tensor
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import flash_attn_with_kvcache, reporting
 from tests.helpers import cache_reference
-from tests.helpers.cache_calls import CacheProblem, assert_answer, assert_buffers, check, place
+from tests.helpers.cache_calls import (
+    CacheProblem,
+    assert_answer,
+    assert_buffers,
+    only_launch,
+    place,
+)
 
 INFER = "npu_fused_infer_attention_score"
 UNLIMITED = 2147483647
@@ -22,17 +28,6 @@ PAGED = CacheProblem((200, 17, 0), 128, 2, seqlen_new=1, group=4, headdim=128, o
 ROWS = CacheProblem(
     (200, 17, 0), 240, seqlen_q=2, seqlen_new=2, nheads_k=2, rows=(3, 0, 1), options=CAUSAL
 )
-
-
-def only_launch(problem: CacheProblem, device: torch.device) -> dict[str, Any]:
-    """The arguments of the one launch of a call whose answer is right."""
-    with virtual_ascend.record() as seen, reporting() as region:
-        check(problem, device)
-    (launch,) = [one for one in seen.launches if "attention" in one.name]
-    assert launch.name == INFER
-    (tally,) = [one for one in region.tallies if not one.function.endswith("(rotary)")]
-    assert (tally.kernel, tally.reasons, tally.calls) == (INFER, (), 1)
-    return launch.arguments
 
 
 @pytest.mark.parametrize("headdim", [64, 128])

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn_npu import flash_attn_with_kvcache
+from flash_attn_npu import _virtual_ascend as virtual_ascend
+from flash_attn_npu import flash_attn_with_kvcache, reporting
 from tests.helpers import cache_reference, reference
 from tests.helpers.paged_keys import GARBAGE
+
+INFER = "npu_fused_infer_attention_score"
 
 
 @dataclass(frozen=True)
@@ -226,3 +229,14 @@ def check(problem: CacheProblem, device: torch.device) -> cache_reference.Expect
     assert_answer(actual, expected)
     assert_buffers(problem, buffers, expected.k_cache, expected.v_cache)
     return expected
+
+
+def only_launch(problem: CacheProblem, device: torch.device) -> dict[str, Any]:
+    """The arguments of the one launch of a call whose answer is right."""
+    with virtual_ascend.record() as seen, reporting() as region:
+        check(problem, device)
+    (launch,) = [one for one in seen.launches if "attention" in one.name]
+    assert launch.name == INFER
+    (tally,) = [one for one in region.tallies if not one.function.endswith("(rotary)")]
+    assert (tally.kernel, tally.reasons, tally.calls) == (INFER, (), 1)
+    return launch.arguments

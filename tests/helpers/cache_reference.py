@@ -57,6 +57,7 @@ def solve(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    sink: Tensor | None = None,
 ) -> Expected:
     """What a call with these arguments returns and writes; all tensors on the host."""
     batch, seqlen_q = q.shape[:2]
@@ -89,6 +90,7 @@ def solve(
         window_size=window_size,
         softcap=softcap,
         max_seqlen_k=capacity,
+        sink=sink,
     )
     return Expected(*answers, k_after, v_after)
 

@@ -17,6 +17,7 @@ from flash_attn_npu import (
 from flash_attn_npu._core.attention import call
 from flash_attn_npu._core.problems.ask import Options
 from flash_attn_npu._core.table.attention import (
+    MAX_CACHED_HEADDIM,
     MAX_CACHED_SEQUENCES,
     MAX_GROUP,
     MAX_HEADDIM,
@@ -99,12 +100,12 @@ def backward(rng_offset: int, softcap: float) -> Example:
 
 def cached(
     *, headdim: int = 64, page: int = 32, heads: int = 2, heads_k: int = 2, batch: int = 2,
-    strided: bool = False, shared: bool = False, **options: Any,
+    rows: int = 1, strided: bool = False, shared: bool = False, **options: Any,
 ) -> Example:  # fmt: skip
     """Sequences of 20 keys in pages of a cache."""
 
     def run(device: torch.device) -> Any:
-        q = tensor(device, batch, 1, heads, headdim)
+        q = tensor(device, batch, rows, heads, headdim)
         cache = tensor(device, 1 if shared else batch * -(-20 // page), page, heads_k, headdim)
         if strided:
             cache = tensor(device, *cache.shape[:2], 2, *cache.shape[2:])[:, :, 0]
@@ -116,6 +117,15 @@ def cached(
         )
 
     return run
+
+
+def unequal(device: torch.device) -> Any:
+    """One and two queries of two sequences, in pages."""
+    q, cache = tensor(device, 3, 2, 96), tensor(device, 2, 32, 2, 96)
+    table = torch.tensor([[0], [1]], dtype=torch.int32).to(device)
+    return flash_attn_varlen_func(
+        q, cache, cache.clone(), [0, 1, 3], [0, 20, 40], 2, 20, block_table=table
+    )
 
 
 EXAMPLES: dict[str, Example] = {
@@ -178,11 +188,21 @@ EXAMPLES: dict[str, Example] = {
         heads=MAX_GROUP + 1, heads_k=1
     ),
     "keys in a cache, headdim other than 64 and 128": cached(headdim=96),
+    "keys in a cache, headdim other than 64 and 128, queries of unequal lengths": unequal,
+    f"keys in a cache, headdim above {MAX_CACHED_HEADDIM}": cached(headdim=528),
+    "keys in a cache, headdim of no multiple of 16, unless of one query and up to 128": cached(
+        headdim=72, page=128, rows=2
+    ),
     f"keys in a cache, pages of no multiple of 16 up to {MAX_PAGE}": cached(page=5),
+    "keys in a cache, headdim other than 64 and 128, several queries, pages of no multiple of "
+    "128": cached(headdim=96, rows=2),
     "keys in a cache that is not contiguous": cached(strided=True),
     "keys in a cache, cache_leftpad": cached(cache_leftpad=torch.tensor([0, 3], dtype=torch.int32)),
     "keys in a cache, shared pages in a full cache": cached(shared=True),
     f"keys in a cache, nheads_k * headdim above {MAX_PAGE_WIDTH}": cached(
         heads=256, heads_k=256, headdim=257, page=16
+    ),
+    f"keys in a cache, headdim other than 64 and 128, nheads * headdim above {MAX_PAGE_WIDTH}": (
+        cached(heads=256, heads_k=4, headdim=272, page=16)
     ),
 }

@@ -29,7 +29,10 @@ __all__ = ["CacheCall", "with_kvcache"]
 
 
 class CacheCall(NamedTuple):
-    """A call of `flash_attn_with_kvcache`: its arguments, in flash-attention 2.8's order."""
+    """A call of `flash_attn_with_kvcache`: its arguments, in flash-attention 2.8's order.
+
+    sink: (nheads,), one more logit in each softmax; transformers passes it as s_aux.
+    """
 
     q: Tensor
     k_cache: Tensor
@@ -51,6 +54,7 @@ class CacheCall(NamedTuple):
     num_splits: int = 0
     return_softmax_lse: bool = False
     function: str = "flash_attn_with_kvcache"
+    sink: Tensor | None = None
 
 
 class _Rotary(NamedTuple):
@@ -108,7 +112,7 @@ def with_kvcache(call: CacheCall) -> tuple[Tensor, Tensor | None]:
             q = q.clone() if share(q, step.cache.k) or share(q, step.cache.v) else q
             _append(step, new)
         packed = q.reshape(batch * seqlen_q, nheads, headdim)
-        answer = run_over(found, packed, keys, call.alibi_slopes)
+        answer = run_over(found, packed, keys, call.alibi_slopes, call.sink)
     lse = None
     if found.problem.uses_lse:
         lse = answer.softmax_lse.view(nheads, batch, seqlen_q).transpose(0, 1).contiguous()
@@ -118,7 +122,7 @@ def with_kvcache(call: CacheCall) -> tuple[Tensor, Tensor | None]:
 def _checked(call: CacheCall) -> _Step:
     q = call.q
     arguments.require_plain(q=q, k_cache=call.k_cache, v_cache=call.v_cache)
-    arguments.require_plain_or_none(alibi_slopes=call.alibi_slopes)
+    arguments.require_plain_or_none(alibi_slopes=call.alibi_slopes, sink=call.sink)
     arguments.flag("return_softmax_lse", call.return_softmax_lse)
     if q.dim() != 4:
         raise ArgumentError(
@@ -164,7 +168,7 @@ def _ask(call: CacheCall, keys: Keys) -> Ask:
         Packed(lengths_q, keys.lengths, seqlen_q, keys.cache.capacity),
         Options(0.0, call.softmax_scale, call.causal, call.window_size, call.softcap),
         None if slopes is None else Facts.of(slopes),
-        None,
+        None if call.sink is None else Facts.of(call.sink),
         needs_grad=False,
         uses_lse=bool(call.return_softmax_lse),
         pages=keys.pages,

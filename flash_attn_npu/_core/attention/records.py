@@ -149,6 +149,7 @@ class CacheRead(NamedTuple):
     alibi_slopes: Tensor | None
     return_softmax_lse: bool
     function: str = "flash_attn_with_kvcache"
+    sink: Tensor | None = None
 
 
 class CacheAppend(NamedTuple):
@@ -174,6 +175,7 @@ class CacheAppend(NamedTuple):
     alibi_slopes: Tensor | None
     return_softmax_lse: bool
     function: str = "flash_attn_with_kvcache"
+    sink: Tensor | None = None
 
 
 AnyForward = DenseForward | VarlenForward

@@ -46,12 +46,14 @@ class Pages(NamedTuple):
     contiguous: the cache is.
     padded: the keys of some sequence do not start at its first position.
     shared: the sequences use more pages together than the cache has.
+    in_order: it has no pages, and row i of it holds the keys of sequence i.
     """
 
     size: int | None
     contiguous: bool
     padded: bool
     shared: bool
+    in_order: bool = False
 
 
 class Options(NamedTuple):

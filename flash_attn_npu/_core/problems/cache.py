@@ -163,6 +163,7 @@ def pages_of(cache: Cache, spans: Sequence[Span]) -> Pages:
         contiguous=cache.k.is_contiguous() and cache.v.is_contiguous(),
         padded=any(span.start for span in spans),
         shared=used > room,
+        in_order=cache.rows is not None and cache.rows == tuple(range(len(spans))),
     )
 
 

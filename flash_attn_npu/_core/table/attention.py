@@ -32,6 +32,7 @@ MAX_TOKENS = 1_000_000
 MAX_CACHED_SEQUENCES = 4096
 MAX_GROUP = 64
 MAX_PAGE_WIDTH = 65_535
+MAX_CACHED_HEADDIM = 512
 
 
 ROUNDED_BIAS = "it takes a bias in the dtype of q only, which rounds that of alibi_slopes"
@@ -42,6 +43,21 @@ def _offset_allowed(problem: Problem) -> bool:
     return (
         alibi_offset() and problem.varlen and not soc_name(problem.device).startswith("Ascend950")
     )
+
+
+def _unpacked(problem: Problem) -> bool:
+    """Whether the inference kernel gets queries over a cache that are not packed."""
+    return problem.pages is not None and not infer_attention.packs_queries(problem)
+
+
+def _in_rows(problem: Problem) -> bool:
+    """Whether the inference kernel reads the rows of a cache, and no pages."""
+    return _unpacked(problem) and problem.pages is not None and problem.pages.in_order
+
+
+def _page(problem: Problem) -> int:
+    assert problem.pages is not None
+    return problem.pages.size or 0
 
 
 TABLE: tuple[Rule, ...] = (
@@ -170,7 +186,7 @@ TABLE: tuple[Rule, ...] = (
         {FUSION: "with alibi_slopes it takes no sequence of length 0"},
     ),
     Rule("alibi_slopes, varlen, softmax_lse", lambda p: p.alibi and p.varlen and p.uses_lse),
-    Rule("sink (transformers' s_aux)", lambda p: p.sink, {INFER: "its sink is not used yet"}),
+    Rule("sink (transformers' s_aux)", lambda p: p.sink),
     Rule("sink, float32", lambda p: p.sink and p.dtype == torch.float32),
     Rule("sink, softmax_lse or a deterministic backward", lambda p: p.sink and p.uses_lse),
     Rule("sink, alibi_slopes", lambda p: p.sink and p.alibi),
@@ -197,13 +213,42 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "keys in a cache, headdim other than 64 and 128",
-        lambda p: p.pages is not None and p.headdim not in (64, 128),
+        lambda p: p.pages is not None and p.headdim not in infer_attention.PACKED_HEADDIMS,
+    ),
+    Rule(
+        "keys in a cache, headdim other than 64 and 128, queries of unequal lengths",
+        lambda p: _unpacked(p) and len({q for q, _ in p.sequences}) > 1,
         {INFER: "for packed queries every CANN takes a headdim of 64 and 128 only"},
     ),
     Rule(
+        f"keys in a cache, headdim above {MAX_CACHED_HEADDIM}",
+        lambda p: p.pages is not None and p.headdim > MAX_CACHED_HEADDIM,
+        {INFER: f"it takes a headdim of at most {MAX_CACHED_HEADDIM}"},
+    ),
+    Rule(
+        "keys in a cache, headdim of no multiple of 16, unless of one query and up to 128",
+        lambda p: (
+            _unpacked(p)
+            and p.headdim % 16 != 0
+            and (infer_attention.rows_for(p) > 1 or p.headdim > 128)
+        ),
+        {INFER: "it takes a headdim of a multiple of 16, or one query and at most 128"},
+    ),
+    Rule(
         f"keys in a cache, pages of no multiple of 16 up to {MAX_PAGE}",
-        lambda p: p.pages is not None and p.pages.size is None,
+        lambda p: p.pages is not None and p.pages.size is None and not p.pages.in_order,
         {INFER: f"it takes pages of a multiple of 16, up to {MAX_PAGE}"},
+    ),
+    Rule(
+        "keys in a cache, headdim other than 64 and 128, several queries, pages of no multiple "
+        "of 128",
+        lambda p: (
+            _unpacked(p)
+            and not p.pages.in_order
+            and infer_attention.rows_for(p) > 1
+            and _page(p) % 128 != 0
+        ),
+        {INFER: "for several queries of this headdim it takes pages of a multiple of 128"},
     ),
     Rule(
         "keys in a cache that is not contiguous",
@@ -217,13 +262,18 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "keys in a cache, shared pages in a full cache",
-        lambda p: p.pages is not None and p.pages.shared,
+        lambda p: p.pages is not None and p.pages.shared and not _in_rows(p),
         {INFER: "it wants as many pages as the sequences of block_table use together"},
     ),
     Rule(
         f"keys in a cache, nheads_k * headdim above {MAX_PAGE_WIDTH}",
         lambda p: p.pages is not None and p.nheads_k * p.headdim > MAX_PAGE_WIDTH,
         {INFER: f"a position of its pages holds at most {MAX_PAGE_WIDTH} numbers"},
+    ),
+    Rule(
+        f"keys in a cache, headdim other than 64 and 128, nheads * headdim above {MAX_PAGE_WIDTH}",
+        lambda p: _unpacked(p) and p.nheads * p.headdim > MAX_PAGE_WIDTH,
+        {INFER: f"its queries hold at most {MAX_PAGE_WIDTH} numbers, unless they are packed"},
     ),
 )
 

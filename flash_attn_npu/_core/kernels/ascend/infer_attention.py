@@ -1,13 +1,13 @@
 """Ascend's fused inference kernel, `torch_npu.npu_fused_infer_attention_score`, over a cache.
 
-Contract: torch_npu's operator documentation. Queries are packed (TND), keys are read where they
-lie: flash-attention's cache (num_blocks, page, nheads_k, headdim) is a view of the kernel's
-(num_blocks, page, nheads_k * headdim). Forward only.
+Contract: torch_npu's operator documentation. Keys are read where they lie: the pages of a cache, or
+the rows of an unpaged one. Forward only.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,69 +18,144 @@ from ...problems.attention import Problem
 from ...problems.cache import Cache
 from ...problems.results import Forward, Inputs
 from ..kernel import Kernel
+from ..sinks import with_sink
 from .fusion_attention import UNLIMITED, causal_mask
 
-__all__ = ["KERNEL"]
+__all__ = ["KERNEL", "PACKED_HEADDIMS", "packs_queries", "rows_for"]
+
+PACKED_HEADDIMS = (64, 128)
+"""What every CANN takes for packed queries. Newer ones take more; from when is not documented."""
 
 _row_tables: Memo[tuple[tuple[int, ...], int, torch.device], Tensor] = Memo(
     "page tables of unpaged caches", 16, nbytes=1 << 24
 )
 
 
+def packs_queries(problem: Problem) -> bool:
+    """Whether the queries go packed (TND); else as (batch, seqlen_q, nheads, headdim) (BSND).
+
+    Packed queries may have any lengths and a window for a single one, and want pages and a headdim
+    that every CANN takes; BSND takes the other headdims, and a cache without pages as it lies.
+    """
+    assert problem.pages is not None
+    return problem.headdim in PACKED_HEADDIMS and problem.pages.size is not None
+
+
+def rows_for(problem: Problem) -> int:
+    """The rows of each sequence in BSND: a window is ignored for a single one, so it gets two."""
+    rows = problem.max_seqlen_q
+    return 2 if rows == 1 and problem.windowed and _binds(problem) else rows
+
+
 def forward(problem: Problem, inputs: Inputs) -> Forward:
-    """Attention over the pages of `inputs.cache`; rows of no sequence give 0 and +inf."""
+    """Attention over the keys of `inputs.cache`; rows of no sequence give 0 and +inf."""
+    rows = problem.rows_q - problem.tail_q
+    serve = _packed if packs_queries(problem) else _dense
+    out, lse = serve(problem, inputs, inputs.q[:rows])
+    if problem.sink:
+        assert inputs.sink is not None
+        # of `_v2`'s learnable_sink no document says whether softmax_lse counts it
+        out, lse = with_sink(out, lse, inputs.sink)
+    if problem.tail_q:
+        out = pad(out, (0, 0, 0, 0, 0, problem.tail_q))
+        lse = pad(lse, (0, problem.tail_q), value=math.inf) if problem.uses_lse else lse
+    rng_state = torch.zeros(2, dtype=torch.int64, device="cpu")
+    lse = lse if problem.uses_lse else lse.new_empty(0)
+    return Forward(out, lse, inputs.q.new_empty(0), rng_state)
+
+
+def _packed(problem: Problem, inputs: Inputs, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, softmax_lse (nheads, total_q)) of packed queries over pages."""
+    assert problem.lengths_q is not None
+    shared = {
+        "input_layout": "TND",
+        "actual_seq_lengths": problem.lengths_q.ends,
+        **_sparsity(problem),
+        **_pages(problem, inputs),
+    }
+    out, lse = _launch(problem, inputs, q.contiguous(), shared)
+    return out, lse.squeeze(-1).t().contiguous() if _with_lse(problem) else lse
+
+
+def _dense(problem: Problem, inputs: Inputs, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of queries of one length, over pages or over the rows of the cache."""
+    assert problem.pages is not None
+    asked, rows = problem.max_seqlen_q, rows_for(problem)
+    q = q.reshape(problem.batch, asked, problem.nheads, problem.headdim)
+    if rows > asked:
+        q = q.expand(-1, rows, -1, -1)
+    shared: dict[str, Any] = {"input_layout": "BSND"}
+    if rows > 1:
+        shared |= _sparsity(problem)
+    if not problem.pages.in_order:
+        shared |= _pages(problem, inputs)
+    out, lse = _launch(problem, inputs, q.contiguous(), shared)
+    out = out[:, rows - asked :].contiguous().view(-1, problem.nheads, problem.headdim)
+    if _with_lse(problem):
+        lse = lse[:, :, rows - asked :, 0].transpose(0, 1).reshape(problem.nheads, -1)
+    return out, lse
+
+
+def _launch(
+    problem: Problem, inputs: Inputs, q: Tensor, shared: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     import torch_npu
 
     cache = inputs.cache
     assert cache is not None
-    assert problem.lengths_q is not None
-    assert problem.pages is not None
-    size = problem.pages.size
-    assert size is not None
-    width = problem.nheads_k * problem.headdim
-    mode, before, after = _sparsity(problem)
-    rows = problem.rows_q - problem.tail_q
+    if "block_table" in shared:
+        # a cache (num_blocks, page, nheads_k, headdim) is one of (num_blocks, page, H) seen so
+        shape = (-1, shared["block_size"], problem.nheads_k * problem.headdim)
+        k, v = cache.k.view(shape), cache.v.view(shape)
+    else:
+        k, v = cache.k[: problem.batch], cache.v[: problem.batch]
     out, lse = torch_npu.npu_fused_infer_attention_score(
-        inputs.q[:rows].contiguous(),
-        cache.k.view(-1, size, width),
-        cache.v.view(-1, size, width),
-        atten_mask=causal_mask(problem.device),
-        actual_seq_lengths=problem.lengths_q.ends,
+        q,
+        k,
+        v,
         actual_seq_lengths_kv=[span.end for span in inputs.spans],
-        block_table=_table(cache, size),
         num_heads=problem.nheads,
         # with pages the host divides by it, and its default is 0
         num_key_value_heads=problem.nheads_k,
         scale=problem.softmax_scale,
-        pre_tokens=before,
-        next_tokens=after,
-        input_layout="TND",
-        sparse_mode=mode,
-        block_size=size,
-        softmax_lse_flag=problem.uses_lse,
+        softmax_lse_flag=_with_lse(problem),
+        **shared,
     )
-    lse = lse.squeeze(-1).t().contiguous() if problem.uses_lse else lse.new_empty(0)
-    if problem.tail_q:
-        out = pad(out, (0, 0, 0, 0, 0, problem.tail_q))
-        lse = pad(lse, (0, problem.tail_q), value=math.inf)
-    rng_state = torch.zeros(2, dtype=torch.int64, device="cpu")
-    return Forward(out, lse, inputs.q.new_empty(0), rng_state)
+    return out, lse
 
 
-def _sparsity(problem: Problem) -> tuple[int, int, int]:
-    """(sparse_mode, tokens before, tokens after), always one that takes the compressed mask.
+def _with_lse(problem: Problem) -> bool:
+    return problem.uses_lse or problem.sink
 
-    Mode 3 aligns to the top left where there are more queries than keys, and without a mask
-    some CANN versions return averages, so a band as wide as need be serves those cases.
+
+def _binds(problem: Problem) -> bool:
+    """Whether the window hides a key from the last query of some sequence."""
+    return problem.left is not None and any(k > problem.left + 1 for _, k in problem.sequences)
+
+
+def _pages(problem: Problem, inputs: Inputs) -> dict[str, Any]:
+    assert problem.pages is not None
+    assert problem.pages.size is not None
+    assert inputs.cache is not None
+    size = problem.pages.size
+    return {"block_table": _table(inputs.cache, size), "block_size": size}
+
+
+def _sparsity(problem: Problem) -> dict[str, Any]:
+    """Always a mode that takes the compressed mask.
+
+    Mode 3 aligns packed queries to the top left where there are more of them than keys, and without
+    a mask some CANN versions return averages, so a band as wide as need be serves those cases.
     """
-    fits = all(q <= k for q, k in problem.sequences)
-    if problem.causal and fits:
-        return 3, UNLIMITED, UNLIMITED
-    return (
-        4,
-        UNLIMITED if problem.left is None else problem.left,
-        UNLIMITED if problem.right is None else problem.right,
-    )
+    mask = {"atten_mask": causal_mask(problem.device)}
+    if problem.causal and all(q <= k for q, k in problem.sequences):
+        return {"sparse_mode": 3, **mask}
+    return {
+        "sparse_mode": 4,
+        "pre_tokens": UNLIMITED if problem.left is None else problem.left,
+        "next_tokens": UNLIMITED if problem.right is None else problem.right,
+        **mask,
+    }
 
 
 def _table(cache: Cache, size: int) -> Tensor:
