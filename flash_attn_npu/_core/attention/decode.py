@@ -53,8 +53,8 @@ class CacheCall(NamedTuple):
     alibi_slopes: Tensor | None = None
     num_splits: int = 0
     return_softmax_lse: bool = False
-    function: str = "flash_attn_with_kvcache"
     sink: Tensor | None = None
+    function: str = "flash_attn_with_kvcache"
 
 
 class _Rotary(NamedTuple):

@@ -148,8 +148,8 @@ class CacheRead(NamedTuple):
     softcap: float
     alibi_slopes: Tensor | None
     return_softmax_lse: bool
-    function: str = "flash_attn_with_kvcache"
     sink: Tensor | None = None
+    function: str = "flash_attn_with_kvcache"
 
 
 class CacheAppend(NamedTuple):
@@ -174,8 +174,8 @@ class CacheAppend(NamedTuple):
     softcap: float
     alibi_slopes: Tensor | None
     return_softmax_lse: bool
-    function: str = "flash_attn_with_kvcache"
     sink: Tensor | None = None
+    function: str = "flash_attn_with_kvcache"
 
 
 AnyForward = DenseForward | VarlenForward
