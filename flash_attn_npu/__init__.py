@@ -18,6 +18,7 @@ if not command_line_starts():
     from ._core.ground.memory import forget_lengths
     from ._core.ground.settings import fallback
     from ._core.ground.usage import report, reporting
+    from ._diagnosis.page import doctor
     from ._integrations.torch_attention import register_torch
     from .flash_attn_interface import (
         flash_attn_func,
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "attention_forward_varlen",
     "bert_padding",
+    "doctor",
     "fallback",
     "flash_attn_func",
     "flash_attn_interface",

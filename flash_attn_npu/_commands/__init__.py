@@ -7,8 +7,5 @@ asked about machines on which torch cannot be imported.
 
 from __future__ import annotations
 
-COMMANDS = ("run", "matrix")
+COMMANDS = ("run", "doctor", "matrix")
 """In the order of the help; `run` is meant where no word is given."""
-
-PROVIDER = "flash-attn-npu-shim"
-"""The name of our distribution."""

@@ -17,7 +17,13 @@ FLOORS = ("attention", "rowwise", "table", "kernels", "problems", "ground")
 """Of `_core`, from the top: a file imports from its own floor and from those below.
 
 `attention` rotates by `rowwise`, which knows nothing of it."""
-NPU = ("_core/kernels/ascend/", "_core/ground/chip.py", "_integrations/", "_virtual_ascend/")
+NPU = (
+    "_core/kernels/ascend/",
+    "_core/ground/chip.py",
+    "_diagnosis/probe.py",
+    "_integrations/",
+    "_virtual_ascend/",
+)
 CARD = "_virtual_ascend/"
 COMMANDS = ("__main__.py", "_commands/")
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -64,8 +70,10 @@ def mirrored(file: str) -> bool:
         "_core/",
         "_activation/",
         "_commands/",
+        "_diagnosis/",
         "_integrations/",
         "_surface/",
+        "_validation/",
         "__main__.py",
         CARD,
     )
