@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -238,3 +239,15 @@ def test_the_page_names_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     home = os.path.expanduser("~")
     clash = clashes.Clash(f"a flash_attn lies at {home}/x", "remove it")
     assert f"{home}/" not in str(page(clashes=[clash]))
+
+
+@pytest.mark.usefixtures("npu")
+def test_the_simulated_card_is_examined_and_named_so(python: Callable[..., Any]) -> None:
+    done = python("-m", "flash_attn_npu", "doctor", "--simulate", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert (told["fused"], told["simulated"]) == (True, True)
+    assert told["probed"]["facts"]["attention"]["kernel"] == "npu_fusion_attention"
+    assert all(not need["missing"] for need in told["probed"]["facts"]["operators"])
+    assert told["combination"]["soc"].startswith("Ascend910B")
+    assert told["confirmed"] == "a simulated card, which confirms nothing"
