@@ -26,6 +26,11 @@ WORDS = ("1", "fa3", "force")
 
 Several are joined by commas, and each implies the first."""
 
+FLASH_ATTN_VERSION = "2.8.3"
+"""What `flash_attn.__version__` and the `flash-attn` metadata say while we are installed.
+
+Not 2.8.4: Transformer Engine and xformers refuse versions from there on."""
+
 PACKAGE = "flash_attn_npu"
 PROVIDER = "flash-attn-npu-shim"
 ALIAS = "flash_attn"
@@ -35,16 +40,12 @@ ALIASES_3 = {
 }
 """FlashAttention 3's top-level names, and where they lie in the package."""
 
-CLIENTS = frozenset(
-    {
-        "transformers.integrations.flash_attention",
-        "transformers.integrations.npu_flash_attention",
-        "transformers.modeling_flash_attention_utils",
-        "transformers.modeling_utils",
-        "transformers.utils.import_utils",
-    }
-)
-"""What goes past flash_attn on a machine without CUDA: the package changes it at its import."""
+INFO = f"{ALIAS}-{FLASH_ATTN_VERSION}.dist-info"
+MARK = "served_by_flash_attn_npu"
+"""The folder of flash-attn's metadata, and the file in it that says they are `activate`'s."""
+
+CLIENTS = ("transformers",)
+"""What goes past flash_attn on a machine without CUDA: the package changes modules of it."""
 
 
 def start() -> None:
@@ -65,14 +66,13 @@ def start_activated() -> None:
     if os.environ.get(VARIABLE) == "0":
         return
     start()
-    if any(os.path.exists(os.path.join(folder, *mark())) for folder in sys.path):
+    if activated():
         _wait(["1"]).on_disk = True
 
 
-def mark() -> tuple[str, str]:
-    """Below site-packages, the folder and the file in it that make an environment activated."""
-    version = _light("_version").FLASH_ATTN_VERSION
-    return f"{ALIAS}-{version}.dist-info", PACKAGE
+def activated() -> bool:
+    """Whether this interpreter is of an environment in which `activate` has done its work."""
+    return any(os.path.exists(os.path.join(folder, INFO, MARK)) for folder in sys.path)
 
 
 def waiting() -> Waiting | None:
@@ -107,7 +107,8 @@ class Waiting:
         """A promise of flash_attn, to be kept by its import; None for anything else."""
         if fullname == ALIAS or (fullname in ALIASES_3 and "fa3" in self.words):
             return None if self.stands_back(fullname) else self._promise(fullname)
-        if fullname in CLIENTS and not self.stands_back(ALIAS):
+        top, _, below = fullname.partition(".")
+        if below and top in CLIENTS and not self.stands_back(ALIAS):
             self._give_way()
             return _found_by(sys.meta_path, fullname, path)
         return None
@@ -117,9 +118,9 @@ class Waiting:
         asked = {} if context is None else vars(context)
         if "path" in asked or self.on_disk or self.stands_back(ALIAS):
             return
-        kind = _light("_activation", "distribution").VirtualDistribution
-        version = _light("_version").FLASH_ATTN_VERSION
-        shown = kind("flash-attn", version, ALIAS, PROVIDER, os.path.dirname(_folder()))
+        kind = light("_activation", "distribution").VirtualDistribution
+        place = os.path.dirname(_folder())
+        shown = kind("flash-attn", FLASH_ATTN_VERSION, ALIAS, PROVIDER, place)
         if shown.answers(asked.get("name")):
             yield shown
 
@@ -186,7 +187,7 @@ def _folder() -> str:
     return os.path.dirname(spec.origin) if spec is not None and spec.origin else ""
 
 
-def _light(*name: str) -> Any:
+def light(*name: str) -> Any:
     """A module of the package that imports nothing of it, run without the package."""
     from importlib.util import module_from_spec, spec_from_file_location
 

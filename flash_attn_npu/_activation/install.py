@@ -25,23 +25,12 @@ from .distribution import VirtualDistribution
 from .finder import AliasFinder, PostImportFinder
 from .metadata import VirtualDistributionFinder
 from .mirrored import mirrored
+from .names import NAMES
 
 __all__ = ["MIRRORED", "Activation", "follow", "install", "installed", "uninstall"]
 
 MIRRORED = mirrored(sys.modules[__package__.partition(".")[0]].__path__, own=("errors",))
 """Our modules that mirror upstream ones; anything else of ours is absent under `flash_attn`."""
-
-NAMES = (
-    "__version__",
-    "flash_attn_func",
-    "flash_attn_kvpacked_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_with_kvcache",
-)
-"""What upstream's package itself holds; nothing else of ours is shown under its name."""
 
 NOTED_AS_ABSENT = {
     "flash_attn": None,
@@ -201,7 +190,8 @@ def _switch_on() -> None:
     _tell_what_is_shadowed()
     _warn_who_came_too_early()
     _State.touched = True
-    _distribution.insert()
+    if not startup.activated():
+        _distribution.insert()
     _alias.insert()
     transformers.forget_cached_answers()
     _hooks.insert()
