@@ -12,6 +12,7 @@ import torch
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu._core.ground import chip, usage
 from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.problems import attention as problems
 from flash_attn_npu._core.table import attention, choice
 from flash_attn_npu._core.table.attention import BLOCKWISE, FUSION, INFER, TABLE
 from flash_attn_npu._core.table.rule import Rule
@@ -40,6 +41,7 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(attention, "soc_name", lambda device: CHIPS[row.name])
         chip._names.put(torch.device("npu:0"), CHIPS[row.name])
     monkeypatch.setattr(attention, "MAX_SEQUENCES", SMALL_SEQUENCES)
+    monkeypatch.setattr(problems, "FEW_SINGLES", 1)
     monkeypatch.setattr(attention, "MAX_TOKENS", SMALL_TOKENS)
     monkeypatch.setattr(attention, "MAX_CACHED_SEQUENCES", SMALL_CACHED_SEQUENCES)
     yield

@@ -267,7 +267,7 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
         (
             "plans of calls",
             "calls prepared for npu_fusion_attention",
-            "positions of queries that see a key",
+            "positions of rows that a kernel is given",
             "causal masks",
             "cumulative lengths of a tensor",
             "cumulative lengths by their values",

@@ -16,6 +16,7 @@ from flash_attn_npu import (
 )
 from flash_attn_npu._core.attention import call
 from flash_attn_npu._core.problems.ask import Options
+from flash_attn_npu._core.problems.attention import FEW_SINGLES
 from flash_attn_npu._core.table.attention import (
     MAX_CACHED_HEADDIM,
     MAX_CACHED_SEQUENCES,
@@ -148,6 +149,10 @@ EXAMPLES: dict[str, Example] = {
     f"varlen, more than {MAX_TOKENS} tokens": packed([SMALL_TOKENS + 1]),
     f"dense, a seqlen above {MAX_TOKENS}": dense(seqlens=(SMALL_TOKENS + 1, SMALL_TOKENS + 1)),
     "varlen, sequences of length 0": packed([4, 0, 6], [4, 3, 6]),
+    f"varlen, more than {FEW_SINGLES} sequences of one token": packed([4, 1, 1]),
+    f"varlen, more than {FEW_SINGLES} sequences of one token, with dropout_p": packed(
+        [4, 1, 1], dropout_p=0.5
+    ),
     "varlen, rows past the last sequence": packed([4, 6], tail=3),
     "queries that see no key": packed([4, 6], [4, 3], causal=True),
     "MHA": dense(),

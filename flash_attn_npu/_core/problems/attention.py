@@ -18,10 +18,14 @@ import torch
 from ..ground.lengths import Lengths
 from .ask import Ask, Pages
 
-__all__ = ["DTYPES", "Problem", "default_scale"]
+__all__ = ["DTYPES", "FEW_SINGLES", "Problem", "default_scale"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """float32 and float64 go beyond upstream, which takes the half precisions only."""
+
+
+FEW_SINGLES = 16
+"""Packed sequences of one token that a kernel is not spared: they crash it by the hundreds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +114,11 @@ class Problem:
     def most_blind(self) -> int:
         """The most queries of one sequence that see no key."""
         return max((self.blind(*lengths) for lengths in self.sequences), default=0)
+
+    @cached_property
+    def many_singles(self) -> bool:
+        """Whether more than `FEW_SINGLES` packed sequences are one token that looks at itself."""
+        return self.varlen and len(self.sequences.get((1, 1), ())) > FEW_SINGLES
 
     @cached_property
     def with_empty(self) -> bool:

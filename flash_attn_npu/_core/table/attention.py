@@ -14,7 +14,7 @@ from ..ground.chip import soc_name
 from ..ground.settings import alibi_offset
 from ..kernels.ascend import fusion_attention, infer_attention
 from ..kernels.composed import attention as composed
-from ..problems.attention import Problem
+from ..problems.attention import FEW_SINGLES, Problem
 from ..problems.cache import MAX_PAGE
 from . import installed
 from .installed import FUSION, INFER
@@ -104,6 +104,12 @@ TABLE: tuple[Rule, ...] = (
         {FUSION: f"it takes sequences of at most {MAX_TOKENS} tokens"},
     ),
     Rule("varlen, sequences of length 0", lambda p: p.varlen and p.with_empty),
+    Rule(f"varlen, more than {FEW_SINGLES} sequences of one token", lambda p: p.many_singles),
+    Rule(
+        f"varlen, more than {FEW_SINGLES} sequences of one token, with dropout_p",
+        lambda p: p.many_singles and p.dropout_p > 0,
+        {FUSION: "so many sequences of one token crash it, and beside it their mask is lost"},
+    ),
     Rule("varlen, rows past the last sequence", lambda p: p.tail_q > 0 or p.tail_k > 0),
     Rule("queries that see no key", lambda p: not p.empty and p.most_blind > 0),
     Rule("MHA", lambda p: p.nheads == p.nheads_k),

@@ -27,7 +27,7 @@ from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved
 from ..kernel import Kernel
 from ..sinks import with_sink
-from . import statistics
+from . import singles, statistics
 from .selection import Rows
 
 __all__ = ["KERNEL", "UNLIMITED", "causal_mask", "differentiates", "fusion_attention"]
@@ -74,12 +74,14 @@ def direct(problem: Problem) -> Callable[..., Any]:
         return _plain(problem, rows, first if problem.needs_grad else None)
 
     def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None) -> Any:
+        alone = singles.answer(problem, rows, (q, k, v), sink)
         out, top, total, *_ = kernel(rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink)
         watch(out, first)
-        out = rows.restore(out)
+        out = rows.restore(out, None if alone is None else alone.out)
         if not problem.uses_lse:
             return out
-        lse = rows.restore_lse(_lse(problem, rows, top.detach(), total.detach()))
+        lse = _lse(problem, rows, top.detach(), total.detach())
+        lse = rows.restore_lse(lse, None if alone is None else alone.softmax_lse.detach())
         return out, lse, q.new_empty(0)
 
     return run
@@ -151,9 +153,10 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     lse = _lse(problem, rows, top, total)
     if sink is not None and not _takes_sink(problem):
         out, lse = with_sink(out, lse, sink)
+    alone = singles.answer(problem, rows, (q, k, v), sink)
     return Forward(
-        rows.restore(out),
-        rows.restore_lse(lse),
+        rows.restore(out, None if alone is None else alone.out),
+        rows.restore_lse(lse, None if alone is None else alone.softmax_lse),
         q.new_empty(0),
         torch.tensor(
             [seed, offset] if problem.dropout_p else [0, 0], dtype=torch.int64, device="cpu"
@@ -171,7 +174,7 @@ def backward(
     if problem.varlen and saved.alibi_slopes is None and has(BACKWARD, "softmax_layout"):
         arguments["softmax_layout"] = "TND"
         lse = lse.t()
-    elif rows.ends_q is not None:
+    elif rows.ends_q:
         lse = statistics.by_sequence(lse, rows.ends_q)
     top = lse[..., None].expand(*lse.shape, statistics.REPEATED).contiguous()
     arguments |= {
@@ -181,12 +184,13 @@ def backward(
     }
     inputs = (rows.take_q(saved.q), rows.take_k(saved.k), rows.take_k(saved.v))
     with _deterministic() if problem.deterministic else nullcontext():
-        dq, dk, dv = _grad_kernel(problem, saved.alibi_slopes)(
+        dq, dk, dv = _grad_kernel(problem, rows, saved.alibi_slopes)(
             *inputs, rows.take_q(dout), problem.nheads, _layout(problem), **arguments
         )[:3]
-    rows.write_q(grads[0], dq)
-    rows.write_k(grads[1], dk)
-    rows.write_k(grads[2], dv)
+    alone = singles.gradients(problem, rows, dout, saved)
+    rows.write_q(grads[0], dq, alone[0])
+    rows.write_k(grads[1], dk, alone[1])
+    rows.write_k(grads[2], dv, alone[2])
 
 
 def _prepared(problem: Problem) -> tuple[Rows, Callable[..., Any]]:
@@ -202,6 +206,8 @@ def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:
     """A function (q, k, v, slopes, sink) of rows that see keys -> the kernel's seven results."""
     import torch_npu
 
+    if rows.nothing:
+        return _nothing
     operator, sunk = _operator(problem), _takes_sink(problem)
     second = operator == FORWARD_2
     mode, mask, before, after = _sparsity(problem)
@@ -226,7 +232,7 @@ def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:
         given = dict(shared)
         if slopes is not None:
             # slopes have no gradient; torch_npu's autograd would give them unwritten memory
-            given["pse"] = slopes.detach().contiguous()
+            given["pse"] = rows.take_slopes(slopes.detach()).contiguous()
         if sunk and sink is not None:
             given["sink"] = sink.float()
         if second:
@@ -236,17 +242,27 @@ def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:
     return run
 
 
-def _grad_kernel(problem: Problem, slopes: Tensor | None) -> Callable[..., Any]:
+def _nothing(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+    """What the kernel would answer if it took no rows."""
+    top = q.new_empty(*q.shape[:2], 1, dtype=torch.float32)
+    # all three have a gradient, of zeros
+    return q + k[:0].sum() + v[:0].sum(), top, top, None, 0, 0, 0
+
+
+def _grad_kernel(problem: Problem, rows: Rows, slopes: Tensor | None) -> Callable[..., Any]:
     import torch_npu
 
+    if rows.nothing:
+        return lambda q, k, v, *_, **arguments: (q, k, v)
     if slopes is None:
         return torch_npu.npu_fusion_attention_grad  # type: ignore[no-any-return]
+    pse = rows.take_slopes(slopes).contiguous()
 
     def run(*tensors: Any, **arguments: Any) -> Any:
         arguments["pre_tokens"] = arguments.pop("pre_tockens")
         arguments["next_tokens"] = arguments.pop("next_tockens")
         return torch_npu.npu_fusion_attention_grad_v2(
-            *tensors, pse=slopes.contiguous(), **arguments, **_bias(problem)
+            *tensors, pse=pse, **arguments, **_bias(problem)
         )
 
     return run
@@ -296,7 +312,7 @@ def _lse(problem: Problem, rows: Rows, top: Tensor, total: Tensor) -> Tensor:
     lse = top[..., 0] + torch.log(total[..., 0])
     if rows.ends_q is None:
         return lse
-    if _in_rows(problem, _operator(problem)):
+    if rows.nothing or _in_rows(problem, _operator(problem)):
         return lse.t().contiguous()
     return statistics.by_row(lse, rows.ends_q)
 
