@@ -98,10 +98,10 @@ def test_changing_it_changes_the_answer_as_the_reference_says(device, argument, 
 
 @layouts
 def test_who_serves_the_layouts(npu, layout):
-    """So that both ways are tried here: over the cache as it lies, and over gathered keys."""
+    """So that every way is tried here: over pages, over rows, and over gathered keys."""
     with virtual_ascend.record() as seen:
         right(cache.arguments(layout, FP16, causal=True), npu)
-    name = "npu_fusion_attention" if "odd" in layout else "npu_fused_infer_attention_score"
+    name = "npu_fusion_attention" if layout == "odd pages" else "npu_fused_infer_attention_score"
     assert [x.name for x in seen.launches if "attention" in x.name] == [name]
 
 
