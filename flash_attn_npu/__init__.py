@@ -62,3 +62,13 @@ __all__ = [
 if not command_line_starts():
     # of a child that was told to, or in an environment that was activated
     _activation.follow()
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def __getattr__(name: str) -> object:
+    if name.startswith("__") or command_line_starts():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _activation.attribute(name)
