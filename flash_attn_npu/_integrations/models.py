@@ -8,11 +8,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedError
 from .replacing import lacks, method
 from .untouched import loaded
 
-__all__ = ["on_models", "paged_without_softcap", "refused"]
+__all__ = ["memory_of_the_card", "on_models", "paged_without_softcap", "refused"]
 
 _log = logging.getLogger("flash_attn_npu")
 
@@ -117,6 +119,26 @@ def _wherever_the_model_lies(original: Callable[..., Any]) -> Callable[..., Any]
         return original(self, is_init_check=True)
 
     return can_dispatch
+
+
+def memory_of_the_card(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`get_device_and_memory_breakdown`, which knows no Ascend and measures the host.
+
+    Continuous batching then sizes its cache by that, and takes more than there is.
+    """
+
+    @functools.wraps(original)
+    def get_device_and_memory_breakdown() -> tuple[torch.device, int, int, int]:
+        card = getattr(torch, "npu", None)
+        if card is None or torch.cuda.is_available() or not card.is_available():
+            found: tuple[torch.device, int, int, int] = original()
+            return found
+        card.empty_cache()
+        card.synchronize()
+        free, total = card.mem_get_info()
+        return torch.device("npu"), total, card.memory_reserved(), total - free
+
+    return get_device_and_memory_breakdown
 
 
 def paged_without_softcap(original: Callable[..., Any]) -> Callable[..., Any]:

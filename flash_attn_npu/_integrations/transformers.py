@@ -41,6 +41,10 @@ _PAGED = "transformers.integrations.flash_paged"
 _TARGET = "get_target_dtype"
 _MASKS = "transformers.masking_utils"
 _VISION = "transformers.vision_utils"
+_BATCHING = (
+    "transformers.generation.continuous_batching.utils",
+    "transformers.generation.continuous_batching.requests",
+)
 _READ_IN_EVERY_LAYER = ("prepare_fa_kwargs_from_position_ids", "_is_packed_sequence")
 _MODELS = "transformers.modeling_utils"
 _SEMANTIC = ("s_aux", "softcap", "sliding_window")
@@ -174,6 +178,12 @@ def _on_vision(module: ModuleType) -> None:
             everywhere(module, name, counted)
 
 
+def _on_memory(module: ModuleType) -> None:
+    name = "get_device_and_memory_breakdown"
+    if hasattr(module, name):
+        everywhere(module, name, models.memory_of_the_card)
+
+
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
     _PROBES: _on_probes,
     _FLASH: _on_flash,
@@ -183,6 +193,7 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     _MASKS: _on_masks,
     _VISION: _on_vision,
     _MODELS: models.on_models,
+    **dict.fromkeys(_BATCHING, _on_memory),
 }
 """Module of transformers -> what to do with it once it is imported."""
 

@@ -255,12 +255,32 @@ def test_inference_mode_copies_no_more_where_the_caller_made_the_tensors(
     assert copies_of(10, infer_without_versions, make) == (to_host, to_device)
 
 
-def test_inference_mode_reads_a_mask_again_in_each_layer(installed: None) -> None:
-    """transformers makes the mask there, so it has no version and nothing may be remembered."""
-    make, _, _ = FORMS["left"]
-    for layers in (2, 10):
-        to_host, _ = copies_of(layers, infer_without_versions, make)
-        assert to_host <= 1 + layers
+@pytest.mark.parametrize("layers", [2, 48])
+def test_inference_mode_reads_a_mask_once_too(layers: int, installed: None) -> None:
+    """transformers makes the mask there, without a version counter: it is given a copy with one."""
+    make, to_host, to_device = FORMS["left"]
+    assert copies_of(layers, infer_without_versions, make) == (to_host, to_device)
+
+
+def test_inference_mode_reads_the_lengths_of_images_once(installed: None) -> None:
+    pytest.importorskip("transformers", minversion="5.20")
+    from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl as configuration
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+    sizes = {"hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32}
+    found = []
+    for layers in (2, 8):
+        config = configuration.Qwen2_5_VLVisionConfig(
+            **sizes, depth=layers, window_size=56, fullatt_block_indexes=[1]
+        )
+        tower = modeling.Qwen2_5_VisionTransformerPretrainedModel._from_config(
+            config, attn_implementation="flash_attention_2", dtype=torch.float32
+        )
+        pixels, grid = torch.randn(128, 1176), torch.tensor([[1, 8, 12], [1, 4, 8]])
+        with torch.inference_mode(), virtual_ascend.record() as rec:
+            tower.to("npu").eval()(pixels.to("npu"), grid.to("npu"))
+        found.append((len(rec.device_to_host), len(rec.host_to_device)))
+    assert found[0] == found[1]
 
 
 def test_a_mask_is_read_once_for_all_layers(
