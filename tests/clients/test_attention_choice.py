@@ -14,6 +14,8 @@ from flash_attn_npu.errors import UnsupportedError
 
 transformers = pytest.importorskip("transformers", minversion="5.20")
 
+pytestmark = pytest.mark.usefixtures("flash_attn")
+
 VOCABULARY = 53
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from torch.nn import Module
 import flash_attn_npu
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("flash_attn")
 
 VOCABULARY, LENGTH = 53, 40
 SMALL: dict[str, Any] = {
@@ -85,7 +88,7 @@ def difference(name: str, padding: str, device: torch.device | str) -> float:
 
 
 @pytest.fixture
-def stock() -> Iterator[None]:
+def stock(flash_attn: ModuleType) -> Iterator[None]:
     """transformers as it is without us."""
     flash = importlib.import_module("transformers.modeling_flash_attention_utils")
 
