@@ -7,5 +7,5 @@ asked about machines on which torch cannot be imported.
 
 from __future__ import annotations
 
-COMMANDS = ("run", "doctor", "matrix", "activate", "deactivate", "status")
+COMMANDS = ("run", "doctor", "validate", "matrix", "activate", "deactivate", "status")
 """In the order of the help; `run` is meant where no word is given."""
