@@ -18,6 +18,7 @@ from flash_attn_npu.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
 from flash_attn_npu.ops.activations import swiglu, swiglu_bwd, swiglu_fwd
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, layer_norm_linear_fn, rms_norm_fn
+from tests.helpers.fused_cases import close as close_to_exact
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -80,16 +81,34 @@ def test_rotation(
     close(mine.grad, plain.grad, exact.grad)
 
 
-def test_rotation_by_wider_tables_is_composed(
-    npu: torch.device, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (HALF[0], torch.float32),
+        (HALF[1], torch.float32),
+        (torch.float32, HALF[1]),
+        (HALF[0], HALF[1]),
+    ],
+    ids=str,
+)
+def test_rotation_by_tables_of_another_dtype(
+    npu: torch.device, dtypes: tuple[torch.dtype, torch.dtype], interleaved: bool
 ) -> None:
-    x = torch.randn(1, 4, 2, 8, dtype=torch.bfloat16, device=npu)
-    cos = torch.randn(4, 4, device=npu)
-    _, launched = names(lambda: [apply_rotary_emb(x, cos, cos) for _ in range(2)])
-    assert not launched
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "npu_rotary_mul: it rounds cos and sin to the dtype of x" in record.getMessage()
+    """In float32, and rounded once: the operator alone would round the tables."""
+    x, dout = torch.randn(2, 2, 7, 3, 8, dtype=dtypes[0])
+    angle = torch.randn(7, 4)
+    cos, sin = angle.cos().to(dtypes[1]), angle.sin().to(dtypes[1])
+    mine = x.to(npu).requires_grad_()
+    out, forward = names(lambda: apply_rotary_emb(mine, cos.to(npu), sin.to(npu), interleaved))
+    _, backward = names(lambda: out.backward(dout.to(npu)))
+    assert forward == backward == ["npu_rotary_mul"]
+    exact = x.double().requires_grad_()
+    want = rotated(exact, cos.double(), sin.double(), interleaved)
+    want.backward(dout.double())
+    for got, true in ((out.detach(), want.detach()), (mine.grad, exact.grad)):
+        assert got.dtype == dtypes[0]
+        close_to_exact(got, true)
 
 
 def norm_of(leaves: dict[str, Tensor], rms: bool) -> tuple[Tensor, Tensor]:
@@ -106,7 +125,7 @@ NORMS = {
     "rms, residual": (
         True,
         ("x", "weight", "residual"),
-        ["npu_rms_norm"],
+        ["npu_add_rms_norm"],
         ["npu_rms_norm_backward"],
     ),
     "layer, residual": (
@@ -150,6 +169,8 @@ def test_norm(npu: torch.device, dtype: torch.dtype, name: str, wide: str) -> No
     if dtype == torch.float16 and name == "layer, residual":
         # added in float32, then one operator of aten's own
         assert (launched, behind) == ([], [])
+    elif dtype == torch.float16 and name == "rms, residual":
+        assert (launched, behind) == (["npu_rms_norm"], ["npu_rms_norm_backward"])
     elif not wide:
         assert (launched, behind) == (forward, backward)
     plain = {key: value.clone().requires_grad_() for key, value in host.items()}
@@ -189,7 +210,7 @@ def test_a_remembered_norm_is_counted_and_still_checked(npu: torch.device) -> No
     with reporting() as report:
         rms_norm_fn(x, weight, None, x1=x)
         rms_norm_fn(x, weight.requires_grad_(), None, residual=x).sum().backward()
-    assert {tally.kernel for tally in report.tallies} == {"torch", "npu_rms_norm"}
+    assert {tally.kernel for tally in report.tallies} == {"torch", "npu_add_rms_norm"}
     assert weight.grad is not None
 
 
@@ -241,8 +262,12 @@ def test_gate(npu: torch.device, dtype: torch.dtype) -> None:
 def test_the_gate_may_be_in_the_second_half(npu: torch.device) -> None:
     y, x = torch.randn(4, 64, device=npu).chunk(2, dim=-1)
     out, launched = names(lambda: swiglu(x, y))
-    assert not launched
+    assert launched == ["npu_swiglu"]
     torch.testing.assert_close(out, torch.nn.functional.silu(x) * y)
+    dx, dy = swiglu_bwd(x, y, torch.ones_like(x))
+    chance = x.sigmoid()
+    torch.testing.assert_close(dx, y * chance * (1 + x * (1 - chance)))
+    torch.testing.assert_close(dy, torch.nn.functional.silu(x))
 
 
 def test_a_gate_that_is_differentiated_by_itself(npu: torch.device) -> None:
@@ -279,6 +304,20 @@ def test_loss(npu: torch.device) -> None:
     assert not z_losses.any()
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_smoothed_loss(npu: torch.device, grad: bool) -> None:
+    logits, labels = torch.randn(6, 11), torch.tensor([3, -100, 0, 10, -100, 7])
+    mine = logits.to(npu).requires_grad_(grad)
+    (losses, _), launched = names(
+        lambda: cross_entropy_loss(mine, labels.to(npu), label_smoothing=0.2)
+    )
+    assert launched == ([] if grad else ["npu_cross_entropy_loss"])
+    want = torch.nn.functional.cross_entropy(
+        logits.double(), labels, reduction="none", label_smoothing=0.2
+    )
+    torch.testing.assert_close(losses.detach().cpu().double(), want, atol=1e-6, rtol=1e-6)
+
+
 def second_derivative(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = x.requires_grad_()
     (first,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
@@ -287,7 +326,7 @@ def second_derivative(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 TWICE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "RMS norm": ("npu_rms_norm", lambda x: rms_norm_fn(x, x[0], None)),
-    "RMS norm of a sum": ("npu_rms_norm", lambda x: rms_norm_fn(x, x[0], None, residual=x)),
+    "RMS norm of a sum": ("npu_add_rms_norm", lambda x: rms_norm_fn(x, x[0], None, residual=x)),
     "layer norm": ("", lambda x: layer_norm_fn(x, x[0], x[1])),
     "layer norm of a sum": (
         "npu_add_layer_norm",
@@ -356,15 +395,15 @@ REASONS: dict[str, tuple[str, Callable[[torch.device], Any]]] = {
         ),
     ),
     "gate": (
-        "npu_swiglu: it takes the two halves of one tensor, the gate first",
-        lambda device: swiglu(torch.randn(2, 16).to(device), torch.randn(2, 16).to(device)),
+        "npu_swiglu: it takes one dtype",
+        lambda device: swiglu(torch.randn(2, 16).to(device), torch.randn(2, 16).half().to(device)),
     ),
     "rotation": (
-        "npu_rotary_mul: it rounds cos and sin to the dtype of x",
+        "npu_rotary_mul: it takes float16, bfloat16 and float32",
         lambda device: apply_rotary_emb(
             torch.randn(1, 2, 1, 4, dtype=torch.bfloat16).to(device),
-            torch.randn(2, 2).to(device),
-            torch.randn(2, 2).to(device),
+            torch.randn(2, 2).double().to(device),
+            torch.randn(2, 2).double().to(device),
         ),
     ),
     "loss": (

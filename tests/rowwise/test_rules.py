@@ -27,12 +27,13 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "cross entropy, a torch_npu without npu_cross_entropy_loss": lambda p: p,
     "no element": lambda p: p._replace(empty=True),
     "float64": lambda p: p._replace(dtype=torch.float64),
-    "cos and sin of another dtype than x": lambda p: p._replace(table_dtype=torch.float32),
     "rotary_dim of 896 and above": lambda p: p._replace(rotary_dim=896),
     "1000 heads and more": lambda p: p._replace(nheads=1000),
     "no residual": lambda p: p._replace(residual_dtype=None),
     "norm of mixed dtypes": lambda p: p._replace(weight_dtype=torch.float32),
-    "RMS norm with gradient": lambda p: p._replace(needs_grad=True),
+    "RMS norm with gradient under torch.compile": (
+        lambda p: p._replace(needs_grad=True, compiling=True)
+    ),
     "layer norm without bias": lambda p: p._replace(bias_dtype=None),
     "torch.compile": lambda p: p._replace(compiling=True),
     "RMS norm with bias": lambda p: p._replace(bias_dtype=p.dtype),
@@ -45,13 +46,13 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     ),
     "float16": lambda p: p._replace(dtype=torch.float16),
     "norm with out or residual_out": lambda p: p._replace(buffers=True),
-    "swiglu of other than halves of one tensor": lambda p: p._replace(halves=False),
-    "swiglu under torch.compile": lambda p: p._replace(compiling=True),
+    "swiglu of unequal dtypes": lambda p: p._replace(mixed=True),
+    "swiglu_fwd that is differentiated itself": lambda p: p._replace(differentiated=True),
     "gradient of swiglu in another dtype": lambda p: p._replace(grad_dtype=torch.float32),
     "swiglu of rows of no multiple of 64 bytes": lambda p: p._replace(row_bytes=96),
     "cross entropy of float16 and bfloat16": lambda p: p._replace(dtype=torch.bfloat16),
     "cross entropy of more than 200000 rows": lambda p: p._replace(rows=200_001),
-    "label_smoothing": lambda p: p._replace(label_smoothing=0.1),
+    "label_smoothing with gradient": (lambda p: p._replace(label_smoothing=0.1, needs_grad=True)),
     "logit_scale": lambda p: p._replace(logit_scale=0.5),
     "lse_square_scale": lambda p: p._replace(lse_square_scale=1e-4),
     "precomputed_lse": lambda p: p._replace(precomputed=True),
@@ -96,7 +97,12 @@ def plain(npu: torch.device) -> dict[str, Problem]:
         rowwise.ADD_LAYER_NORM: layer_norm,
         rowwise.LAYER_NORM: layer_norm._replace(residual_dtype=None, compiling=True),
         rowwise.SWIGLU: Gate(
-            **common, dtype=torch.bfloat16, halves=True, row_bytes=128, compiling=False
+            **common,
+            dtype=torch.bfloat16,
+            halves=True,
+            row_bytes=128,
+            mixed=False,
+            differentiated=False,
         ),
         rowwise.CROSS_ENTROPY: Loss(
             **common,
@@ -108,6 +114,7 @@ def plain(npu: torch.device) -> dict[str, Problem]:
             precomputed=False,
             parallel=False,
             inplace_backward=False,
+            needs_grad=False,
         ),
     }
 

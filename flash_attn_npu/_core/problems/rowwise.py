@@ -87,6 +87,8 @@ class Gate(NamedTuple):
 
     halves: x and y are the two halves, in this order, of the rows of one contiguous tensor.
     row_bytes: the size of a row of x.
+    mixed: x and y differ in dtype.
+    differentiated: the call itself is, and not a function around it.
     grad_dtype: of the gradient of the result, None for a forward.
     """
 
@@ -96,7 +98,8 @@ class Gate(NamedTuple):
     empty: bool
     halves: bool
     row_bytes: int
-    compiling: bool
+    mixed: bool
+    differentiated: bool
     grad_dtype: torch.dtype | None = None
 
 
@@ -105,6 +108,7 @@ class Loss(NamedTuple):
 
     precomputed: precomputed_lse is given and used.
     parallel: the classes are spread over a process group.
+    needs_grad: the logits have a gradient.
     """
 
     function: str
@@ -118,6 +122,7 @@ class Loss(NamedTuple):
     precomputed: bool
     parallel: bool
     inplace_backward: bool
+    needs_grad: bool
 
 
 Problem = Rotation | Norm | Gate | Loss

@@ -74,16 +74,16 @@ def require_floating(**tensors: Tensor) -> None:
 
 
 def _problem(x: Tensor, y: Tensor) -> Gate:
-    compiling = torch.compiler.is_compiling()
     return Gate(
         function="swiglu",
         device=x.device,
         dtype=torch.promote_types(x.dtype, y.dtype),
         empty=x.numel() == 0,
-        # a gradient of the fused call itself would go to x alone
-        halves=not (compiling or _is_differentiated(x, y)) and _are_halves(x, y),
+        # where they lie is not known while tracing
+        halves=not torch.compiler.is_compiling() and _are_halves(x, y),
         row_bytes=x.shape[-1] * x.element_size() if x.dim() else 0,
-        compiling=compiling,
+        mixed=x.dtype != y.dtype,
+        differentiated=_is_differentiated(x, y),
     )
 
 

@@ -94,6 +94,7 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
         precomputed=kernel.takes_lse(call.precomputed_lse, options),
         parallel=call.process_group is not None,
         inplace_backward=bool(call.inplace_backward),
+        needs_grad=torch.is_grad_enabled() and logits.requires_grad,
     )
     direct = choose(problem).direct
     if direct is not None:

@@ -52,6 +52,8 @@ def _mixed(norm: Norm) -> bool:
 
 def _in_float64(problem: Problem) -> bool:
     dtypes: set[torch.dtype | None] = {problem.dtype}
+    if isinstance(problem, Rotation):
+        dtypes |= {problem.table_dtype}
     if isinstance(problem, Norm):
         dtypes |= {problem.residual_dtype, problem.out_dtype}
     return torch.float64 in dtypes
@@ -73,11 +75,6 @@ TABLE: tuple[Rule, ...] = (
     Rule("no element", lambda p: p.empty, dict.fromkeys(ALL, "there is nothing to compute")),
     Rule("float64", _in_float64, dict.fromkeys(ALL, "it takes float16, bfloat16 and float32")),
     Rule(
-        "cos and sin of another dtype than x",
-        lambda p: p.table_dtype != p.dtype,
-        dict.fromkeys((ROTARY_MUL,), "it rounds cos and sin to the dtype of x"),
-    ),
-    Rule(
         f"rotary_dim of {MAX_ROTARY_DIM} and above",
         lambda p: p.rotary_dim >= MAX_ROTARY_DIM,
         dict.fromkeys((ROTARY_MUL,), f"it takes a rotary_dim below {MAX_ROTARY_DIM}"),
@@ -94,9 +91,9 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule("norm of mixed dtypes", _mixed, dict.fromkeys(ADDING, "it takes and returns one dtype")),
     Rule(
-        "RMS norm with gradient",
-        lambda p: p.needs_grad,
-        dict.fromkeys((ADD_RMS_NORM,), "it has no backward"),
+        "RMS norm with gradient under torch.compile",
+        lambda p: p.needs_grad and p.compiling,
+        dict.fromkeys((ADD_RMS_NORM,), "it has no gradient of its own to trace"),
     ),
     Rule(
         "layer norm without bias",
@@ -145,14 +142,14 @@ TABLE: tuple[Rule, ...] = (
         dict.fromkeys(NORMS, "it takes no out and no residual_out"),
     ),
     Rule(
-        "swiglu of other than halves of one tensor",
-        lambda p: not p.halves,
-        dict.fromkeys((SWIGLU,), "it takes the two halves of one tensor, the gate first"),
+        "swiglu of unequal dtypes",
+        lambda p: p.mixed,
+        dict.fromkeys((SWIGLU,), "it takes one dtype"),
     ),
     Rule(
-        "swiglu under torch.compile",
-        lambda p: p.compiling,
-        dict.fromkeys((SWIGLU,), "where the halves lie is not known while tracing"),
+        "swiglu_fwd that is differentiated itself",
+        lambda p: p.differentiated,
+        dict.fromkeys((SWIGLU,), "its gradient would have none of its own"),
     ),
     Rule(
         "gradient of swiglu in another dtype",
@@ -175,9 +172,9 @@ TABLE: tuple[Rule, ...] = (
         dict.fromkeys((CROSS_ENTROPY,), f"it takes at most {MAX_LOSS_ROWS} rows"),
     ),
     Rule(
-        "label_smoothing",
-        lambda p: p.label_smoothing != 0,
-        dict.fromkeys((CROSS_ENTROPY,), "it takes no label_smoothing without a reduction"),
+        "label_smoothing with gradient",
+        lambda p: p.label_smoothing != 0 and p.needs_grad,
+        dict.fromkeys((CROSS_ENTROPY,), "with a gradient it takes no label_smoothing"),
     ),
     Rule(
         "logit_scale",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from flash_attn_npu._core.rowwise import rotation
+from flash_attn_npu._core.table import choice
 from flash_attn_npu.errors import ArgumentError
 from flash_attn_npu.layers import rotary
 from flash_attn_npu.ops.triton.rotary import apply_rotary
@@ -54,6 +56,16 @@ LARGE: dict[str, tuple[tuple[int, ...], Callable[..., Any]]] = {
 }
 
 
+def at_once(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Let no kernel be given more elements than these at a time."""
+
+    def choose(problem: Any) -> Any:
+        found = choice.choose(problem)
+        return replace(found, kernel=found.kernel._replace(at_once=elements))
+
+    monkeypatch.setattr(rotation, "choose", choose)
+
+
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("leaf", [False, True])
 def test_in_place_takes_a_work_space_of_fixed_size(name: str, leaf: bool) -> None:
@@ -63,14 +75,14 @@ def test_in_place_takes_a_work_space_of_fixed_size(name: str, leaf: bool) -> Non
     cos, sin = tables(1 << 15, 32, torch.bfloat16)
     # a chunk of 2**17 elements: its float32 parts, several times over, and its part of the tables
     with pytest.MonkeyPatch.context() as patched, PeakBytes() as bytes_of:
-        patched.setattr(rotation, "COMPOSED_ELEMENTS", 1 << 17)
+        at_once(patched, 1 << 17)
         out = rotate(x, cos, sin)
     assert out.data_ptr() == x.data_ptr()
     assert bytes_of.peak < 6 << 20
 
 
 def test_on_a_card_too(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation, "FUSED_ELEMENTS", 1 << 14)
+    at_once(monkeypatch, 1 << 14)
     x = torch.ones(2, 256, 8, 64, dtype=torch.bfloat16, device=npu)
     cos, sin = (t.to(npu) for t in tables(256, 32, torch.bfloat16))
     with PeakBytes() as bytes_of:
@@ -89,8 +101,7 @@ def test_blocks_of_tokens_make_no_difference(
     back: bool,
     kind: str,
 ) -> None:
-    monkeypatch.setattr(rotation, "COMPOSED_ELEMENTS", limit)
-    monkeypatch.setattr(rotation, "FUSED_ELEMENTS", limit)
+    at_once(monkeypatch, limit)
     cos, sin = tables(16, 4, torch.float32)
     x = torch.randn(3, 5, 2, 10)
     options: dict[str, Any] = {"seqlen_offsets": 4}

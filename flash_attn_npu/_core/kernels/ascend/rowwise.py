@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...ground.second_derivatives import once, refuse_second, watch
+from ...ground.second_derivatives import first_order, once, refuse_second, watch
 from ...problems.norms import NormCall
 from ...problems.rowwise import (
     ADD_LAYER_NORM,
@@ -55,8 +55,39 @@ class _Once(torch.autograd.Function):
         return refuse_second("a fused cross entropy", grad, *ctx.saved_tensors)
 
 
+class _AddRmsNorm(torch.autograd.Function):
+    """npu_add_rms_norm, which has no gradient, with that of npu_rms_norm at its rounded sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        import torch_npu
+
+        normed, rstd, total = torch_npu.npu_add_rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return normed, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, rstd = ctx.saved_tensors
+        dx, dweight = dtotal, None
+        if dy is not None:
+            with torch.no_grad():
+                dx, dweight = torch.ops.npu.npu_rms_norm_backward(dy, total, weight, rstd)
+                dweight = dweight.to(weight.dtype)
+                if dtotal is not None:
+                    dx = dx + dtotal
+        once = first_order("a norm", (dx, dweight), dy, dtotal, total, weight)
+        return once[0], once[0], once[1], None
+
+
 def _rotated(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (*tokens, *heads, rotary_dim) rotated, as a new tensor; called outside of autograd."""
+    if cos.dtype != x.dtype:
+        # the operator would round the tables to the dtype of x; rounded once, as upstream does
+        return _rotated(problem, x.float(), cos.float(), sin.float()).to(x.dtype)
     tokens = x.dim() - problem.head_dims - 1
     total = math.prod(x.shape[:tokens])
     shape = (*x.shape[:tokens], *cos.shape[cos.dim() - x.dim() + tokens :])
@@ -94,14 +125,18 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def norm(operator: str) -> Kernel:
     """The kernel of one of the fused norms."""
 
-    def direct(_: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
-        return partial(_add_and_norm, operator)
+    def direct(problem: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
+        return partial(_add_and_norm, operator, problem.needs_grad)
 
     return Kernel(direct=direct)
 
 
 def _add_and_norm(
-    operator: str, call: NormCall, total_dtype: torch.dtype, out_dtype: torch.dtype
+    operator: str,
+    needs_grad: bool,
+    call: NormCall,
+    total_dtype: torch.dtype,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual in out_dtype, and that sum in total_dtype.
 
@@ -115,7 +150,9 @@ def _add_and_norm(
         rows, added = x, residual
     if call.zero_centered_weight:
         weight = weight.float() + 1
-    if operator in (ADD_RMS_NORM, ADD_LAYER_NORM):
+    if operator == ADD_RMS_NORM and needs_grad:
+        normed, total = _AddRmsNorm.apply(rows, added, weight, eps)  # type: ignore[no-untyped-call]
+    elif operator in (ADD_RMS_NORM, ADD_LAYER_NORM):
         normed, total = _added_norm(operator, rows, weight, bias, added, eps)
     else:
         if out_dtype != x.dtype or (added is not None and x.dtype == torch.float16):
@@ -168,27 +205,31 @@ def _added_norm(
     return normed, total
 
 
-def _gate(_: Gate, x: Tensor, y: Tensor) -> Tensor:
-    """silu(x) * y, where y follows x in each row of one tensor; called outside of autograd."""
+def _gate(problem: Gate, x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) * y."""
     import torch_npu
 
-    gated: Tensor = torch_npu.npu_swiglu(_whole(x), dim=-1)
+    gated: Tensor = torch_npu.npu_swiglu(_whole(problem, x, y), dim=-1)
     return gated
 
 
-def _gate_backward(_: Gate, grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_backward(problem: Gate, grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and y; called outside of autograd."""
-    both = torch.ops.npu.npu_swiglu_backward(grad.contiguous(), _whole(x), -1)
+    both = torch.ops.npu.npu_swiglu_backward(grad.contiguous(), _whole(problem, x, y), -1)
     dx, dy = both.chunk(2, dim=-1)
     return dx.contiguous(), dy.contiguous()
 
 
-def _whole(x: Tensor) -> Tensor:
-    """The tensor whose first half of the last dimension is x."""
-    return x.as_strided((*x.shape[:-1], 2 * x.shape[-1]), x.stride())
+def _whole(problem: Gate, x: Tensor, y: Tensor) -> Tensor:
+    """The rows of x, each followed by its row of y: where they lie so, without a copy."""
+    if problem.halves:
+        return x.as_strided((*x.shape[:-1], 2 * x.shape[-1]), x.stride())
+    return torch.cat((x, y), dim=-1)
 
 
-def _losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _losses(
+    smoothing: float, logits: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     """The cross entropy of each row, 0 where the label is ignore_index, and zeros as z-losses."""
     import torch_npu
 
@@ -198,13 +239,14 @@ def _losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, 
     known = (labels >= 0) & (labels < logits.shape[1])
     # a negative ignore_index is documented to ignore nothing, so every label must be a class
     classes = labels.masked_fill(~known, 0)
-    loss: Tensor = torch_npu.npu_cross_entropy_loss(logits, classes, reduction="none")[0]
+    smooth = {"label_smoothing": smoothing} if smoothing else {}
+    loss: Tensor = torch_npu.npu_cross_entropy_loss(logits, classes, reduction="none", **smooth)[0]
     loss = loss.masked_fill(~known, float("nan")).masked_fill(labels == ignore_index, 0.0)
     return loss, torch.zeros_like(loss)
 
 
-def _differentiable_losses(_: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
-    return _losses
+def _differentiable_losses(problem: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
+    return partial(_losses, problem.label_smoothing)
 
 
 ROTATION = Kernel(_rotate, direct=lambda problem: partial(_rotated, problem), at_once=AT_ONCE)
