@@ -7,6 +7,7 @@ from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, reporting
 from flash_attn_npu._core.ground import settings
 from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.table import attention
 from tests.helpers import argument_harness as harness
 from tests.helpers.argument_harness import Arguments
 from tests.helpers.strategies import Problem
@@ -118,20 +119,103 @@ def test_alibi_of_equal_lengths_is_fused(npu, shape, per_sequence, strided):
         assert torch.equal(launch.arguments["pse"].cpu(), more["alibi_slopes"])
 
 
+ONE_LAUNCH = {
+    "rows alone": {},
+    "softmax_lse": {"return_attn_probs": True},
+    "deterministic": {"deterministic": True},
+    "both": {"return_attn_probs": True, "deterministic": True},
+}
+
+
+@slopes_kinds
+@pytest.mark.parametrize("asked", ONE_LAUNCH)
 @pytest.mark.parametrize(
-    ("function", "seqlens", "more", "reason"),
+    ("seqlens", "options"),
     [
-        (flash_attn_func, OFFSET, {}, "documented for seqlen_q = seqlen_k only"),
-        (flash_attn_varlen_func, RAGGED_OFFSET, {}, "documented for seqlen_q = seqlen_k only"),
-        (flash_attn_varlen_func, MIXED, {}, "no offset for each sequence"),
-        (flash_attn_varlen_func, WITH_EMPTY, {}, "no sequence of length 0"),
+        (RAGGED, {}),
+        # the first queries of two sequences see no key; without them there are as many of both
+        (((8, 5), (9, 9), (7, 2)), {"causal": True}),
     ],
-    ids=["dense-offset", "varlen-offset", "varlen-mixed", "length-0"],
+    ids=["packed", "more queries"],
+)
+def test_packed_alibi_is_one_launch_whatever_is_asked(npu, seqlens, options, asked, per_sequence):
+    """Its statistics come in one block for each sequence."""
+    problem, more = case(seqlens, per_sequence, BF16, **options)
+    launches = check(flash_attn_varlen_func, problem, more | ONE_LAUNCH[asked], npu)
+    assert [x.name for x in launches] == [FORWARDS[1], GRADIENTS[1]]
+
+
+FEWER = {
+    "dense": (flash_attn_func, OFFSET, {"causal": True}),
+    "common offset": (flash_attn_varlen_func, RAGGED_OFFSET, {"window_size": (3, 2)}),
+    "mixed": (flash_attn_varlen_func, MIXED, {}),
+    "mixed, causal": (flash_attn_varlen_func, (*MIXED, (8, 5)), {"causal": True}),
+    "one query": (flash_attn_varlen_func, ((1, 7), (1, 12)), {"causal": True}),
+}
+
+
+@slopes_kinds
+@pytest.mark.parametrize("asked", ["rows alone", "both"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", FEWER)
+def test_alibi_of_fewer_queries_than_keys_is_one_launch(npu, name, dtype, asked, per_sequence):
+    """Each sequence gets as many queries as keys, as the kernel's documents demand."""
+    function, seqlens, options = FEWER[name]
+    problem, more = case(seqlens, per_sequence, dtype, **options)
+    launches = check(function, problem, more | ONE_LAUNCH[asked], npu)
+    assert [x.name for x in launches] == [FORWARDS[1], GRADIENTS[1]]
+    for launch in launches:
+        given = launch.arguments
+        assert given["query"].shape[:-2] == given["key"].shape[:-2]
+        assert given["actual_seq_qlen"] == given["actual_seq_kvlen"]
+        assert given["q_start_idx"] is None
+
+
+def test_slopes_that_grow_leave_no_infinity(npu):
+    """Of rows of zeros a backward makes nothing, however far the keys, whatever the slope."""
+    problem, _ = case(((2, 800),), None, torch.float32)
+    more = {"alibi_slopes": torch.tensor([-1.0, -0.5, 0.5, 1.0]), "deterministic": True}
+    launches = check(flash_attn_varlen_func, problem, more, npu)
+    assert [x.name for x in launches] == [FORWARDS[1], GRADIENTS[1]]
+
+
+OFF_DIAGONAL = "documented for seqlen_q = seqlen_k only"
+
+
+@pytest.mark.parametrize(
+    ("function", "seqlens", "reason"),
+    [
+        (flash_attn_func, ((13, 9), (13, 9)), OFF_DIAGONAL),
+        (flash_attn_varlen_func, (*MIXED, (8, 5)), OFF_DIAGONAL),
+        (flash_attn_varlen_func, WITH_EMPTY, "no sequence of length 0"),
+        (flash_attn_func, ((1, 40), (1, 40)), OFF_DIAGONAL),
+    ],
+    ids=["dense, more queries", "varlen, more queries", "length 0", "one query of many keys"],
 )
 @slopes_kinds
-def test_other_alibi_is_composed_for_a_reason(npu, function, seqlens, more, reason, per_sequence):
-    problem, biased = case(seqlens, per_sequence, causal=True)
-    assert reason in reasons_of(function, problem, more | biased, npu)
+def test_other_alibi_is_composed_for_a_reason(
+    npu, monkeypatch, function, seqlens, reason, per_sequence
+):
+    monkeypatch.setattr(attention, "MAX_FILLED_PAIRS", 4 * 2 * 40 * 40 - 1)
+    problem, biased = case(seqlens, per_sequence)
+    assert reason in reasons_of(function, problem, biased, npu)
+
+
+def test_as_many_queries_as_keys_are_served_up_to_the_limit(npu, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_FILLED_PAIRS", 4 * 2 * 40 * 40)
+    problem, biased = case(((1, 40), (1, 40)), False)
+    assert not reasons_of(flash_attn_func, problem, biased, npu)
+    # and beyond, where it is little more than what is asked
+    monkeypatch.setattr(attention, "MAX_FILLED_PAIRS", 0)
+    problem, biased = case(((10, 40), (10, 40)), False)
+    assert not reasons_of(flash_attn_func, problem, biased, npu)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    forget_all()
+    yield
+    forget_all()
 
 
 @pytest.fixture
@@ -178,4 +262,6 @@ def test_a_common_offset_of_more_queries_is_fused_there_too(
 )
 def test_the_setting_changes_nothing_else(npu, alibi_offset, function, seqlens):
     problem, more = case(seqlens, False, causal=True)
-    assert reasons_of(function, problem, more, npu)
+    launches = check(function, problem, more, npu)
+    assert all(launch.arguments["q_start_idx"] is None for launch in launches)
+    assert len(launches) == 2

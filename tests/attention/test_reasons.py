@@ -14,7 +14,7 @@ from flash_attn_npu.errors import ArgumentError, UnsupportedError
 
 CAPPED = {"softcap": 5.0}
 NO_SOFTCAP = "npu_fusion_attention: no Ascend kernel has softcap"
-OFF_DIAGONAL = "npu_fusion_attention: its alibi_slopes know no offset for each sequence"
+OFF_DIAGONAL = "npu_fusion_attention: its alibi_slopes are documented for seqlen_q = seqlen_k only"
 
 
 def _sunk(device: torch.device, **options) -> torch.Tensor:
@@ -24,10 +24,10 @@ def _sunk(device: torch.device, **options) -> torch.Tensor:
 
 
 def _sloped(device: torch.device, **options) -> torch.Tensor:
-    q, k = (torch.randn(n, 4, 16, device=device, requires_grad=True) for n in (14, 17))
+    q, k = (torch.randn(n, 4, 16, device=device, requires_grad=True) for n in (17, 14))
     slopes = torch.rand(4).to(device)
     return flash_attn_varlen_func(
-        q, k, k, [0, 5, 14], [0, 8, 17], 9, 9, alibi_slopes=slopes, **options
+        q, k, k, [0, 8, 17], [0, 5, 14], 9, 9, alibi_slopes=slopes, **options
     )
 
 

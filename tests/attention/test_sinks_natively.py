@@ -13,6 +13,7 @@ from torch import Tensor
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import reporting
 from flash_attn_npu._core.attention import call
+from flash_attn_npu._core.attention.decode import CacheCall, with_kvcache
 from flash_attn_npu._core.ground import chip
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.problems.ask import Options
@@ -114,3 +115,25 @@ def test_a_950_drops_the_sink_of_the_first_operator(npu: torch.device, monkeypat
     assert torch.equal(outs[2], outs[3])
     second = torch_npu.npu_fusion_attention_v2(q, q, q, 2, "BSND", sink=sink)[0]
     assert torch.equal(second.cpu(), outs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_over_keys_that_are_gathered(npu: torch.device, dtype: torch.dtype) -> None:
+    """Keys that do not start at their first position: no other kernel reads them as they lie."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 4, 64).to(dtype) for n in (3, 16, 16))
+    sink, pads, used = torch.tensor([2.0, -1.0, 0.5, 0.0]), [2, 5], [9, 12]
+    with virtual_ascend.record() as recorded:
+        lengths = {
+            "cache_seqlens": torch.tensor(used, dtype=torch.int32, device=npu),
+            "cache_leftpad": torch.tensor(pads, dtype=torch.int32, device=npu),
+        }
+        given = {"causal": True, "sink": sink.to(npu), **lengths}
+        out, _ = with_kvcache(CacheCall(*(x.to(npu) for x in (q, k, v)), **given))
+    (launch,) = (x for x in recorded.launches if "attention" in x.name)
+    assert launch.name == "npu_fusion_attention"
+    for row, (pad, end) in enumerate(zip(pads, used, strict=True)):
+        tensors = (q[row], k[row, pad:end], v[row, pad:end])
+        truth = reference.attention(*tensors, causal=True, sink=sink)
+        plain = reference.same_precision(*tensors, causal=True, sink=sink)
+        reference.assert_close_to_reference(out[row], truth.out, plain.out, "out")

@@ -21,6 +21,7 @@ from flash_attn_npu.errors import UnsupportedError
 from tests.helpers.table_examples import (
     EXAMPLES,
     SMALL_CACHED_SEQUENCES,
+    SMALL_PAIRS,
     SMALL_SEQUENCES,
     SMALL_TOKENS,
 )
@@ -43,6 +44,7 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(attention, "MAX_SEQUENCES", SMALL_SEQUENCES)
     monkeypatch.setattr(problems, "FEW_SINGLES", 1)
     monkeypatch.setattr(attention, "MAX_TOKENS", SMALL_TOKENS)
+    monkeypatch.setattr(attention, "MAX_FILLED_PAIRS", SMALL_PAIRS)
     monkeypatch.setattr(attention, "MAX_CACHED_SEQUENCES", SMALL_CACHED_SEQUENCES)
     yield
     forget_all()

@@ -72,6 +72,14 @@ def biased(make: Maker) -> Any:
     return flash_attn_npu.flash_attn_varlen_func(q, k, v, cu, cu, 9, 9, **options)
 
 
+def longer(make: Maker) -> Any:
+    q, k, v = (make.tensor(name, 12 + 2 * (name != "q"), 2, 64) for name in "qkv")
+    cu_q, cu_k = make.ints("cu_q", [0, 5, 12]), make.ints("cu_k", [0, 5, 14])
+    slopes = make.tensor("slopes", 2, dtype=torch.float32)
+    options = make.options(causal=True, alibi_slopes=slopes)
+    return flash_attn_npu.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 9, 9, **options)
+
+
 def huawei(make: Maker) -> Any:
     q, k, v = (make.tensor(name, 12, 2, 64) for name in "qkv")
     cu_q, cu_k = make.ints("cu_q", [0, 5, 12]), make.ints("cu_k", [0, 5, 12])
@@ -233,6 +241,13 @@ BIASED = {"as it is": {}} | GRADIENTS | {
     "deterministic, with gradient": {"options": {"deterministic": True}, "grad": ("q",)},
     "bfloat16": DTYPES["bfloat16"],
 }  # fmt: skip
+LONGER = {"as it is": {}} | GRADIENTS | {
+    "other queries": {"cu_q": [0, 3, 12]},
+    "other keys": {"cu_k": [0, 7, 14]},
+    "inference mode": MODES["inference mode"],
+    "deterministic, with gradient": {"options": {"deterministic": True}, "grad": ("q",)},
+    "bfloat16": DTYPES["bfloat16"],
+}  # fmt: skip
 HUAWEI = {"as it is": {}, "other": {"cu_q": [0, 3, 12]}} | GRADIENTS | {
     "inference mode": MODES["inference mode"], "not causal": {"options": {"causal": False}},
     "bfloat16": DTYPES["bfloat16"],
@@ -278,6 +293,7 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
     ),
     "sink": (sunk, SUNK, ("plans of calls",)),
     "statistics": (biased, BIASED, ("where packed statistics lie",)),
+    "longer": (longer, LONGER, ("queries filled up to their keys",)),
     "huawei": (huawei, HUAWEI, ("ends of the sequences of a tensor",)),
     "pages": (pages, PAGES, ("lengths and block tables of a cache", "positions in caches")),
     "buffers": (buffers, BUFFERS, ("whether buffers share memory",)),

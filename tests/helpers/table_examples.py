@@ -29,7 +29,7 @@ from flash_attn_npu._core.table.attention import (
     MAX_TOKENS,
 )
 
-SMALL_SEQUENCES, SMALL_TOKENS, SMALL_CACHED_SEQUENCES = 3, 70, 2
+SMALL_SEQUENCES, SMALL_TOKENS, SMALL_CACHED_SEQUENCES, SMALL_PAIRS = 3, 70, 2, 1000
 """Stand in for MAX_SEQUENCES and its like, so that crossing them is quick."""
 
 Example = Callable[[torch.device], Any]
@@ -174,9 +174,14 @@ EXAMPLES: dict[str, Example] = {
     "deterministic, with gradient": dense(deterministic=True, grad=True),
     "backward from softmax_lse": backward(0, softcap=0.0),
     "softcap": dense(softcap=5.0),
-    "alibi_slopes, equal lengths": dense(slopes=True),
-    "alibi_slopes, lengths that differ by a common offset": dense(seqlens=(4, 6), slopes=True),
-    "alibi_slopes, lengths that differ otherwise": packed([4, 6], [6, 6], slopes=True),
+    "alibi_slopes": dense(slopes=True),
+    "alibi_slopes, fewer queries than keys": packed([4, 6], [6, 6], slopes=True),
+    "alibi_slopes, so few queries that computing as many as keys would cost more than tiles": (
+        dense(seqlens=(1, 30), slopes=True)
+    ),
+    "alibi_slopes, more queries than keys, those that see no key apart": (
+        packed([6, 6], [4, 6], slopes=True)
+    ),
     "alibi_slopes, sequences of length 0": packed([4, 0], slopes=True),
     "alibi_slopes, varlen, softmax_lse": packed([4, 6], slopes=True, return_attn_probs=True),
     "sink (transformers' s_aux)": sunk(),

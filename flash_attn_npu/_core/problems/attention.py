@@ -147,6 +147,16 @@ class Problem:
         offsets = {k - q + self.blind(q, k) for q, k in self.sequences}
         return offsets.pop() if len(offsets) == 1 else None
 
+    @cached_property
+    def most_missing(self) -> int:
+        """By how much one sequence has more keys than queries that see a key, at most."""
+        return max((k - q + self.blind(q, k) for q, k in self.sequences), default=0)
+
+    @cached_property
+    def most_surplus(self) -> int:
+        """By how much one sequence has more queries that see a key than keys, at most."""
+        return max((q - self.blind(q, k) - k for q, k in self.sequences), default=0)
+
     @property
     def total_q(self) -> int:
         """Rows of q that belong to sequences."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..ground.chip import soc_name
-from ..ground.settings import alibi_offset
-from ..kernels.ascend import fusion_attention, infer_attention
+from ..kernels.ascend import filling, fusion_attention, infer_attention
 from ..kernels.composed import attention as composed
 from ..problems.attention import FEW_SINGLES, Problem
 from ..problems.cache import MAX_PAGE
@@ -33,16 +32,21 @@ MAX_CACHED_SEQUENCES = 4096
 MAX_GROUP = 64
 MAX_PAGE_WIDTH = 65_535
 MAX_CACHED_HEADDIM = 512
+MAX_FILLED_PAIRS = 1 << 31
+"""Of all heads: 32 heads of 8192 queries take about as long, on paper, as the 25 tiles of some 20
+launches each that one query over 8192 keys is composed of."""
 
 
 ROUNDED_BIAS = "it takes a bias in the dtype of q only, which rounds that of alibi_slopes"
 """Why ALiBi is not handed over as a bias."""
 
 
-def _offset_allowed(problem: Problem) -> bool:
-    return (
-        alibi_offset() and problem.varlen and not soc_name(problem.device).startswith("Ascend950")
-    )
+def _fills_too_much(problem: Problem) -> bool:
+    """Whether rows of zeros, which ALiBi needs for fewer queries than keys, would cost too much."""
+    if not filling.fills(problem):
+        return False
+    asked = problem.nheads * sum(q * k * len(them) for (q, k), them in problem.sequences.items())
+    return filling.pairs(problem) > max(MAX_FILLED_PAIRS, 4 * asked)
 
 
 def _unpacked(problem: Problem) -> bool:
@@ -168,23 +172,17 @@ TABLE: tuple[Rule, ...] = (
         lambda p: p.softcap > 0,
         {FUSION: "no Ascend kernel has softcap", INFER: "no Ascend kernel has softcap"},
     ),
+    Rule("alibi_slopes", lambda p: p.alibi, {INFER: ROUNDED_BIAS}),
+    Rule("alibi_slopes, fewer queries than keys", filling.fills),
     Rule(
-        "alibi_slopes, equal lengths",
-        lambda p: p.alibi and p.seeing_offset == 0,
-        {INFER: ROUNDED_BIAS},
+        "alibi_slopes, so few queries that computing as many as keys would cost more than tiles",
+        _fills_too_much,
+        {FUSION: "its alibi_slopes are documented for seqlen_q = seqlen_k only"},
     ),
     Rule(
-        "alibi_slopes, lengths that differ by a common offset",
-        lambda p: p.alibi and bool(p.seeing_offset) and not _offset_allowed(p),
-        {
-            FUSION: "its alibi_slopes are documented for seqlen_q = seqlen_k only",
-            INFER: ROUNDED_BIAS,
-        },
-    ),
-    Rule(
-        "alibi_slopes, lengths that differ otherwise",
-        lambda p: p.alibi and p.seeing_offset is None,
-        {FUSION: "its alibi_slopes know no offset for each sequence", INFER: ROUNDED_BIAS},
+        "alibi_slopes, more queries than keys, those that see no key apart",
+        lambda p: p.alibi and p.most_surplus > 0 and not fusion_attention.offset_of(p),
+        {FUSION: "its alibi_slopes are documented for seqlen_q = seqlen_k only"},
     ),
     Rule(
         "alibi_slopes, sequences of length 0",
@@ -285,7 +283,7 @@ TABLE: tuple[Rule, ...] = (
 
 
 CANDIDATES = (
-    Candidate(FUSION, fusion_attention.KERNEL, AUTOGRAD, detour=f"gathers its keys for {FUSION}"),
+    Candidate(FUSION, filling.KERNEL, AUTOGRAD, detour=f"gathers its keys for {FUSION}"),
     Candidate(BLOCKWISE, composed.KERNEL),
 )
 OVER_PAGES = (Candidate(INFER, infer_attention.KERNEL), *CANDIDATES)

@@ -23,6 +23,7 @@ from ...ground.locks import Lock
 from ...ground.memory import Memo
 from ...ground.schemas import has
 from ...ground.second_derivatives import once, watch
+from ...ground.settings import alibi_offset
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved
 from ..kernel import Kernel
@@ -96,6 +97,14 @@ def differentiates(problem: Problem) -> bool:
     return not problem.sink or (_operator(problem) == FORWARD and _takes_sink(problem))
 
 
+def offset_of(problem: Problem) -> int:
+    """The seqlen_k - seqlen_q that ALiBi is told, 0 for none: see `settings.alibi_offset`."""
+    told = alibi_offset() and problem.varlen
+    if not told or soc_name(problem.device).startswith("Ascend950"):
+        return 0
+    return problem.seeing_offset or 0
+
+
 def _takes_sink(problem: Problem) -> bool:
     """Whether the kernel is given the sink: otherwise it is added to what the kernel answers.
 
@@ -111,10 +120,17 @@ def _operator(problem: Problem) -> str:
     return FORWARD_2 if problem.alibi or dropped else FORWARD
 
 
-def _in_rows(problem: Problem, operator: str) -> bool:
+def _reads_statistics(problem: Problem) -> bool:
+    """Whether softmax_lse is asked for, by the caller or by what is done behind the kernel."""
+    return problem.uses_lse or not differentiates(problem)
+
+
+def _in_rows(problem: Problem) -> bool:
     """Whether statistics of packed sequences come in rows: see `statistics`."""
+    operator = _operator(problem)
     # the second passes the argument on beside a sink only
-    return has(operator, "softmax_layout") and (operator != FORWARD_2 or _takes_sink(problem))
+    passed_on = operator != FORWARD_2 or _takes_sink(problem)
+    return _reads_statistics(problem) and passed_on and has(operator, "softmax_layout")
 
 
 def _plain(problem: Problem, rows: Rows, first: Tensor | None) -> Callable[..., Tensor]:
@@ -150,13 +166,16 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     out, top, total, _, seed, offset, _ = kernel(
         rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink
     )
-    lse = _lse(problem, rows, top, total)
-    if sink is not None and not _takes_sink(problem):
-        out, lse = with_sink(out, lse, sink)
     alone = singles.answer(problem, rows, (q, k, v), sink)
+    lse = top.new_empty(0)
+    if _reads_statistics(problem):
+        lse = _lse(problem, rows, top, total)
+        if sink is not None and not _takes_sink(problem):
+            out, lse = with_sink(out, lse, sink)
+        lse = rows.restore_lse(lse, None if alone is None else alone.softmax_lse)
     return Forward(
         rows.restore(out, None if alone is None else alone.out),
-        rows.restore_lse(lse, None if alone is None else alone.softmax_lse),
+        lse,
         q.new_empty(0),
         torch.tensor(
             [seed, offset] if problem.dropout_p else [0, 0], dtype=torch.int64, device="cpu"
@@ -223,8 +242,7 @@ def _forward_kernel(problem: Problem, rows: Rows) -> Callable[..., Any]:
     }
     if problem.alibi:
         shared |= _bias(problem)
-    read = problem.uses_lse or not differentiates(problem)
-    if problem.varlen and read and _in_rows(problem, operator):
+    if problem.varlen and _in_rows(problem):
         shared["softmax_layout"] = "TND"
     heads, layout = problem.nheads, _layout(problem)
 
@@ -302,7 +320,7 @@ def _sparsity(problem: Problem) -> tuple[int, Tensor | None, int, int]:
 def _bias(problem: Problem) -> dict[str, Any]:
     """Type 2 adds -slope * |j + kv_start - i - q_start|, i and j from the top left."""
     bias: dict[str, Any] = {"pse_type": 2}
-    first = problem.seeing_offset
+    first = offset_of(problem)
     if first:
         bias |= {"q_start_idx": [first], "kv_start_idx": [0]}
     return bias
@@ -312,7 +330,7 @@ def _lse(problem: Problem, rows: Rows, top: Tensor, total: Tensor) -> Tensor:
     lse = top[..., 0] + torch.log(total[..., 0])
     if rows.ends_q is None:
         return lse
-    if rows.nothing or _in_rows(problem, _operator(problem)):
+    if rows.nothing or _in_rows(problem):
         return lse.t().contiguous()
     return statistics.by_row(lse, rows.ends_q)
 
