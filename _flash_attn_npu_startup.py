@@ -31,6 +31,8 @@ FLASH_ATTN_VERSION = "2.8.3"
 
 Not 2.8.4: Transformer Engine and xformers refuse versions from there on."""
 
+FLASH_ATTN_3_VERSION = "3.0.0"
+
 PACKAGE = "flash_attn_npu"
 PROVIDER = "flash-attn-npu-shim"
 ALIAS = "flash_attn"
@@ -116,13 +118,18 @@ class Waiting:
     def find_distributions(self, context: Any = None) -> Iterator[Any]:
         """The distribution that `install()` will show, for who asks before the import."""
         asked = {} if context is None else vars(context)
-        if "path" in asked or self.on_disk or self.stands_back(ALIAS):
+        place = _folder()
+        if "path" in asked or not place:
             return
         kind = light("_activation", "distribution").VirtualDistribution
-        place = os.path.dirname(_folder())
-        shown = kind("flash-attn", FLASH_ATTN_VERSION, ALIAS, PROVIDER, place)
-        if shown.answers(asked.get("name")):
-            yield shown
+        ours: list[tuple[str, str, tuple[str, ...]]]
+        ours = [] if self.on_disk else [("flash-attn", FLASH_ATTN_VERSION, (ALIAS,))]
+        if "fa3" in self.words:
+            ours.append(("flash_attn_3", FLASH_ATTN_3_VERSION, tuple(ALIASES_3)))
+        for name, version, modules in ours:
+            shown = kind(name, version, "\n".join(modules), PROVIDER, os.path.dirname(place))
+            if shown.answers(asked.get("name")) and not self.stands_back(modules[0]):
+                yield shown
 
     def stands_back(self, name: str) -> bool:
         """Whether somebody else has the name, or nothing of ours is left to serve it with."""

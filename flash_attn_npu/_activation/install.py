@@ -20,7 +20,7 @@ from .._integrations import transformers
 from .._version import FLASH_ATTN_VERSION
 from ..errors import ActivationError
 from . import children as offspring
-from . import occupant, operators
+from . import occupant, operators, version_3
 from .distribution import VirtualDistribution
 from .finder import AliasFinder, PostImportFinder
 from .metadata import VirtualDistributionFinder
@@ -86,13 +86,18 @@ class Activation:
     context manager it gives itself up at the end of the block.
     """
 
-    def __init__(self, *, children: bool = False) -> None:
-        self._children = children
+    def __init__(self, *, children: bool = False, fa3: bool = False) -> None:
+        self._children, self._fa3 = children, fa3
 
     @property
     def children(self) -> bool:
         """Whether processes that this one starts are to serve flash_attn too."""
         return self._children
+
+    @property
+    def fa3(self) -> bool:
+        """Whether FlashAttention 3's names are to be served too."""
+        return self._fa3
 
     def uninstall(self) -> None:
         """Give this claim up; a second call does nothing that the first did not leave undone."""
@@ -115,7 +120,7 @@ class Activation:
         self.uninstall()
 
 
-def install(*, force: bool = False, children: bool = False) -> Activation:
+def install(*, force: bool = False, children: bool = False, fa3: bool = False) -> Activation:
     """Make `import flash_attn` give this package in this process.
 
     Applications and launchers call it, before anything imports flash_attn; libraries import
@@ -128,19 +133,24 @@ def install(*, force: bool = False, children: bool = False) -> Activation:
         children: let the processes that this one starts meanwhile do the same, by the
             environment variable FLASH_ATTN_NPU_INSTALL. They are those of an environment into
             which flash_attn_npu is installed; a forked child needs nothing.
+        fa3: serve FlashAttention 3's interface as well, as `flash_attn_interface` and
+            `flash_attn_3.flash_attn_interface`, which clients prefer once they find it.
 
     Returns:
         A claim with `.uninstall()`, usable as a context manager.
 
     Raises:
-        ActivationError: a real flash_attn is already imported, or the name is blocked.
+        ActivationError: a real flash_attn is already imported, or the name is blocked; with fa3
+            the same of FlashAttention 3, whatever `force` says.
     """
-    claim = Activation(children=children)
+    claim = Activation(children=children, fa3=fa3)
     with _lock:
         if not _claims:
             # what an interrupted uninstall has left
             _switch_off()
         try:
+            if fa3:
+                version_3.refuse_loaded()
             _clear_the_way(force)
             if not _claims:
                 _switch_on()
@@ -175,7 +185,7 @@ def follow() -> None:
         return
     sys.meta_path.remove(finder)
     try:
-        install()
+        install(fa3="fa3" in finder.words)
     except ActivationError as error:
         startup.say(f"flash_attn is not served: {error}")
 
@@ -200,11 +210,17 @@ def _switch_on() -> None:
 
 
 def _settle() -> None:
-    """Tell children what the claims that are left ask for."""
+    """Serve, here and in children, what the claims that are left ask for."""
+    fa3 = any(claim.fa3 for claim in _claims)
+    if fa3 != version_3.served():
+        version_3.serve(fa3)
+        transformers.forget_cached_answers()
     if not any(claim.children for claim in _claims):
         offspring.take_back()
         return
-    offspring.tell({"1", "force"} if _State.shadows else {"1"})
+    words = {"1"} | ({"force"} if _State.shadows else set())
+    words |= {"fa3"} if any(claim.fa3 and claim.children for claim in _claims) else set()
+    offspring.tell(words)
     if not offspring.followed():
         _log.info(
             "no start-up file of %s in site-packages: children that do not fork will find no "
@@ -226,6 +242,7 @@ def _switch_off() -> None:
         last.callback(transformers.undo)
         last.callback(_hooks.remove)
         last.callback(operators.remove)
+        last.callback(version_3.serve, False)
         last.callback(offspring.take_back)
     _State.touched = False
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from _flash_attn_npu_startup import VARIABLE
+
 from ..errors import ActivationError
 from .starting import complete
 
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     from .. import _activation
 
     try:
-        _activation.install(children=True)
+        _activation.install(children=True, fa3="fa3" in os.environ.get(VARIABLE, "").split(","))
     except ActivationError as error:
         _stop(str(error))
     try:

@@ -57,6 +57,15 @@ ORDERS = {
     "client last": "import torch, flash_attn, client",
     "package first": "import flash_attn_npu, client, flash_attn",
     "metadata first": "import importlib.metadata as m; m.version('flash-attn'); import client",
+    "FlashAttention 3 first": (
+        "import flash_attn_interface, client, flash_attn_3.flash_attn_interface as whole;"
+        "assert flash_attn_interface.flash_attn_combine is whole.flash_attn_combine"
+    ),
+    "FlashAttention 3's metadata first": (
+        "import importlib.metadata as m; assert m.version('flash-attn-3') == '3.0.0';"
+        "import flash_attn_npu, flash_attn_interface; assert flash_attn_npu.installed();"
+        "assert m.packages_distributions()['flash_attn_interface'] == ['flash_attn_3']"
+    ),
     "torch_npu missing": "import sys; sys.modules['torch_npu'] = None; import client",
     "dummy later": (
         "import flash_attn, types, sys, flash_attn_npu;"
@@ -132,7 +141,7 @@ for name, order in {ORDERS!r}.items():
         os._exit(0)
     print(name, os.waitpid(child, 0)[1])
 """
-    said = environment.says("-c", code, variable="1").splitlines()
+    said = environment.says("-c", code, variable="1,fa3").splitlines()
     assert said == [f"{name} 0" for name in ORDERS]
 
 
