@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from .._core.ground.confirmed import combination_of, counting, told
 from .._core.table import rowwise
 from .._core.table.attention import BLOCKWISE, FUSION, INFER, NAMES, TABLE
 from .._core.table.rule import Rule
@@ -18,6 +19,17 @@ from .exceptions import RULES
 
 __all__ = ["matrix", "namespace"]
 
+
+def _standing() -> str:
+    found = [f"{combination_of(report)} ({name})" for name, report in counting()]
+    if found:
+        return f"Reports came from: {', '.join(found)}."
+    return (
+        "No Ascend machine has confirmed any of this: it\n"
+        "holds for the real torch_npu 2.13.0 over a simulated card."
+    )
+
+
 _HEAD = f"""\
 # Compatibility matrix
 
@@ -27,6 +39,9 @@ plans are made from (`flash_attn_npu/_core/table/attention.py`) by
 every cell.
 
 - **native**: the kernel takes it. **refused**: it does not, for the reason given.
+- **simulated**: no report of a card has looked at it. **confirmed on**: a report that somebody sent
+  has, by `flash-attn-npu validate`, and it was right. **refuted on**: it was wrong, and with that
+  chip, CANN and torch_npu the table refuses it.
 - **fused**: on Ascend the call is one launch of `{FUSION}`, rows without keys and rows of no
   sequence being left out before it and filled in after it.
 - **composed**: on Ascend the call is computed exactly from torch operations by `{BLOCKWISE}`, in
@@ -35,8 +50,7 @@ every cell.
 - **impossible**: no kernel takes it, and the call raises `UnsupportedError`.
 
 `{INFER}` is asked only where the keys lie in a cache. A call is fused only if every property it
-has is native to the fused kernel. No Ascend machine has
-confirmed any of this: it holds for the real torch_npu 2.13.0 over a simulated card.
+has is native to the fused kernel. {_standing()}
 
 The API level is that of flash-attention {FLASH_ATTN_VERSION}.
 """
@@ -184,11 +198,15 @@ def outcome(rule: Rule) -> str:
 
 
 def _row(rule: Rule) -> str:
-    cells = (
-        f"refused: {rule.refused[kernel]}" if kernel in rule.refused else "native"
-        for kernel in NAMES
-    )
+    cells = (_cell(rule, kernel) for kernel in NAMES)
     return f"| {rule.name} | {' | '.join(cells)} | {outcome(rule)} |"
+
+
+def _cell(rule: Rule, kernel: str) -> str:
+    if kernel in rule.refused:
+        return f"refused: {rule.refused[kernel]}"
+    ascend = kernel in (FUSION, INFER)
+    return f"native, {told((rule.name, kernel))}" if ascend else "native"
 
 
 if __name__ == "__main__":

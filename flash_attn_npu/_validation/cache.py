@@ -27,7 +27,7 @@ class CacheQuestion:
     varlen: through flash_attn_varlen_func, the sequences' queries of unequal number.
     """
 
-    seqlens: tuple[int, ...] = (20, 45)
+    seqlens: tuple[int, ...] = (45, 70)
     rows: int = 1
     heads: tuple[int, int] = (4, 2)
     headdim: int = 64
@@ -48,7 +48,7 @@ class CacheQuestion:
         rows = self.lay(k, device), self.lay(v, device)
         new = (new_k.to(device), new_v.to(device)) if self.new else None
         out, lse = self.call(q.to(device), rows, new)
-        found_k = [self._found(rows[0], place) for place in range(len(self.seqlens))]
+        found_k = self._found(rows[0]) if self.new else []
         figures: Figures = {}
         for place, length in enumerate(self.seqlens):
             keys, values = (
@@ -162,13 +162,12 @@ class CacheQuestion:
             return torch.stack((laid, laid), dim=2).to(device)[:, :, 0]
         return laid.clone().to(device)
 
-    def _found(self, laid: Tensor, place: int) -> Tensor:
-        """What the cache holds of one sequence, on the host."""
+    def _found(self, laid: Tensor) -> list[Tensor]:
+        """What the cache holds of each sequence, on the host."""
         laid = laid.detach().cpu()
-        if not self.page:
-            return laid[len(self.seqlens) - 1 - place if self.indexed else place]
-        pages = self._table(torch.device("cpu"))[place].long()
-        return laid[pages].flatten(0, 1)
+        if self.page:
+            return [laid[pages.long()].flatten(0, 1) for pages in self._table(laid.device)]
+        return list(laid.flip(0) if self.indexed else laid)
 
 
 def _excess(figure: dict[str, float]) -> float:

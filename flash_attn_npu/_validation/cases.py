@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._core.ground.confirmed import EVERY_CALL
+from .._core.problems.attention import FEW_SINGLES
 from .._core.problems.cache import MAX_PAGE
 from .._core.table import attention as table
 from .._core.table import rowwise as rowwise_table
@@ -47,6 +49,9 @@ NOT_ASKED = {
         "asked by the question about dropout"
     ),
     "S_dmask (dropout_p with return_attn_probs)": "asked by the question about dropout",
+    f"varlen, more than {FEW_SINGLES} sequences of one token, with dropout_p": (
+        "composed of torch operations"
+    ),
     "norm with dropout_p": "torch's own dropout",
     "norm in layer_norm_linear_fn, of a subset of rows, or by an autograd class": (
         "composed of torch operations"
@@ -72,6 +77,9 @@ ATTENTION: dict[str, Any] = {
         (1,) * (table.MAX_SEQUENCES + 1), (2,) * (table.MAX_SEQUENCES + 1), heads=(1, 1), headdim=16
     ),
     "varlen, sequences of length 0": Question((40, 0, 6, 0), (40, 3, 0, 0), lse=True),
+    f"varlen, more than {FEW_SINGLES} sequences of one token": Question(
+        (50, *[1] * (FEW_SINGLES + 4), 7), causal=True
+    ),
     "varlen, rows past the last sequence": Question(tail=3, lse=True),
     "queries that see no key": Question((60, 30), (20, 45), causal=True, lse=True),
     "MHA": Question(heads=(3, 3)),
@@ -192,7 +200,7 @@ def _rows() -> Iterator[Case]:
             quick = not any(word in row for word in SLOW)
             yield Case(f"{prefix}: {row}", row, question, quick)
     for name, question in SERVED.items():
-        yield Case(f"rowwise: {name}", name, question)
+        yield Case(f"rowwise: {name}", EVERY_CALL, question)
 
 
 def _open() -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -70,12 +71,12 @@ class _Worker:
 
     def death(self) -> str:
         """What became of the child, which is gone then."""
-        self.alive = False
         try:
             status = self._child.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            self.stop()
             return f"no answer in {SECONDS} seconds"
+        finally:
+            self.stop()
         return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
     def stop(self) -> None:
@@ -83,6 +84,10 @@ class _Worker:
         self.alive = False
         self._child.kill()
         self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
     def _read(self, seconds: float) -> dict[str, Any] | None:
         assert self._child.stdout is not None

@@ -25,8 +25,13 @@ TIMED = re.compile(r"npu_(fusion_attention|fused_infer|rotary|rms|add_|swiglu|cr
 _PATH = re.compile(r"(?:~|/)[\w.@+-]*(?:/[\w.@+-]+)+")
 
 
+_simulated = False
+
+
 def main(simulate: bool) -> None:
     """Answer until the input ends."""
+    global _simulated
+    _simulated = simulate
     if simulate:
         card = importlib.import_module("flash_attn_npu._virtual_ascend")
         reason = card.start()
@@ -96,7 +101,8 @@ def _asked(name: str, where: str) -> dict[str, Any]:
     result |= {"kernel": _kernel(case.row, plans), "figures": plain, "answers": answers}
     if "status" not in result:
         result["status"] = "right" if all(map(within, plain.values())) else "wrong"
-    if where == "npu" and hasattr(case.question, "again"):
+    # a simulated card takes its time, which says nothing
+    if where == "npu" and not _simulated and hasattr(case.question, "again"):
         result["time"] = _timed(case.question.again(device))
     result["seconds"] = round(time.perf_counter() - start, 2)
     return result

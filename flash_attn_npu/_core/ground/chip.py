@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .confirmed import Combination
+from .confirmed import Combination, refuted
 from .memory import Memo
 
-__all__ = ["combination", "soc_name"]
+__all__ = ["combination", "known_wrong", "soc_name"]
 
 _names: Memo[torch.device, str] = Memo("names of chips", 64)
 _combinations: Memo[torch.device, Combination] = Memo("versions of what runs on a chip", 64)
@@ -41,6 +41,18 @@ def combination(device: torch.device) -> Combination:
     return known
 
 
+def known_wrong(device: torch.device) -> str:
+    """What reports have found wrong on this chip, CANN and torch_npu; nearly always nothing.
+
+    A line for each: the row of a table, the kernel and the report, with tabs between them.
+    """
+    if device.type != "npu":
+        return ""
+    cells = refuted(combination(device)).items()
+    return "\n".join("\t".join((*cell, report)) for cell, report in cells)
+
+
 # what torch.compiler.assume_constant_result sets; that would import torch._dynamo, which is slow
 soc_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 combination._dynamo_marked_constant = True  # type: ignore[attr-defined]
+known_wrong._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -12,12 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
-__all__ = ["FOLDER", "REFUTING", "SCHEMA", "Cell", "Combination", "Standing"]
+__all__ = ["EVERY_CALL", "FOLDER", "REFUTING", "SCHEMA", "Cell", "Combination", "Standing"]
 __all__ += ["cells", "combination_of", "confirmed", "counting", "refuted", "reports", "told"]
 
 FOLDER = resources.files(__package__.partition(".")[0]) / "_confirmed"
 SCHEMA = 1
 """Of the files; what another schema says is not known here, and does not count."""
+
+EVERY_CALL = "every call"
+"""Stands for a row in a case about what no row of a table names."""
+
+COMPOSED = ("blockwise", "torch")
+"""What serves where no kernel of Ascend does, so that refusing it would help nobody."""
 
 REFUTING = ("wrong", "crash", "error")
 """What may have become of a case so that its kernel must not serve."""

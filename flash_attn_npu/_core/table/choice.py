@@ -29,13 +29,14 @@ import torch
 
 from ...errors import UnsupportedError
 from ..ground import policy, usage
+from ..ground.chip import known_wrong
 from ..ground.memory import Memo
 from ..ground.traced import note
 from ..kernels.kernel import Kernel
 from ..problems import attention, rowwise
 from . import attention as attention_table
 from . import rowwise as rowwise_table
-from .rule import Candidate, Table, reasons
+from .rule import Candidate, Table, disproved, reasons
 
 __all__ = ["Plan", "Verdict", "begin", "choose", "permit", "plan", "recall", "refusals"]
 
@@ -146,8 +147,14 @@ def permit(found: Plan) -> None:
 
 
 def refusals(kernel: str, problem: Any) -> tuple[str, ...]:
-    """Why a kernel, or its autograd, may not serve a problem; empty if it may."""
-    return reasons(_TABLES[type(problem)].rules, kernel, problem)
+    """Why a kernel, or its autograd, may not serve a problem; empty if it may.
+
+    Besides the rules a report of this very chip, CANN and torch_npu may have found it wrong.
+    """
+    rules = _TABLES[type(problem)].rules
+    refused = reasons(rules, kernel, problem)
+    found_wrong = known_wrong(problem.device)
+    return (*refused, *disproved(rules, kernel, problem, found_wrong)) if found_wrong else refused
 
 
 def _decide(problem: Any) -> Plan:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..ground.confirmed import EVERY_CALL
 from ..kernels.kernel import Kernel
 
-__all__ = ["Candidate", "Rule", "Table", "reasons"]
+__all__ = ["Candidate", "Rule", "Table", "disproved", "reasons"]
 
 
 @dataclass(frozen=True)
@@ -57,4 +58,21 @@ def reasons(rules: Iterable[Rule], kernel: str, problem: Any) -> tuple[str, ...]
     """Why a kernel may not serve a problem, by the rules that are present; empty if it may."""
     return tuple(
         rule.refused[kernel] for rule in rules if kernel in rule.refused and rule.present(problem)
+    )
+
+
+def disproved(
+    rules: Iterable[Rule], kernel: str, problem: Any, found_wrong: str
+) -> tuple[str, ...]:
+    """Why reports say that a kernel may not serve a problem, as `chip.known_wrong` has them."""
+    wrong = {
+        row: report
+        for line in found_wrong.splitlines()
+        for row, its_kernel, report in [line.split("\t")]
+        if its_kernel == kernel
+    }
+    names = [rule.name for rule in rules if rule.name in wrong and rule.present(problem)]
+    return tuple(
+        f"report {wrong[name]} found it wrong here, with this CANN and torch_npu: {name}"
+        for name in (*names, *({EVERY_CALL} & set(wrong)))
     )
