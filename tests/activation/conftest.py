@@ -1,4 +1,6 @@
-"""Import order needs a fresh interpreter per case, so most tests here run small scripts."""
+"""Import order needs an interpreter per case, so most tests here run small scripts: in a fork of one
+that has imported torch, or, where starting itself is asked about, in a Python that really starts.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.warm import Warm
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -22,6 +26,11 @@ def _package_root() -> Path:
     return Path(spec.origin).parents[1]
 
 
+def _environment(path: list[str]) -> dict[str, str]:
+    own = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **own}
+
+
 @pytest.fixture
 def python(tmp_path: Path) -> Run:
     """Runs Python with arguments, in an empty folder and with torch not loading torch_npu."""
@@ -29,16 +38,10 @@ def python(tmp_path: Path) -> Run:
     def run(
         *args: str, path: tuple[Path, ...] = (), stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, [*path, _package_root()])),
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-            "HF_HUB_OFFLINE": "1",
-        }
         return subprocess.run(
             [sys.executable, *args],
             cwd=tmp_path,
-            env=environment,
+            env=_environment([*map(str, path), str(_package_root())]),
             input=stdin,
             capture_output=True,
             text=True,
@@ -49,14 +52,22 @@ def python(tmp_path: Path) -> Run:
     return run
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    process = Warm()
+    yield process
+    process.close()
+
+
 @pytest.fixture
-def script(python: Run, tmp_path: Path) -> Callable[..., str]:
+def script(warm: Warm, tmp_path: Path) -> Callable[..., str]:
     """Runs a script that must succeed with every warning an error; returns what it printed."""
 
     def run(source: str, *, path: tuple[Path, ...] = (), warnings: str = "error") -> str:
         file = tmp_path / "script.py"
         file.write_text(textwrap.dedent(source))
-        done = python("-W", warnings, str(file), path=path)
+        places = [*map(str, path), str(_package_root())]
+        done = warm.run(file, _environment(places), places, warnings)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
