@@ -74,6 +74,26 @@ def script(warm: Warm, tmp_path: Path) -> Callable[..., str]:
     return run
 
 
+COMMAND = """
+import runpy, sys
+sys.argv = {arguments!r}
+runpy.run_module("flash_attn_npu", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture
+def command(warm: Warm, tmp_path: Path) -> Run:
+    """Runs our command line in a fork: what it does once Python has found it."""
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        file = tmp_path / "command_line.py"
+        file.write_text(COMMAND.format(arguments=["flash_attn_npu", *args]))
+        places = [str(_package_root())]
+        return warm.run(file, _environment(places), places, "default")
+
+    return run
+
+
 @pytest.fixture
 def import_system() -> Iterator[None]:
     """Puts `sys.meta_path` and `sys.modules` back as they were.

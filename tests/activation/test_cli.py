@@ -72,12 +72,12 @@ def test_module_sees_what_it_sees_under_python(
 
 
 @pytest.mark.usefixtures("programs")
-def test_exit_status_and_exceptions_of_the_program_come_through(python: Run) -> None:
-    assert python("-m", "flash_attn_npu", "failing.py").returncode == 7
-    raised = python("-m", "flash_attn_npu", "raising.py")
+def test_exit_status_and_exceptions_of_the_program_come_through(command: Run) -> None:
+    assert command("failing.py").returncode == 7
+    raised = command("raising.py")
     assert raised.returncode == 1
     assert "KeyError: 'from the program'" in raised.stderr
-    needy = python("-m", "flash_attn_npu", "-m", "needy")
+    needy = command("-m", "needy")
     assert needy.returncode == 1
     assert "Traceback" in needy.stderr
     assert "no_such_module_at_all" in needy.stderr
@@ -97,9 +97,9 @@ def test_exit_status_and_exceptions_of_the_program_come_through(python: Run) -> 
     ],
 )
 def test_what_cannot_run_is_said_in_one_line(
-    python: Run, args: tuple[str, ...], message: str
+    command: Run, args: tuple[str, ...], message: str
 ) -> None:
-    done = python("-m", "flash_attn_npu", *args)
+    done = command(*args)
     assert done.returncode == 2
     assert message in done.stderr
     assert "error: " in done.stderr
@@ -153,9 +153,9 @@ def test_the_console_script_is_the_same_command(python: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("programs")
-def test_run_and_its_absence_are_one(python: Run) -> None:
-    done = python("-m", "flash_attn_npu", "-q", "run", "-v", "apps/with.py", *ARGS)
-    plain = python("-m", "flash_attn_npu", "-v", "apps/with.py", *ARGS)
+def test_run_and_its_absence_are_one(command: Run) -> None:
+    done = command("-q", "run", "-v", "apps/with.py", *ARGS)
+    plain = command("-v", "apps/with.py", *ARGS)
     assert (done.returncode, done.stdout, done.stderr) == (0, plain.stdout, plain.stderr)
 
 
@@ -165,14 +165,14 @@ def test_standard_input_sees_what_it_sees_under_python(python: Run) -> None:
     assert ours.stdout == python("-", *ARGS, stdin=PLAIN).stdout
 
 
-def test_a_file_says_what_served(python: Run, tmp_path: Path) -> None:
+def test_a_file_says_what_served(command: Run, tmp_path: Path) -> None:
     code = (
         "import torch, flash_attn\n"
         "q = torch.randn(1, 4, 2, 8)\n"
         "flash_attn.flash_attn_func(q, q, q)\n"
         "raise SystemExit(3)\n"
     )
-    done = python("-m", "flash_attn_npu", "-q", "--report", "used.json", "-c", code)
+    done = command("-q", "--report", "used.json", "-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
     (served,) = json.loads((tmp_path / "used.json").read_text())["served"]
     assert (served["function"], served["calls"]) == ("flash_attn_func", 1)
@@ -186,21 +186,21 @@ def test_every_rank_has_its_own_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 @pytest.mark.usefixtures("programs")
-def test_verbose_logs_to_stderr_only(python: Run) -> None:
-    done = python("-m", "flash_attn_npu", "-v", "apps/with.py")
+def test_verbose_logs_to_stderr_only(command: Run) -> None:
+    done = command("-v", "apps/with.py")
     assert done.returncode == 0
     assert "flash_attn_npu: flash_attn is now flash_attn_npu" in done.stderr
     assert "mirroring" not in done.stdout
 
 
-def test_what_served_is_said_at_exit(python: Run) -> None:
+def test_what_served_is_said_at_exit(command: Run) -> None:
     code = (
         "import torch, flash_attn\n"
         "q = torch.randn(1, 4, 2, 8)\n"
         "flash_attn.flash_attn_func(q, q, q)\n"
         "raise SystemExit(3)\n"
     )
-    done = python("-m", "flash_attn_npu", "-c", code)
+    done = command("-c", code)
     assert done.returncode == 3
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("flash_attn_npu: flash_attn_func: ")
