@@ -69,6 +69,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    if name.startswith("__") or command_line_starts():
+    # the command line has imported this package without its parts, if it has not asked for all
+    if name.startswith("__") or "_activation" not in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _activation.attribute(name)
