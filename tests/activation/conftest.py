@@ -1,5 +1,5 @@
-"""Import order needs an interpreter per case, so most tests here run small scripts: in a fork of one
-that has imported torch, or, where starting itself is asked about, in a Python that really starts.
+"""Import order needs an interpreter per case, so most tests here run small scripts: in a fork of
+one that has imported torch, or, where starting itself is asked about, in a Python that starts.
 """
 
 from __future__ import annotations
