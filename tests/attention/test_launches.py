@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +32,41 @@ pytestmark = pytest.mark.usefixtures("npu")
 def fresh() -> None:
     forget_all()
     torch.manual_seed(0)
+
+
+def frames(call: Callable[[], Any]) -> list[str]:
+    """The functions of this package that a call runs, one after the other."""
+    seen = []
+
+    def saw(frame: Any, event: str, _: Any) -> None:
+        ours = re.search(r"/flash_attn_npu/(?!_virtual_ascend)", frame.f_code.co_filename)
+        if event == "call" and ours:
+            seen.append(frame.f_code.co_name)
+
+    sys.setprofile(saw)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_little_stands_before_the_kernel(grad: bool) -> None:
+    """What is known of a call is looked up: nothing else may run before each launch."""
+    q, k, v = (x.requires_grad_(grad) for x in dense())
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+    cu = torch.tensor([0, 9, 18], dtype=torch.int32).npu()
+
+    def run(*lengths: Any) -> list[str]:
+        given = (*rows, *lengths) if lengths else (q, k, v)
+        function = flash_attn_varlen_func if lengths else flash_attn_func
+        function(*given, causal=True)
+        return frames(lambda: function(*given, causal=True))
+
+    kernel = "watched" if grad else "run"
+    assert run() == ["flash_attn_func", "attend", kernel]
+    assert run(cu, cu, 9, 9) == ["flash_attn_varlen_func", "attend", "known", kernel]
 
 
 def dense(rows: int = 9, keys: int = 9, heads_k: int = 2, dim: int = 16) -> tuple[Tensor, ...]:

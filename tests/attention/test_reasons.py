@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_attn_npu import fallback, flash_attn_func, flash_attn_varlen_func, reporting
-from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.ground.memory import forget_all, memos
 from flash_attn_npu._core.table import attention as support
 from flash_attn_npu._core.table import choice, rowwise
 from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func
@@ -68,8 +68,12 @@ def test_a_call_is_decided_once(npu, monkeypatch, name):
     with reporting() as region:
         run(npu, **options).sum().backward()
         run(npu, **options).sum().backward()
+    (plans,) = (memo for memo in memos() if memo.name == "plans of calls")
+    (plan,) = plans._known.values()
     forget_all()
     assert len(decided) == 1
+    assert [len(verdict.reasons) > 0 for verdict in plan.trace] == [True] * len(reasons) + [False]
+    assert plan.trace[-1].kernel == plan.name
     assert {x.reasons for x in region.tallies} == {reasons}
     forward = [x for x in region.tallies if not x.function.endswith(" (backward)")]
     assert [x.calls for x in forward] == [2]

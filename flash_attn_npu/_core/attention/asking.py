@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
 
 from ..problems.ask import Ask
 from ..problems.validation import describe
@@ -13,17 +13,13 @@ __all__ = ["make_plan", "new_plan"]
 
 def make_plan(ask: Ask) -> Plan:
     """The plan for an `Ask`, whose options may be as they came."""
-    try:
-        return recall(ask) or new_plan(ask)
-    except TypeError:
-        # an option that cannot be a key: the checks accept it or name it
-        return new_plan(ask)
+    return (recall(ask) if ask.plain else None) or new_plan(ask, ask)
 
 
-def new_plan(key: tuple[Any, ...]) -> Plan:
-    """The plan for an Ask, or a plain tuple of its fields, that is not remembered."""
-    ask = Ask.of(key)
-    if Ask.is_key(key):
-        return plan(describe(ask), key)
+def new_plan(ask: Ask, key: Hashable) -> Plan:
+    """The plan for an `Ask` that is not remembered under this key."""
+    checked = ask.checked()
+    if ask.plain:
+        return plan(describe(checked), key)
     # options that cannot be a key (lists, tensors) were made plain
-    return recall(ask) or plan(describe(ask), ask)
+    return recall(checked) or plan(describe(checked), checked)

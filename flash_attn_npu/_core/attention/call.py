@@ -16,9 +16,9 @@ from torch import Tensor
 from ...errors import ArgumentError, UnsupportedError
 from ..ground import arguments
 from ..ground.lengths import Lengths, host_lengths, recall_lengths
-from ..problems.ask import Facts, Options
+from ..problems.ask import Ask, Facts, Options
 from ..problems.results import Inputs
-from ..table.choice import recall
+from ..table.choice import Plan, recall
 from . import operators, paged, serving
 from .asking import new_plan
 
@@ -33,7 +33,7 @@ Raw = tuple[Any, ...]
 _compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
+_tracing = torch._C._is_tracing
 _grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -48,19 +48,34 @@ def attend(
     sink: Tensor | None = None,
 ) -> Answer:
     """Attention over packed tensors, or over dense ones, which have no lengths."""
-    if _compiling() or _dispatch_modes() or _tracing():
+    if _compiling() or _dispatch_modes() or (lengths is not None and _tracing()):
         return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
     q, k, v = inputs
     if _forward_ad._current_level >= 0:
         _refuse_tangents(q=q, k=k, v=v, sink=sink)
-    packed = None if lengths is None else _packed(*lengths)
+    packed = None
+    if lengths is not None:
+        # `_packed` written out for what is mostly given
+        cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = lengths
+        found_q = recall_lengths(cu_seqlens_q)
+        found_k = found_q if cu_seqlens_k is cu_seqlens_q else recall_lengths(cu_seqlens_k)
+        if found_q and found_k and type(longest_q) is type(longest_k) is int:
+            packed = (found_q, found_k, longest_q, longest_k)
+        else:
+            packed = _packed(*lengths)
     try:
-        # the fields of Ask, in their order
+        # as `Ask.at_door` takes it
         key = (
             function,
-            (q.shape, q.dtype, q.device),
-            (k.shape, k.dtype, k.device),
-            (v.shape, v.dtype, v.device),
+            q.shape,
+            q.dtype,
+            q.device,
+            k.shape,
+            k.dtype,
+            k.device,
+            v.shape,
+            v.dtype,
+            v.device,
             packed,
             options,
             None if alibi_slopes is None else Facts.of(alibi_slopes),
@@ -72,32 +87,48 @@ def attend(
                 or v.requires_grad
                 or (sink is not None and sink.requires_grad)
             ),
-            # return_attn_probs, which asks for the lse
-            options[-1],
-            None,
-            None,
-            False,
         )
-        found = recall(key) or new_plan(key)
+        found = recall(key)
     except AttributeError:
         arguments.require_plain(q=q, k=k, v=v)
         arguments.require_plain_or_none(alibi_slopes=alibi_slopes, sink=sink)
         raise
     except TypeError:
         # an option that cannot be a key: the checks accept it or name it
-        found = new_plan(key)
-    if found.direct is not None:
-        found.tally.calls += 1
-        try:
-            return found.direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
-        except Exception:
-            # what no kernel takes looks to a remembered plan like any tensor of its shape
-            arguments.require_plain(q=q, k=k, v=v)
-            raise
+        found = None
+    if found is None:
+        # sizes are tensors in a trace, and so no plan was found for them
+        if _tracing():
+            return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
+        found = new_plan(Ask.at_door(key), key)
+    direct = found.direct
+    if direct is None:
+        return _indirect(found, inputs, lengths, options, alibi_slopes, sink)
+    found.tally.calls += 1
+    try:
+        return direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
+    except Exception:
+        # what no kernel takes looks to a remembered plan like any tensor of its shape
+        arguments.require_plain(q=q, k=k, v=v)
+        raise
+
+
+def _indirect(
+    found: Plan,
+    inputs: Triple,
+    lengths: Raw | None,
+    options: Raw,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+) -> Answer:
+    """Attention by a kernel without autograd of its own."""
+    q, k, v = inputs
     arguments.require_plain(q=q, k=k, v=v)
+    arguments.require_plain_or_none(alibi_slopes=alibi_slopes, sink=sink)
     tensors = (*inputs, alibi_slopes, sink)
     if q.is_meta or _functorch() or any(type(x) not in _PLAIN for x in tensors if x is not None):
         # these need an operator's fake, or its rules
+        function = found.problem.function
         return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
     return serving.attend(found, Inputs(q, k, v, alibi_slopes, sink))
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
-from ..ground import arguments
 from ..ground.lengths import Lengths, interned
 from ..problems.ask import Facts, Pages
 from ..problems.cache import Cache, Span, cache_lengths, pages_of
@@ -62,7 +61,6 @@ class Keys(NamedTuple):
 def read_keys(k: Tensor, v: Tensor, lengths_k: Lengths, placement: Placement) -> Keys:
     """Check the arguments, and find the keys."""
     block_table, seqused_k, leftpad_k = placement
-    arguments.require_plain(k=k, v=v)
     if block_table is None:
         _check_packed(k, v, lengths_k)
     batch = len(lengths_k.seqlens)

@@ -32,6 +32,7 @@ Answer = Tensor | tuple[Tensor, Tensor, Tensor]
 
 def attend(found: Plan, inputs: Inputs) -> Answer:
     """What a public function returns; its backward is served by the same plan."""
+    begin(found)
     ask: Ask = found.problem.ask
     if ask.needs_grad:
         out, lse, s_dmask = _Attention.apply(found, *inputs[:5])  # type: ignore[no-untyped-call]
@@ -94,14 +95,7 @@ def _as_one_step() -> Any:
 
 
 def run(found: Plan, inputs: Inputs) -> Forward:
-    """Attention without autograd, under the fallback policy, counted."""
-    slopes, sink = inputs.alibi_slopes, inputs.sink
-    arguments.require_plain(q=inputs.q, k=inputs.k, v=inputs.v)
-    arguments.require_plain_or_none(alibi_slopes=slopes, sink=sink)
-    return _answer(begin(found), inputs)
-
-
-def _answer(found: Plan, inputs: Inputs) -> Forward:
+    """Attention without autograd, which has begun."""
     answer: Forward = found.kernel.forward(found.problem, inputs)
     return answer
 
@@ -109,17 +103,17 @@ def _answer(found: Plan, inputs: Inputs) -> Forward:
 def forward(call: AnyForward) -> Forward:
     """(out, softmax_lse, S_dmask, rng_state) of a forward operator."""
     packed = None
+    arguments.require_plain(q=call.q, k=call.k, v=call.v)
+    arguments.require_plain_or_none(alibi_slopes=call.alibi_slopes, sink=call.sink)
     if isinstance(call, VarlenForward):
         packed = _packed(call)
         placement = paged.Placement(call.block_table, call.seqused_k, call.leftpad_k)
         if placement.given:
-            arguments.require_plain(q=call.q)
-            arguments.require_plain_or_none(alibi_slopes=call.alibi_slopes, sink=call.sink)
             keys = paged.read_keys(call.k, call.v, packed.k, placement)
             ask = _ask(call, packed._replace(k=keys.lengths), keys)
             return run_over(begin(make_plan(ask)), call.q, keys, call.alibi_slopes, call.sink)
     found = make_plan(_ask(call, packed))
-    return run(found, Inputs(call.q, call.k, call.v, call.alibi_slopes, call.sink))
+    return run(begin(found), Inputs(call.q, call.k, call.v, call.alibi_slopes, call.sink))
 
 
 def run_over(
@@ -130,7 +124,7 @@ def run_over(
         inputs = Inputs(q, keys.k, keys.v, alibi_slopes, sink, keys.cache, keys.spans)
     else:
         inputs = Inputs(q, *paged.gather(keys), alibi_slopes, sink)
-    return _answer(found, inputs)
+    return run(found, inputs)
 
 
 def backward(call: AnyBackward) -> Tensor:

@@ -96,15 +96,14 @@ class PerTensorMemo(Memo[int, _Reading[T]]):
     def __init__(self, name: str, entries: int, *, nbytes: int | None = None) -> None:
         super().__init__(name, entries, nbytes=nbytes, contents=True)
 
-    def known(self, tensor: object) -> T | None:
+    def known(self, tensor: Any) -> T | None:
         """What is remembered of `tensor`, None if nothing is."""
         entry = self.recall(id(tensor))
         if entry is not None:
             reference, version, address, numel, value = entry
-            owner = reference()
+            owner: Any = reference()
             if (
                 owner is tensor
-                and owner is not None
                 and owner._version == version
                 and owner.data_ptr() == address
                 and owner.numel() == numel

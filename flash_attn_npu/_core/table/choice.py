@@ -21,7 +21,7 @@ A wrapper of a kernel is a `Kernel` too, `kernel._replace(forward=...)`, and sta
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -71,6 +71,7 @@ class Plan:
     trace: the verdicts in the order in which candidates were asked, the accepted one last.
     reasons: what is told of those that were passed over.
     direct: the kernel's own differentiable function, None if its forward and backward serve.
+    tally: counts the calls, for the report; absent under torch.compile, where nothing is counted.
     """
 
     problem: Any
@@ -79,6 +80,7 @@ class Plan:
     trace: tuple[Verdict, ...]
     reasons: tuple[str, ...]
     direct: Callable[..., Any] | None
+    tally: usage.Tally = field(init=False)
 
     @property
     def name(self) -> str:
@@ -87,12 +89,6 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return getattr(self.problem, "nbytes", 0)
-
-    # not made under torch.compile, which neither counts here nor traces a cached_property
-    @cached_property
-    def tally(self) -> usage.Tally:
-        """Counts the calls, for the report."""
-        return usage.tally(self.problem.function, self.name, self.reasons)
 
     @cached_property
     def backward_tally(self) -> usage.Tally:
@@ -126,6 +122,7 @@ def plan(problem: Any, key: Hashable = None) -> Plan:
     found = recall(problem) if key is None else None
     if found is None:
         found = _decide(problem)
+        found.tally = usage.tally(problem.function, found.name, found.reasons)
         _plans.put(problem if key is None else key, found)
     return found
 

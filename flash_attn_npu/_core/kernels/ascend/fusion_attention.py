@@ -145,11 +145,11 @@ def _plain(problem: Problem, rows: Rows, first: Tensor | None) -> Callable[..., 
     )
     # fmt: on
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, slopes: None, sink: None) -> Tensor:
         return torch_npu.npu_fusion_attention(q, k, v, *call)[0]  # type: ignore[no-any-return]
 
     # `watch` written out, which costs less
-    def watched(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Tensor:
+    def watched(q: Tensor, k: Tensor, v: Tensor, slopes: None, sink: None) -> Tensor:
         out: Tensor = torch_npu.npu_fusion_attention(q, k, v, *call)[0]
         node: Any = out.grad_fn
         if node is not None:
