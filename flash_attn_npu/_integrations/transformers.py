@@ -234,19 +234,28 @@ def _instead_of_the_mirror(module: ModuleType, function: Any) -> Any:
 
 
 def _mask_of_static_cache(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`flash_attention_mask`, which says so when the keys are more than the mask knows.
+    """`flash_attention_mask`, which says so when the keys are more than have been seen.
 
-    transformers 4.57 drops a mask without padding, and then reads what a static cache has not
-    been given yet.
+    transformers 4.57 and 5.20 drop a mask without padding, and then read what a static cache has
+    not been given yet.
     """
 
     @functools.wraps(original)
     def flash_attention_mask(*args: Any, **kwargs: Any) -> Any:
         mask = original(*args, **kwargs)
-        given, keys = kwargs.get("attention_mask"), kwargs.get("kv_length")
-        if mask is None and given is not None and keys is not None and given.shape[-1] < keys:
-            return given
-        return mask
+        if mask is not None or torch.compiler.is_compiling() or "kv_length" not in kwargs:
+            return mask
+        given, keys = kwargs.get("attention_mask"), kwargs["kv_length"]
+        if given is not None:
+            return given if given.shape[-1] < keys else None
+        # attention to another sequence has more keys than queries, and is no cache's business
+        if "q_offset" not in kwargs or "allow_is_bidirectional_skip" in kwargs:
+            return None
+        seen = int(kwargs["q_offset"]) + kwargs["q_length"] - int(kwargs.get("kv_offset", 0))
+        if seen >= keys:
+            return None
+        device = kwargs.get("device", getattr(kwargs["q_offset"], "device", None))
+        return torch.ones(kwargs["batch_size"], seen, dtype=torch.bool, device=device)
 
     return counted(flash_attention_mask)
 
