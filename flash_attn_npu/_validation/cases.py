@@ -56,8 +56,10 @@ NOT_ASKED = {
     "norm in layer_norm_linear_fn, of a subset of rows, or by an autograd class": (
         "composed of torch operations"
     ),
+    "RMS norm with gradient under torch.compile": "composed of torch operations",
+    "swiglu of unequal dtypes": "composed of torch operations",
+    "swiglu_fwd that is differentiated itself": "composed of torch operations",
     "torch.compile": "the kernels are the same",
-    "swiglu under torch.compile": "the kernels are the same",
     "gradient of swiglu in another dtype": "composed of torch operations",
     "cross entropy over a process group": "needs several processes",
 }
@@ -96,11 +98,14 @@ ATTENTION: dict[str, Any] = {
     "deterministic, with gradient": Question(deterministic=True),
     "backward from softmax_lse": statements.BackwardFromLse(),
     "softcap": Question(softcap=3.0),
-    "alibi_slopes, equal lengths": Question(alibi=True, causal=True),
-    "alibi_slopes, lengths that differ by a common offset": Question(
-        (40, 40), (60, 60), dense=True, alibi=True
+    "alibi_slopes": Question(alibi=True, causal=True),
+    "alibi_slopes, fewer queries than keys": Question((40, 33), (60, 33), alibi=True),
+    "alibi_slopes, so few queries that computing as many as keys would cost more than tiles": (
+        Question((1,), (46400,), heads=(1, 1), alibi=True, grad=False)
     ),
-    "alibi_slopes, lengths that differ otherwise": Question((40, 33), (60, 33), alibi=True),
+    "alibi_slopes, more queries than keys, those that see no key apart": Question(
+        (60, 33), (40, 33), alibi=True
+    ),
     "alibi_slopes, sequences of length 0": Question((40, 0), alibi=True),
     "alibi_slopes, varlen, softmax_lse": Question(alibi=True, lse=True),
     "sink (transformers' s_aux)": Question(sink=True, causal=True, dtype=BF16),
@@ -138,7 +143,6 @@ ATTENTION: dict[str, Any] = {
 
 ROWWISE: dict[str, Any] = {
     "float64": rowwise.Rotation(dtype=FP64),
-    "cos and sin of another dtype than x": rowwise.Rotation(table=FP32),
     f"rotary_dim of {rowwise_table.MAX_ROTARY_DIM} and above": rowwise.Rotation(
         headdim=rowwise_table.MAX_ROTARY_DIM, rotary_dim=rowwise_table.MAX_ROTARY_DIM
     ),
@@ -147,7 +151,6 @@ ROWWISE: dict[str, Any] = {
     ),
     "no residual": rowwise.Norm(),
     "norm of mixed dtypes": rowwise.Norm(residual=FP32),
-    "RMS norm with gradient": rowwise.Norm(grad=True),
     "layer norm without bias": rowwise.Norm(rms=False, residual=BF16),
     "RMS norm with bias": rowwise.Norm(bias=True),
     "norm with x1": rowwise.Norm(branch=True),
@@ -155,13 +158,12 @@ ROWWISE: dict[str, Any] = {
     "norm with rowscale or layerscale": rowwise.Norm(scaled=True),
     "float16": rowwise.Norm(dtype=HALF, residual=HALF),
     "norm with out or residual_out": rowwise.Norm(options={"out": True}),
-    "swiglu of other than halves of one tensor": rowwise.Gate(halves=False),
     f"swiglu of rows of no multiple of {rowwise_table.SWIGLU_UNIT} bytes": rowwise.Gate(columns=24),
     "cross entropy of float16 and bfloat16": rowwise.Loss(dtype=BF16),
     f"cross entropy of more than {rowwise_table.MAX_LOSS_ROWS} rows": rowwise.Loss(
         rows=rowwise_table.MAX_LOSS_ROWS + 1, classes=8
     ),
-    "label_smoothing": rowwise.Loss(options={"label_smoothing": 0.1}),
+    "label_smoothing with gradient": rowwise.Loss(options={"label_smoothing": 0.1}),
     "logit_scale": rowwise.Loss(options={"logit_scale": 0.5}),
     "lse_square_scale": rowwise.Loss(options={"lse_square_scale": 1e-3}),
     "precomputed_lse": rowwise.Loss(precomputed=True),
@@ -171,11 +173,15 @@ ROWWISE: dict[str, Any] = {
 SERVED: dict[str, Any] = {
     "rotation by halves": rowwise.Rotation(dtype=BF16),
     "rotation by pairs": rowwise.Rotation(interleaved=True),
+    "rotation by float32 tables": rowwise.Rotation(table=FP32),
     "rotation of some dimensions": rowwise.Rotation(headdim=96, rotary_dim=64),
+    "RMS norm with gradient": rowwise.Norm(grad=True),
+    "RMS norm of a sum with gradient": rowwise.Norm(residual=BF16, grad=True),
     "RMS norm of a sum": rowwise.Norm(residual=BF16),
     "layer norm of a sum": rowwise.Norm(rms=False, bias=True, residual=BF16, grad=True),
     "layer norm": rowwise.Norm(rms=False, bias=True, grad=True),
     "swiglu": rowwise.Gate(),
+    "swiglu of two tensors": rowwise.Gate(halves=False),
     "cross entropy": rowwise.Loss(),
 }
 """What no row of the second table names, and is served by its fused operators."""
@@ -205,7 +211,7 @@ def _rows() -> Iterator[Case]:
 
 def _open() -> Iterator[Case]:
     """Section 11 of what is known of the kernels, and what users have asked."""
-    offset = "alibi_slopes, lengths that differ by a common offset"
+    offset = "alibi_slopes"
     yield Case("open 1: alibi_slopes with q_start_idx", offset, statements.OffsetAlibi())
     empty = Question((40, 6), (40, 0), window=(9, 9), lse=True)
     yield Case("open 2: queries of a sequence without keys", "varlen, sequences of length 0", empty)

@@ -272,5 +272,7 @@ def test_the_shipped_reports_hold_together_and_confirm_nothing_yet() -> None:
     shipped = confirmed.reports()
     assert any(report["simulated"] for report in shipped.values())
     for name, report in shipped.items():
-        assert faults(report, ROWS, KERNELS) == [], name
+        # a renamed row would lose what a card has said of it; the simulated one is made anew
+        rows = ROWS | {case["row"] for case in report["cases"] if report["simulated"]}
+        assert faults(report, rows, KERNELS) == [], name
     assert [name for name, _ in confirmed.counting()] == []
