@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from _flash_attn_npu_startup import PACKAGE, PROVIDER
 
+from .._version import OLDEST_TORCH_NPU
 from . import installed, settings
 from .probe import Probed
 
@@ -35,6 +36,10 @@ def clashes(probed: Probed) -> list[Clash]:
     return sorted(found, key=lambda clash: not clash.fatal)
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, installed.release(version)))
+
+
 def _of_versions() -> Iterator[Clash]:
     torch, torch_npu = installed.version("torch"), installed.version("torch_npu")
     there, driver = installed.cann(), installed.driver()
@@ -43,6 +48,13 @@ def _of_versions() -> Iterator[Clash]:
         yield Clash(
             f"torch_npu {torch_npu} does not belong to torch {torch}",
             f"pip install torch=={belongs}, or torch_npu=={other}",
+            fatal=True,
+        )
+    if torch_npu and () < _numbers(torch_npu) < _numbers(OLDEST_TORCH_NPU):
+        yield Clash(
+            f"torch_npu {torch_npu} is older than {OLDEST_TORCH_NPU}, the oldest that is supported",
+            f"use a torch of {OLDEST_TORCH_NPU} or newer and its torch_npu; until then all is "
+            "composed",
             fatal=True,
         )
     if torch_npu is None:

@@ -12,8 +12,8 @@ from importlib import resources
 import torch
 from packaging.version import Version
 
-from .._core.ground.versions import OLDEST
 from .._core.table.installed import ATTENTION, ROWWISE, Need
+from .._version import OLDEST_TORCH_NPU
 
 __all__ = ["SCHEMAS", "VERSIONS", "arguments", "groups", "table"]
 
@@ -73,8 +73,8 @@ def table() -> str:
 
 
 def _outcome(version: str, need: Need) -> str:
-    if Version(version) < Version(OLDEST):
-        return f"composed: older than {OLDEST}"
+    if Version(version) < Version(OLDEST_TORCH_NPU):
+        return f"composed: older than {OLDEST_TORCH_NPU}"
     if all(set(call[1:]).issubset(arguments(version, call[0])) for call in need.calls):
         return "fused"
     return need.otherwise or "composed"

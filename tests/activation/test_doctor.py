@@ -96,6 +96,15 @@ def test_a_torch_npu_of_another_torch(machine: Path, monkeypatch: pytest.MonkeyP
     assert clash.mend == "pip install torch==2.7.1, or torch_npu==2.8.0"
 
 
+def test_a_torch_npu_that_is_not_supported(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cann(machine, "8.0.0", sourced=True, monkeypatch=monkeypatch)
+    distribution(machine, "torch", "2.5.1")
+    distribution(machine, "torch_npu", "2.5.1.post1")
+    (clash,) = found()
+    assert clash.fatal
+    assert clash.what.startswith("torch_npu 2.5.1.post1 is older than 2.6.0")
+
+
 def test_a_driver_and_no_torch_npu(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (machine / "dev").mkdir()
     for name in ("davinci0", "davinci1", "davinci_manager"):

@@ -186,11 +186,13 @@ def rotary(device: torch.device) -> Any:
 
 def norms(device: torch.device) -> Any:
     x, y, weight = (torch.randn(n).bfloat16().to(device) for n in ((4, 64), (4, 64), (64,)))
-    return [
+    given = [
         rms_norm_fn(x, weight, None),
         rms_norm_fn(x, weight, None, residual=y),
         layer_norm_fn(x, weight, weight, residual=y),
     ]
+    trained = rms_norm_fn(x.requires_grad_(), weight, None, residual=y)
+    return [*given, *torch.autograd.grad(trained, x, torch.ones_like(trained))]
 
 
 def gates(device: torch.device) -> Any:
@@ -201,7 +203,8 @@ def gates(device: torch.device) -> Any:
 
 def losses(device: torch.device) -> Any:
     logits = torch.randn(4, 50).to(device)
-    return cross_entropy_loss(logits, torch.arange(4, device=device))[0]
+    labels = torch.arange(4, device=device)
+    return [cross_entropy_loss(logits, labels, label_smoothing=x)[0] for x in (0.0, 0.1)]
 
 
 OTHERS: dict[str, Callable[[torch.device], Any]] = {

@@ -21,7 +21,9 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "a torch_npu older than 2.6.0": lambda p: p,
     "rotary, a torch_npu without npu_rotary_mul": lambda p: p,
     "RMS norm, a torch_npu without npu_rms_norm": lambda p: p,
-    "RMS norm of a sum, a torch_npu without npu_add_rms_norm": lambda p: p,
+    "RMS norm of a sum, a torch_npu without npu_add_rms_norm and npu_rms_norm_backward": (
+        lambda p: p
+    ),
     "layer norm of a sum, a torch_npu without npu_add_layer_norm": lambda p: p,
     "swiglu, a torch_npu without npu_swiglu and npu_swiglu_backward": lambda p: p,
     "cross entropy, a torch_npu without npu_cross_entropy_loss": lambda p: p,

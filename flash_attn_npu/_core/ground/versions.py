@@ -1,4 +1,4 @@
-"""Which torch_npu is installed, whether it is supported, and whether it belongs to this torch."""
+"""Which torch_npu is installed, and whether it is supported."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from importlib import metadata
 import torch
 from packaging.version import InvalidVersion, Version
 
+from ..._version import OLDEST_TORCH_NPU
 from .memory import Memo
 
-__all__ = ["OLDEST", "mismatch", "too_old", "torch_npu_version"]
-
-OLDEST = "2.6.0"
-"""The oldest torch_npu that is supported: the first whose torch is."""
+__all__ = ["too_old", "torch_npu_version"]
 
 _installed: Memo[str, str] = Memo("version of torch_npu", 1)
 
@@ -32,30 +30,11 @@ def too_old(device: torch.device) -> bool:
     """Whether tensors on an NPU are served by a torch_npu older than the oldest supported."""
     version = torch_npu_version() if device.type == "npu" else None
     parsed = None if version is None else _parsed(version)
-    return parsed is not None and parsed < Version(OLDEST)
+    return parsed is not None and parsed < Version(OLDEST_TORCH_NPU)
 
 
 # as for `chip.soc_name`
 too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def mismatch() -> str | None:
-    """What is wrong with the pair of torch and torch_npu, None if they belong together.
-
-    A torch_npu is built for one release of torch and bears its number; what follows the first
-    three numbers (`.post2`, `+cpu`, `.dev20250101`) is its own.
-    """
-    torch_npu = torch_npu_version()
-    parsed = None if torch_npu is None else _parsed(torch_npu)
-    if parsed is None:
-        return None
-    if parsed < Version(OLDEST):
-        return f"torch_npu {torch_npu} is older than {OLDEST}, the oldest that is supported"
-    ours = _parsed(torch.__version__)
-    if ours is not None and ours.release[:3] != parsed.release[:3]:
-        belongs = ".".join(map(str, parsed.release[:3]))
-        return f"torch_npu {torch_npu} belongs to torch {belongs}, and torch is {torch.__version__}"
-    return None
 
 
 def _loaded() -> str | None:

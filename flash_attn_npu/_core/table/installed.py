@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..._version import OLDEST_TORCH_NPU
 from ..ground.schemas import lacks
-from ..ground.versions import OLDEST, too_old
+from ..ground.versions import too_old
 from ..problems.rowwise import (
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
@@ -117,7 +118,10 @@ ROWWISE = (
     Need(
         "RMS norm of a sum",
         ADD_RMS_NORM,
-        ((ADD_RMS_NORM, "x1", "x2", "gamma", "epsilon"),),
+        (
+            (ADD_RMS_NORM, "x1", "x2", "gamma", "epsilon"),
+            (f"{RMS_NORM}_backward", "dy", "input", "gamma", "rstd"),
+        ),
     ),
     Need(
         "layer norm of a sum",
@@ -129,15 +133,19 @@ ROWWISE = (
         SWIGLU,
         ((SWIGLU, "input", "dim"), (f"{SWIGLU}_backward", "grad_output", "input", "dim")),
     ),
-    Need("cross entropy", CROSS_ENTROPY, ((CROSS_ENTROPY, "input", "target", "reduction"),)),
+    Need(
+        "cross entropy",
+        CROSS_ENTROPY,
+        ((CROSS_ENTROPY, "input", "target", "reduction", "label_smoothing"),),
+    ),
 )
 
 
 def supported(kernels: tuple[str, ...]) -> Rule:
     """The row that refuses a torch_npu as a whole."""
-    why = f"the installed torch_npu is older than {OLDEST}, the oldest that is supported"
+    why = f"the installed torch_npu is older than {OLDEST_TORCH_NPU}, the oldest that is supported"
     return Rule(
-        f"a torch_npu older than {OLDEST}",
+        f"a torch_npu older than {OLDEST_TORCH_NPU}",
         lambda p: too_old(p.device),
         dict.fromkeys(kernels, why),
     )
