@@ -6,6 +6,8 @@ mean this package. `attention_forward_varlen` is Huawei's own function, with its
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ._commands.starting import command_line_starts
 from ._version import FLASH_ATTN_VERSION
 from .errors import ActivationError, ArgumentError, ArgumentTypeError, UnsupportedError
@@ -68,8 +70,11 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def __getattr__(name: str) -> object:
-    # the command line has imported this package without its parts, if it has not asked for all
-    if name.startswith("__") or "_activation" not in globals():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _activation.attribute(name)
+# a type checker would take it for a licence to ask for anything
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        # the command line has imported this package without its parts, if it has not asked for all
+        if name.startswith("__") or "_activation" not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _activation.attribute(name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _extension as flash_attn_gpu
+from . import _overloads
 from ._autograd_classes import (
     FlashAttnFunc,
     FlashAttnKVPackedFunc,
@@ -91,6 +92,7 @@ _QKV = {"q": "qkv", "k": "qkv", "v": "qkv"} | {
 """What a function calls the arguments that its tensor packs; errors say those names."""
 
 
+@_overloads.dense
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -139,6 +141,7 @@ def flash_attn_func(
     return call.attend("flash_attn_func", (q, k, v), None, options, alibi_slopes)
 
 
+@_overloads.varlen
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -196,6 +199,7 @@ def flash_attn_varlen_func(
     return call.attend("flash_attn_varlen_func", (q, k, v), lengths, options, alibi_slopes)
 
 
+@_overloads.qkvpacked
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -227,6 +231,7 @@ def flash_attn_qkvpacked_func(
         raise renamed(error, _QKV) from None
 
 
+@_overloads.kvpacked
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -259,6 +264,7 @@ def flash_attn_kvpacked_func(
         raise renamed(error, _KV) from None
 
 
+@_overloads.varlen_qkvpacked
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -295,6 +301,7 @@ def flash_attn_varlen_qkvpacked_func(
         raise renamed(error, _QKV) from None
 
 
+@_overloads.varlen_kvpacked
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -334,6 +341,7 @@ def flash_attn_varlen_kvpacked_func(
         raise renamed(error, _KV) from None
 
 
+@_overloads.with_kvcache
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,

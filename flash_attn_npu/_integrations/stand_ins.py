@@ -36,13 +36,12 @@ def npu_flash_attn_func(
     """`flash_attn_func` as transformers calls it; `s_aux` is an attention sink, (nheads,)."""
     # fmt: off
     if s_aux is None:
-        out = flash_attn_interface.flash_attn_func(
+        return flash_attn_interface.flash_attn_func(
             q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
             deterministic,
         )
-    else:
-        options = (dropout_p, softmax_scale, causal, window_size, softcap, deterministic, False)
-        out = call.attend("npu_flash_attn_func", (q, k, v), None, options, alibi_slopes, s_aux)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, deterministic, False)
+    out = call.attend("npu_flash_attn_func", (q, k, v), None, options, alibi_slopes, s_aux)
     # fmt: on
     return cast(torch.Tensor, out)
 
@@ -75,16 +74,15 @@ def npu_flash_attn_varlen_func(
         max_seqlen_k = host_lengths("cu_seqlens_k", cu_seqlens_k).longest
     # fmt: off
     if s_aux is None:
-        out = flash_attn_interface.flash_attn_varlen_func(
+        return flash_attn_interface.flash_attn_varlen_func(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
             softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         )
-    else:
-        options = (dropout_p, softmax_scale, causal, window_size, softcap, deterministic, False)
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        out = call.attend(
-            "npu_flash_attn_varlen_func", (q, k, v), lengths, options, alibi_slopes, s_aux
-        )
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, deterministic, False)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    out = call.attend(
+        "npu_flash_attn_varlen_func", (q, k, v), lengths, options, alibi_slopes, s_aux
+    )
     # fmt: on
     return cast(torch.Tensor, out)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from threading import local
+from typing import Literal
 
 from ...errors import ArgumentError
 
@@ -54,7 +55,7 @@ def fallback_policy() -> str:
     return _fallback.get()
 
 
-def fallback(policy: str) -> AbstractContextManager[None]:
+def fallback(policy: Literal["warn", "allow", "error"]) -> AbstractContextManager[None]:
     """Decide, inside a `with` block, about calls that no fused kernel can serve.
 
     `warn` computes them exactly from torch operations and logs each reason once; `allow` does
