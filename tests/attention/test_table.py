@@ -40,7 +40,7 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         pretend_row(row.name, monkeypatch)
     if isinstance(row, Rule) and row.name in CHIPS:
         monkeypatch.setattr(attention, "soc_name", lambda device: CHIPS[row.name])
-        chip._names.put(torch.device("npu:0"), CHIPS[row.name])
+        chip._names.put(request.getfixturevalue("npu"), CHIPS[row.name])
     monkeypatch.setattr(attention, "MAX_SEQUENCES", SMALL_SEQUENCES)
     monkeypatch.setattr(problems, "FEW_SINGLES", 1)
     monkeypatch.setattr(attention, "MAX_TOKENS", SMALL_TOKENS)
