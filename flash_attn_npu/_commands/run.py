@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from _flash_attn_npu_startup import VARIABLE
 
 from ..errors import ActivationError
+from .simulation import MARK, simulate
 from .starting import complete
 
 REPORT_SCHEMA = 1
@@ -71,28 +72,31 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _simulate() -> None:
-    """Start the simulated card, before anything imports torch."""
-    _stop("--simulate: the simulated card is not shipped with this version")
+    reason = simulate()
+    if reason is not None:
+        _stop(reason)
 
 
 def _tell(options: argparse.Namespace) -> None:
     from .._core.ground import usage
 
     if options.report:
-        _write_report(Path(options.report))
+        _write_report(Path(options.report), options.simulate)
     if not options.quiet and _rank() in ("", "0"):
+        mark = f"{MARK}: " if options.simulate else ""
         for line in usage.summary().splitlines():
-            print(f"flash_attn_npu: {line}", file=sys.stderr)
+            print(f"flash_attn_npu: {mark}{line}", file=sys.stderr)
 
 
-def _write_report(file: Path) -> None:
+def _write_report(file: Path, simulated: bool) -> None:
     from .._core.ground import usage
 
     rank = _rank()
     if rank not in ("", "0"):
         file = file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
     served = [vars(entry) for entry in usage.report().tallies]
-    file.write_text(json.dumps({"schema": REPORT_SCHEMA, "served": served}, indent=1) + "\n")
+    report = {"schema": REPORT_SCHEMA, "simulated": simulated, "served": served}
+    file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _rank() -> str:

@@ -17,7 +17,7 @@ from .machine.refusal import CardRefusal
 if TYPE_CHECKING:
     from .machine.journal import Record
 
-__all__ = ["REASON", "CardRefusal", "enable", "lying", "record", "start"]
+__all__ = ["REASON", "CardRefusal", "description", "enable", "lying", "record", "start"]
 
 REASON: str | None = "virtual_ascend.start() was not called"
 _started = False
@@ -74,6 +74,18 @@ def lying(lie: str) -> AbstractContextManager[None]:
     from .machine.lies import lying
 
     return lying(lie)
+
+
+def description() -> str:
+    """What a program runs on, for people who read what it prints."""
+    import torch
+    import torch_npu
+
+    return (
+        f"{torch.npu.get_device_name()} by torch_npu {torch_npu.__version__} over stub CANN "
+        "libraries: the host computes, as Huawei's documents say, and no card has confirmed it; "
+        "times and memory mean nothing"
+    )
 
 
 def record() -> AbstractContextManager[Record]:

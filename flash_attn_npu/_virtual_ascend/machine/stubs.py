@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import metadata, resources
 from pathlib import Path
 
 SONAMES = (
@@ -28,20 +29,36 @@ SONAMES = (
     "libopapi.so",
 )
 _CORE = "libvirtual_cann.so"
-_SOURCE = Path(__file__).with_name("stubs.c")
+_FILES = resources.files(__package__)
+"""This folder, which may lie in an archive."""
 _OPERATOR = re.compile(rb"\0(aclnn[A-Z]\w+)(?=\0)")
 
 
 def obstacle() -> str | None:
     """Why the stubs cannot be used in this process, None if they can."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        return f"the rig needs Linux on x86-64 or aarch64, not {sys.platform} {platform.machine()}"
-    if wheel_directory() is None:
-        return "torch_npu is not installed"
+        here = f"{sys.platform} {platform.machine()}"
+        return f"the simulated card needs Linux on x86-64 or aarch64, not {here}"
+    missing = _missing_wheels()
+    if missing is not None:
+        return missing
+    if shutil.which("gcc") is None:
+        return "gcc is not installed, which builds the stub libraries"
     if "torch_npu" in sys.modules:
         return "torch_npu was imported before the simulated card was started"
-    if shutil.which("gcc") is None:
-        return "gcc is not installed"
+    return None
+
+
+def _missing_wheels() -> str | None:
+    try:
+        torch = metadata.version("torch").partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return "torch is not installed"
+    if wheel_directory() is None:
+        return f"torch_npu is not installed: install torch_npu=={torch}, the one for this torch"
+    npu = metadata.version("torch_npu")
+    if not npu.startswith(torch):
+        return f"torch_npu {npu} does not belong to torch {torch}: install torch_npu=={torch}"
     return None
 
 
@@ -81,7 +98,7 @@ def _cache_root() -> Path:
 
 def _key(library: Path) -> str:
     status = library.stat()
-    parts = (_SOURCE.read_bytes(), Path(__file__).read_bytes())
+    parts = tuple(_FILES.joinpath(name).read_bytes() for name in ("stubs.c", "stubs.py"))
     identity = f"{library}|{status.st_size}|{status.st_mtime_ns}".encode()
     return hashlib.sha256(b"\0".join((*parts, identity))).hexdigest()[:24]
 
@@ -106,7 +123,8 @@ def _compile(work: Path, library: Path) -> None:
     lines = "".join(f"OPERATOR({name})\n" for name in sorted(operators))
     (work / "operators.inc").write_text(lines)
     (work / "empty.c").write_text("")
-    _gcc(work, "-O1", "-fPIC", "-I.", f"-Wl,-soname,{_CORE}", str(_SOURCE), "-o", _CORE)
+    (work / "stubs.c").write_bytes(_FILES.joinpath("stubs.c").read_bytes())
+    _gcc(work, "-O1", "-fPIC", "-I.", f"-Wl,-soname,{_CORE}", "stubs.c", "-o", _CORE)
     for soname in SONAMES:
         # Linked to the core, so that dlsym on any of them finds every symbol
         link = ("-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", f"./{_CORE}")
