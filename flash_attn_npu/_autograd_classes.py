@@ -22,6 +22,7 @@ from ._core.attention.call import Answer, unpacked
 from ._core.ground import arguments
 from ._core.ground.second_derivatives import first_order
 from ._core.ground.settings import fallback, fallback_policy
+from ._core.problems.ask import Options
 from ._core.problems.attention import default_scale
 from .errors import ArgumentError, UnsupportedError
 
@@ -41,25 +42,25 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class _Lengths(NamedTuple):
-    """What packed sequences have besides."""
+    """What packed sequences have besides, by the names of the low-level functions."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
-    block_table: Tensor | None = None
 
 
-class _Options(NamedTuple):
-    """What all classes take besides, in their order."""
+class _Call(NamedTuple):
+    """What the gradient needs of a call besides its results.
 
-    dropout_p: float
-    softmax_scale: float | None
-    causal: bool
-    window_size: tuple[int, int]
-    softcap: float
+    inputs: (q, k, v), (q, kv) or (qkv,).
+    """
+
+    inputs: tuple[Tensor, ...]
+    lengths: _Lengths | None
+    options: Options
     alibi_slopes: Tensor | None
-    deterministic: bool
+    block_table: Tensor | None = None
 
 
 # fmt: off
@@ -78,9 +79,9 @@ class FlashAttnFunc(torch.autograd.Function):
         deterministic: bool, return_softmax: bool, is_grad_enabled: bool,
     ) -> Answer:
         """Attention of q, k, v (batch, seqlen, nheads, headdim)."""
-        options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-                           deterministic)
-        return _forward(ctx, (q, k, v), None, options, return_softmax, is_grad_enabled)
+        options = Options(dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
+                          return_softmax)
+        return _forward(ctx, _Call((q, k, v), None, options, alibi_slopes), is_grad_enabled)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *args: Any) -> Gradients:
@@ -101,9 +102,9 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
         deterministic: bool, return_softmax: bool, is_grad_enabled: bool,
     ) -> Answer:
         """Attention of qkv (batch, seqlen, 3, nheads, headdim)."""
-        options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-                           deterministic)
-        return _forward(ctx, (qkv,), None, options, return_softmax, is_grad_enabled)
+        options = Options(dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
+                          return_softmax)
+        return _forward(ctx, _Call((qkv,), None, options, alibi_slopes), is_grad_enabled)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *args: Any) -> Gradients:
@@ -124,9 +125,9 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
         deterministic: bool, return_softmax: bool, is_grad_enabled: bool,
     ) -> Answer:
         """Attention of q and kv (batch, seqlen_k, 2, nheads_k, headdim)."""
-        options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-                           deterministic)
-        return _forward(ctx, (q, kv), None, options, return_softmax, is_grad_enabled)
+        options = Options(dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
+                          return_softmax)
+        return _forward(ctx, _Call((q, kv), None, options, alibi_slopes), is_grad_enabled)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *args: Any) -> Gradients:
@@ -149,10 +150,11 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
         block_table: Tensor | None, is_grad_enabled: bool,
     ) -> Answer:
         """Attention of packed q (total_q, nheads, headdim), k and v."""
-        options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-                           deterministic)
-        lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
-        return _forward(ctx, (q, k, v), lengths, options, return_softmax, is_grad_enabled)
+        options = Options(dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
+                          return_softmax)
+        lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        call = _Call((q, k, v), lengths, options, alibi_slopes, block_table)
+        return _forward(ctx, call, is_grad_enabled)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *args: Any) -> Gradients:
@@ -174,10 +176,11 @@ class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
         is_grad_enabled: bool,
     ) -> Answer:
         """Attention of packed qkv (total, 3, nheads, headdim)."""
-        options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-                           deterministic)
+        options = Options(dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
+                          return_softmax)
         lengths = _lengths(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return _forward(ctx, (qkv,), lengths, options, return_softmax, is_grad_enabled)
+        call = _Call((qkv,), lengths, options, alibi_slopes)
+        return _forward(ctx, call, is_grad_enabled)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *args: Any) -> Gradients:
@@ -200,10 +203,11 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
         is_grad_enabled: bool,
     ) -> Answer:
         """Attention of packed q (total_q, nheads, headdim), kv (total_k, 2, nheads_k, headdim)."""
-        options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-                           deterministic)
+        options = Options(dropout_p, softmax_scale, causal, window_size, softcap, deterministic,
+                          return_softmax)
         lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return _forward(ctx, (q, kv), lengths, options, return_softmax, is_grad_enabled)
+        call = _Call((q, kv), lengths, options, alibi_slopes)
+        return _forward(ctx, call, is_grad_enabled)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *args: Any) -> Gradients:
@@ -214,47 +218,32 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
 # fmt: on
 
 
-def _forward(
-    ctx: Any,
-    inputs: tuple[Tensor, ...],
-    lengths: _Lengths | None,
-    options: _Options,
-    return_softmax: bool,
-    is_grad_enabled: bool,
-) -> Answer:
-    q, k, v = _parts(inputs, lengths is not None)
-    low = _low_level_options(options, q)
-    s_dmask_too = return_softmax and options.dropout_p > 0
-    if lengths is None:
-        answer = _low_level._flash_attn_forward(q, k, v, *low, return_softmax=s_dmask_too)
+def _forward(ctx: Any, call: _Call, is_grad_enabled: bool) -> Answer:
+    q, k, v = _parts(call.inputs, call.lengths)
+    given = {"q": q, "k": k, "v": v, **_named(call, q)}
+    return_softmax = call.options.return_attn_probs
+    given["return_softmax"] = return_softmax and call.options.dropout_p > 0
+    if call.lengths is None:
+        answer = _low_level._flash_attn_forward(**given)
     else:
-        answer = _low_level._flash_attn_varlen_forward(
-            *(q, k, v, *lengths[:4], *low),
-            return_softmax=s_dmask_too,
-            block_table=lengths.block_table,
-        )
+        answer = _low_level._flash_attn_varlen_forward(**given, block_table=call.block_table)
     out, lse, s_dmask, rng_state = answer
     ctx.is_grad_enabled = is_grad_enabled
     if is_grad_enabled:
-        _save(ctx, inputs, lengths, options, (out, lse, rng_state))
+        _save(ctx, call, (out, lse, rng_state))
     if not return_softmax:
         return out
     ctx.mark_non_differentiable(lse, s_dmask)
     return out, lse, s_dmask
 
 
-def _save(
-    ctx: Any,
-    inputs: tuple[Tensor, ...],
-    lengths: _Lengths | None,
-    options: _Options,
-    results: tuple[Tensor, ...],
-) -> None:
+def _save(ctx: Any, call: _Call, results: tuple[Tensor, ...]) -> None:
+    lengths = call.lengths
     cu_seqlens = (None, None) if lengths is None else (lengths.cu_seqlens_q, lengths.cu_seqlens_k)
-    ctx.save_for_backward(options.alibi_slopes, *cu_seqlens, *results, *inputs)
-    ctx.options = options._replace(alibi_slopes=None)
+    ctx.save_for_backward(call.alibi_slopes, *cu_seqlens, *results, *call.inputs)
+    ctx.options = call.options
     ctx.longest = None if lengths is None else (lengths.max_seqlen_q, lengths.max_seqlen_k)
-    ctx.paged = lengths is not None and lengths.block_table is not None
+    ctx.paged = call.block_table is not None
     # the backward may run in another thread, or behind the block that set the policy; a compiled
     # graph asks for the policy when it runs
     ctx.policy = None if _compiling() else fallback_policy()
@@ -264,24 +253,21 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
     """The gradients of the tensors that attention was asked of, packed as they are."""
     _require_backward(ctx)
     slopes, cu_seqlens_q, cu_seqlens_k, out, lse, rng_state, *inputs = ctx.saved_tensors
+    lengths = None
+    if ctx.longest is not None:
+        lengths = _Lengths(cu_seqlens_q, cu_seqlens_k, *ctx.longest)
+    call = _Call(tuple(inputs), lengths, ctx.options, slopes)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
-    varlen = ctx.longest is not None
-    q, k, v = _parts(tuple(inputs), varlen)
-    low = _low_level_options(ctx.options._replace(alibi_slopes=slopes), q)
-    saved = (dout, q, k, v, out, lse, *_parts(grads, varlen))
-    deterministic: bool = ctx.options.deterministic
+    q, k, v = _parts(call.inputs, lengths)
+    dq, dk, dv = _parts(grads, lengths)
+    tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse}
+    given = {**tensors, "dq": dq, "dk": dk, "dv": dv, **_named(call, q)}
+    given |= {"deterministic": call.options.deterministic, "rng_state": rng_state}
     with nullcontext() if ctx.policy is None else fallback(ctx.policy):
-        if not varlen:
-            _low_level._flash_attn_backward(
-                *saved, *low, deterministic=deterministic, rng_state=rng_state
-            )
+        if lengths is None:
+            _low_level._flash_attn_backward(**given)
         else:
-            longest_q, longest_k = ctx.longest
-            _low_level._flash_attn_varlen_backward(
-                *(*saved, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, *low),
-                deterministic=deterministic,
-                rng_state=rng_state,
-            )
+            _low_level._flash_attn_varlen_backward(**given)
     return first_order("attention", grads, dout, *inputs)
 
 
@@ -302,9 +288,9 @@ def _require_backward(ctx: Any) -> None:
         )
 
 
-def _parts(tensors: tuple[Tensor, ...], varlen: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(tensors: tuple[Tensor, ...], lengths: _Lengths | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, or their gradients, as views of (q, k, v), (q, kv) or (qkv,)."""
-    dims = 4 if varlen else 5
+    dims = 5 if lengths is None else 4
     if len(tensors) == 1:
         tensors = unpacked("qkv", tensors[0], 3, dims)
     elif len(tensors) == 2:
@@ -313,34 +299,31 @@ def _parts(tensors: tuple[Tensor, ...], varlen: bool) -> tuple[Tensor, Tensor, T
     return q, k, v
 
 
-def _low_level_options(
-    options: _Options, q: Tensor
-) -> tuple[float, float, bool, int, int, float, Tensor | None]:
-    """The options as the low-level functions take them, but for the last."""
+def _named(call: _Call, q: Tensor) -> dict[str, Any]:
+    """What forward and backward take alike, by the names of the low-level functions."""
     arguments.require_tensors(q=q)
-    scale = options.softmax_scale
-    return (
-        options.dropout_p,
-        default_scale(q.shape[-1]) if scale is None else scale,
-        options.causal,
-        *arguments.window("window_size", options.window_size),
-        options.softcap,
-        options.alibi_slopes,
-    )
+    options, scale = call.options, call.options.softmax_scale
+    left, right = arguments.window("window_size", options.window_size)
+    return {
+        **({} if call.lengths is None else call.lengths._asdict()),
+        "dropout_p": options.dropout_p,
+        "softmax_scale": default_scale(q.shape[-1]) if scale is None else scale,
+        "causal": options.causal,
+        "window_size_left": left,
+        "window_size_right": right,
+        "softcap": options.softcap,
+        "alibi_slopes": call.alibi_slopes,
+    }
 
 
 def _lengths(
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: Length,
-    max_seqlen_k: Length,
-    block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: Length, max_seqlen_k: Length
 ) -> _Lengths:
     longest_q, longest_k = (
         int(longest.item()) if isinstance(longest, Tensor) else longest
         for longest in (max_seqlen_q, max_seqlen_k)
     )
-    return _Lengths(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, block_table)
+    return _Lengths(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
 
 
 def _nothing_for(options: int) -> tuple[None, ...]:
