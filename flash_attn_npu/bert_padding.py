@@ -17,14 +17,13 @@ from torch.nn.functional import pad
 from . import _rearranging
 from ._core.ground.dense_arguments import (
     LARGEST,
-    called,
     refuse_transforms,
     require_dense,
     require_values,
     whole,
 )
 from ._core.ground.lengths import remember_lengths
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError, renamed
 
 __all__ = [
     "IndexFirstAxis",
@@ -269,7 +268,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
     except (ArgumentError, ArgumentTypeError) as error:
         names = {"values": "hidden_states", "first_axis_dim": "seqlen"}
-        raise called(error, names) from None
+        raise renamed(error, names) from None
     return padded.view(batch, seqlen, *padded.shape[1:])
 
 

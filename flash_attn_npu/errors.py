@@ -6,6 +6,7 @@ error is made of the four answers, and carries them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,15 +58,24 @@ class ActivationError(_ExplainedError, RuntimeError):
 
 
 def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
-    """The error about an argument that the caller knows by another of `names`."""
+    """The error about an argument that the caller knows by another name.
+
+    Args:
+        names: what arguments are called in the error, and by the caller. Several may be parts of
+            one: of q, k and v, all qkv, "q, k and v" becomes "qkv".
+    """
     if not isinstance(error, _ExplainedError) or error.argument not in names:
         return error
-    old, new, remedy = error.argument, names[error.argument], error.remedy
-    if len(old) == 1:
-        remedy = remedy.replace(f"{old} = {old}.", f"{new} = {new}.")
-    else:
-        remedy = remedy.replace(old, new)
-    return type(error)(new, error.came, error.allowed, remedy)
+    words = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+
+    def own(text: str) -> str:
+        text = words.sub(lambda found: names[found[0]], text)
+        for name in set(names.values()):
+            text = re.sub(rf"\b{name}(?:, {name})* and {name}\b", name, text)
+        return text
+
+    new, allowed, remedy = names[error.argument], own(error.allowed), own(error.remedy)
+    return type(error)(new, error.came, allowed, remedy)
 
 
 def printable(text: object) -> str:

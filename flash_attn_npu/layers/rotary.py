@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._core.ground.dense_arguments import LARGEST, called, require_dense, whole
+from .._core.ground.dense_arguments import LARGEST, require_dense, whole
 from .._core.ground.storage import require_writable
 from .._core.rowwise.rotation import check_dense
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, renamed
 from ..ops.triton.rotary import apply_rotary
 from ._rotary_checks import check_kv
 from ._rotary_functions import (
@@ -148,7 +148,7 @@ class RotaryEmbedding(nn.Module):
             q = apply_rotary_emb_func(qkv, cos, sin, self.interleaved, True, seqlen_offset)
             return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
         except (ArgumentError, ArgumentTypeError) as error:
-            raise called(error, {"seqlen_offsets": "seqlen_offset", "x": "qkv"}) from None
+            raise renamed(error, {"seqlen_offsets": "seqlen_offset", "x": "qkv"}) from None
 
     def _compute_inv_freq(self, device: torch.device | str | None = None) -> Tensor:
         exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim

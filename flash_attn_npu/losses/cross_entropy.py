@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from .._core.ground.dense_arguments import called
-from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError, renamed
 from ..ops.triton.cross_entropy import cross_entropy_loss
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class CrossEntropyLoss(nn.Module):
                 process_group=self.process_group,
             )
         except (ArgumentError, ArgumentTypeError, UnsupportedError) as error:
-            raise called(error, {"logits": "input", "labels": "target"}) from None
+            raise renamed(error, {"logits": "input", "labels": "target"}) from None
         if self.reduction == "mean":
             counted = (target.long() != self.ignore_index).sum()
             loss, z_loss = loss.sum() / counted, z_loss.sum() / counted

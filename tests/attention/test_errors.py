@@ -54,3 +54,14 @@ def test_the_four_answers_are_attributes(name: str, again: Callable[[Any], Any])
     assert str(error) == "q: got torch.float16; allowed: int8; to fix it: convert it"
     # plain text, so that a process without this package can show it
     assert type(error.args[0]) is str
+
+
+def test_parts_of_a_packed_argument_are_named_once() -> None:
+    qkv = torch.zeros(1, 4, 3, 2, 8, dtype=torch.int32)
+    with pytest.raises(errors.ArgumentError, match=r"^qkv: .*to fix it: convert qkv, e\.g\. with"):
+        flash_attn_npu.flash_attn_qkvpacked_func(qkv)
+    kv = torch.zeros(1, 4, 2, 2, 8)
+    with pytest.raises(
+        errors.ArgumentError, match=r"^kv: .*: pass one row of kv for each row of q"
+    ):
+        flash_attn_npu.flash_attn_kvpacked_func(torch.zeros(2, 4, 2, 8), kv)

@@ -18,6 +18,7 @@ __all__ = [
     "at_least",
     "flag",
     "longest",
+    "named",
     "real",
     "require_plain",
     "require_plain_or_none",
@@ -38,7 +39,7 @@ def require_tensors(**tensors: Any) -> None:
     for argument, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise ArgumentTypeError(
-                argument, _named(value), "a torch.Tensor", f"pass a tensor as {argument}"
+                argument, named(value), "a torch.Tensor", f"pass a tensor as {argument}"
             )
 
 
@@ -108,7 +109,7 @@ def flag(argument: str, value: Any) -> bool:
     if isinstance(number, Real) and number in (0, 1):
         return bool(number)
     raise ArgumentTypeError(
-        argument, _named(value), "True or False", f"pass {argument}=True or False"
+        argument, named(value), "True or False", f"pass {argument}=True or False"
     )
 
 
@@ -121,7 +122,7 @@ def real(argument: str, value: Any) -> float:
             return number
         raise ArgumentError(argument, number, "a finite number", f"pass a finite {argument}")
     raise ArgumentTypeError(
-        argument, _named(value), "a number", f"pass {argument} as a Python float"
+        argument, named(value), "a number", f"pass {argument} as a Python float"
     )
 
 
@@ -130,7 +131,7 @@ def at_least(least: int, **sizes: Any) -> None:
     for argument, value in sizes.items():
         if not hasattr(value, "__index__") or value < least:
             raise ArgumentError(
-                argument, _named(value), f"an int of at least {least}", f"pass another {argument}"
+                argument, named(value), f"an int of at least {least}", f"pass another {argument}"
             )
 
 
@@ -162,7 +163,7 @@ def window(argument: str, value: Any) -> tuple[int, int]:
             return left, right
     raise ArgumentTypeError(
         argument,
-        repr(value) if isinstance(value, (tuple, list, int, str)) else _named(value),
+        repr(value) if isinstance(value, (tuple, list, int, str)) else named(value),
         "a pair of integers (left, right), -1 for no limit",
         f"pass {argument}=(left, right), e.g. (-1, -1) for no window",
     )
@@ -181,7 +182,7 @@ def longest(argument: str, value: Any, known: int) -> int:
         return int(number)
     raise ArgumentTypeError(
         argument,
-        _named(value),
+        named(value),
         "an int, or an integer tensor with one element",
         f"pass {argument} as the longest sequence length, {known}",
     )
@@ -195,7 +196,8 @@ def _number(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
-def _named(value: Any) -> str:
+def named(value: Any) -> str:
+    """What came, in an error."""
     if isinstance(value, torch.Tensor) and value.is_nested:
         return f"a nested {value.dtype} tensor"
     if isinstance(value, torch.Tensor):

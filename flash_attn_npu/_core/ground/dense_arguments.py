@@ -6,8 +6,6 @@ rest would be guards on values.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -16,11 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from .arguments import real, require_tensors
+from .arguments import named, real, require_tensors
 
 __all__ = [
     "LARGEST",
-    "called",
     "number",
     "refuse_transforms",
     "require_dense",
@@ -65,7 +62,7 @@ def whole(name: str, value: Any, least: int = 0) -> int:
         one = value.numel() == 1 and not value.is_floating_point() and not value.is_complex()
         number = value.item() if one else None
     if not isinstance(number, (int, Integral)):
-        raise ArgumentTypeError(name, _named(value), "an int", f"pass {name} as an int")
+        raise ArgumentTypeError(name, named(value), "an int", f"pass {name} as an int")
     if not least <= int(number) <= LARGEST:
         allowed = f"an int, {least} to {LARGEST}"
         raise ArgumentError(name, number, allowed, f"pass another {name}")
@@ -90,7 +87,7 @@ def require_truth(**flags: Any) -> None:
         try:
             bool(value)
         except Exception:
-            came = _named(value)
+            came = named(value)
             raise ArgumentTypeError(
                 name, came, "True or False", f"pass {name}=True or False"
             ) from None
@@ -101,7 +98,7 @@ def require_group(process_group: Any) -> None:
     if process_group is None or torch.compiler.is_compiling():
         return
     if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
-        came = _named(process_group)
+        came = named(process_group)
         if process_group is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
             came = "a group that this process does not belong to"
         raise ArgumentTypeError(
@@ -121,27 +118,3 @@ def refuse_transforms(name: str) -> None:
             "a call outside of them",
             "differentiate with torch.autograd.grad, or call plain torch operations there",
         )
-
-
-def called(error: Any, names: Mapping[str, str]) -> Any:
-    """`error` with arguments as the caller calls them.
-
-    Args:
-        names: what arguments are called in the error, and by the caller.
-    """
-    if error.argument not in names:
-        return error
-
-    def own(text: str) -> str:
-        for name, other in names.items():
-            text = re.sub(rf"\b{name}\b", other, text)
-        return text
-
-    remedy = own(error.remedy)
-    return type(error)(names[error.argument], error.came, own(error.allowed), remedy)
-
-
-def _named(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor"
-    return f"{value!r} ({type(value).__name__})" if len(repr(value)) < 60 else type(value).__name__
