@@ -179,6 +179,24 @@ def test_slopes_that_grow_leave_no_infinity(npu):
     assert [x.name for x in launches] == [FORWARDS[1], GRADIENTS[1]]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["dense", "mixed, causal"])
+def test_their_backward_drops_what_the_forward_dropped(npu, name, deterministic):
+    """out is linear in v, so that <out, dout> = <v, dv> with one mask, and with no other."""
+    function, seqlens, options = FEWER[name]
+    problem, more = case(seqlens, False, torch.float32, **options)
+    more |= {"dropout_p": 0.5, "deterministic": deterministic}
+    torch.manual_seed(0)
+    call = harness.arguments_for(function, problem) | more
+    answer = harness.run(function, call, npu)
+    out, dv = answer["out"].double(), answer["dv"].double()
+    left, right = (out * call["dout"].to(npu)).sum(), (call["v"].to(npu) * dv).sum()
+    assert (
+        answer["out"].cpu() - harness.truth(function, call | {"dropout_p": 0.0})["out"].exact
+    ).abs().max() > 0.1
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
 OFF_DIAGONAL = "documented for seqlen_q = seqlen_k only"
 
 

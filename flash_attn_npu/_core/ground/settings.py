@@ -85,7 +85,7 @@ def _within(policy: str) -> Iterator[None]:
 def alibi_offset() -> bool:
     """Whether the fused kernel may serve ALiBi with a common seqlen_k - seqlen_q other than 0.
 
-    Its documents speak of equal lengths only; CANN's code reads the offset. Off until an Ascend
-    machine has confirmed it.
+    Its documents speak of equal lengths only, so as many queries as keys are computed; CANN's code
+    reads the offset, which would save that. Off until an Ascend machine has confirmed it.
     """
     return _alibi_offset
