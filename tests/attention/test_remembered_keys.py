@@ -34,6 +34,12 @@ for _, _name, _ in pkgutil.walk_packages(flash_attn_npu.__path__, "flash_attn_np
 
 SAID = ("reasons that were logged", "remarks on decoding that were logged")
 """Memos that answer nothing: what they hold is not said a second time."""
+COMPARED = (
+    "kinds of calls that were compared",
+    "operators that were found wrong",
+    "versions of what runs on a chip",
+)
+"""Memos that are filled where first calls are compared, which is off here."""
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +127,7 @@ def test_each_variant_after_each_other_is_as_if_it_were_alone(case: str) -> None
 
 def test_every_memo_has_a_case() -> None:
     covered = {name for _, _, names in CASES.values() for name in names}
-    assert {memo.name for memo in memos()} == covered | set(SAID)
+    assert {memo.name for memo in memos()} == covered | set(SAID) | set(COMPARED)
     assert len({memo.name for memo in memos()}) == len(memos())
 
 
@@ -129,7 +135,7 @@ def test_every_memo_is_bounded_and_cleared_at_once() -> None:
     for call, variants, _ in CASES.values():
         observe(call, {})
         observe(call, variants.get("gradient of k", {}))
-    assert all(len(memo) for memo in memos() if memo.name not in SAID)
+    assert all(len(memo) for memo in memos() if memo.name not in (*SAID, *COMPARED))
     assert all(0 < memo.entries <= 1024 for memo in memos())
     for memo in memos():
         if memo.held():

@@ -21,7 +21,7 @@ from flash_attn_npu._activation import finder
 from flash_attn_npu._core.ground import usage
 from flash_attn_npu._core.ground.locks import Lock
 from flash_attn_npu._core.ground.memory import Memo, PerTensorMemo, snapshot
-from flash_attn_npu._core.kernels.ascend import fusion_attention
+from flash_attn_npu._core.kernels.ascend import determinism
 
 NUMBERS = count()
 
@@ -132,7 +132,7 @@ def installs() -> bool:
 
 
 def deterministic() -> bool:
-    with fusion_attention._deterministic():
+    with determinism.deterministically():
         return torch.are_deterministic_algorithms_enabled()
 
 
@@ -142,7 +142,7 @@ def deterministic() -> bool:
     [
         (sys.modules["flash_attn_npu._activation.install"]._lock, installs),
         (finder._LOCK, installs),
-        (fusion_attention._deterministic_lock, deterministic),
+        (determinism._lock, deterministic),
     ],
     ids=["install", "finder", "deterministic"],
 )

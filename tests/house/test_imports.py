@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "flash_attn_npu"
-FLOORS = ("attention", "rowwise", "table", "kernels", "problems", "ground")
+FLOORS = ("attention", "rowwise", "table", "verification", "kernels", "problems", "ground")
 """Of `_core`, from the top: a file imports from its own floor and from those below.
 
 `attention` rotates by `rowwise`, which knows nothing of it."""

@@ -19,6 +19,7 @@ from ..ground.lengths import Lengths, host_lengths, recall_lengths
 from ..problems.ask import Ask, Facts, Options
 from ..problems.results import Inputs
 from ..table.choice import Plan, recall
+from ..verification.kinds import Refuted
 from . import operators, paged, serving
 from .asking import new_plan
 
@@ -107,6 +108,8 @@ def attend(
     found.tally.calls += 1
     try:
         return direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
+    except Refuted:
+        return attend(function, inputs, lengths, options, alibi_slopes, sink)
     except Exception:
         # what no kernel takes looks to a remembered plan like any tensor of its shape
         arguments.require_plain(q=q, k=k, v=v)

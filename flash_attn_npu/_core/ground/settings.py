@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `fallback` | `FLASH_ATTN_NPU_FALLBACK` | `warn` (default), `allow`, `error` |
 | `alibi_offset` | `FLASH_ATTN_NPU_ALIBI_OFFSET` | `0` (default), `1` |
+| `verification` | `FLASH_ATTN_NPU_VERIFY` | `compose` (default), `refuse`, `warn`, `always`, `off`
 
 A variable is read once, when the package is imported; a value that is not legal is an error
 there and then.
@@ -19,10 +20,19 @@ from threading import local
 from typing import Literal
 
 from ...errors import ArgumentError
+from .memory import forget_all
 
-__all__ = ["alibi_offset", "fallback", "fallback_policy", "traced"]
+__all__ = [
+    "alibi_offset",
+    "fallback",
+    "fallback_policy",
+    "traced",
+    "verification",
+    "verifying",
+]
 
 POLICIES = ("warn", "allow", "error")
+VERIFICATIONS = ("compose", "refuse", "warn", "always", "off")
 
 
 def _from_environment(variable: str, allowed: tuple[str, ...]) -> str:
@@ -47,6 +57,7 @@ class _Traced(local):
 traced = _Traced()
 """The policy of this thread, for code that torch.compile traces, which knows no ContextVar."""
 
+_verification = _from_environment("FLASH_ATTN_NPU_VERIFY", VERIFICATIONS)
 _alibi_offset = _from_environment("FLASH_ATTN_NPU_ALIBI_OFFSET", ("0", "1")) == "1"
 
 
@@ -89,3 +100,30 @@ def alibi_offset() -> bool:
     reads the offset, which would save that. Off until an Ascend machine has confirmed it.
     """
     return _alibi_offset
+
+
+def verification() -> str:
+    """What happens to the first call of each kind on an Ascend that no report confirms.
+
+    It is compared with exact arithmetic on a sample. If it does not agree, that is logged as an
+    error, and calls of its kind are from there on composed of torch operations (`compose`), refused
+    (`refuse`), or served all the same (`warn`). `always` compares every call, and composes; `off`
+    compares none.
+    """
+    return _verification
+
+
+@contextmanager
+def verifying(mode: str) -> Iterator[None]:
+    """The setting inside a `with` block, for all threads: tests, and those who look for a fault."""
+    global _verification
+    if mode not in VERIFICATIONS:
+        raise ArgumentError("mode", repr(mode), ", ".join(VERIFICATIONS), "pass one of these words")
+    before, _verification = _verification, mode
+    # what was remembered compares, or does not
+    forget_all()
+    try:
+        yield
+    finally:
+        _verification = before
+        forget_all()

@@ -31,6 +31,8 @@ class Kernel(NamedTuple):
     draws: attention: whether the dropout mask of this offset in rng_state is its own, so that its
         backward can repeat it.
     at_once: rotation: how many elements it is given at a time.
+    observed: attention: as direct, but its function returns beside the public result what the
+        kernel answered: see `verification.attention`.
     """
 
     forward: Any = None
@@ -39,3 +41,4 @@ class Kernel(NamedTuple):
     reads_pages: bool = False
     draws: Callable[[int], bool] | None = None
     at_once: int = 0
+    observed: Callable[[Any], Callable[..., Any]] | None = None

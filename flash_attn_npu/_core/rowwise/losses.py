@@ -11,6 +11,7 @@ from ..ground.dense_arguments import refuse_transforms
 from ..kernels.composed import cross_entropy as kernel
 from ..problems.rowwise import Loss
 from ..table.choice import choose
+from ..verification.kinds import Refuted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -98,7 +99,10 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
     )
     direct = choose(problem).direct
     if direct is not None:
-        losses, z_losses = direct(logits, call.labels, options.ignore_index)
+        try:
+            losses, z_losses = direct(logits, call.labels, options.ignore_index)
+        except Refuted:
+            return cross_entropy(call)
     else:
         refuse_transforms("logits")
         losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]

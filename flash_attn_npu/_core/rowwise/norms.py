@@ -21,6 +21,7 @@ from ..kernels.composed import norm_checks, norms
 from ..kernels.composed.norms import Normed, Saved
 from ..problems.norms import NormCall
 from ..table.choice import Plan, begin, choose, recall
+from ..verification.kinds import Refuted
 
 __all__ = [
     "Answer",
@@ -75,7 +76,10 @@ def normalize(function: str, call: NormCall) -> Answer:
     else:
         begin(found)
     if found.direct is not None:
-        return _fused(found, call)
+        try:
+            return _fused(found, call)
+        except Refuted:
+            return normalize(function, call)
     refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
     written = _without_gradient(call)
     if written is not None:

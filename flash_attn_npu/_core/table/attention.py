@@ -15,6 +15,7 @@ from ..kernels.ascend import filling, fusion_attention, infer_attention
 from ..kernels.composed import attention as composed
 from ..problems.attention import FEW_SINGLES, Problem
 from ..problems.cache import MAX_PAGE
+from ..verification.attention import watched
 from . import installed
 from .installed import FUSION, INFER
 from .rule import Candidate, Rule, Table
@@ -283,10 +284,12 @@ TABLE: tuple[Rule, ...] = (
 
 
 CANDIDATES = (
-    Candidate(FUSION, filling.KERNEL, AUTOGRAD, detour=f"gathers its keys for {FUSION}"),
+    Candidate(
+        FUSION, filling.KERNEL, AUTOGRAD, detour=f"gathers its keys for {FUSION}", check=watched
+    ),
     Candidate(BLOCKWISE, composed.KERNEL),
 )
-OVER_PAGES = (Candidate(INFER, infer_attention.KERNEL), *CANDIDATES)
+OVER_PAGES = (Candidate(INFER, infer_attention.KERNEL, check=watched), *CANDIDATES)
 NAMES = (*(candidate.name for candidate in CANDIDATES), INFER)
 """Of all kernels, the columns of compat_matrix.md."""
 

@@ -31,9 +31,11 @@ from ...errors import UnsupportedError
 from ..ground import policy, usage
 from ..ground.chip import known_wrong
 from ..ground.memory import Memo
+from ..ground.settings import verification
 from ..ground.traced import note
 from ..kernels.kernel import Kernel
 from ..problems import attention, rowwise
+from ..verification.kinds import MISSED, Case, found_wrong
 from . import attention as attention_table
 from . import rowwise as rowwise_table
 from .rule import Candidate, Table, disproved, reasons
@@ -159,10 +161,12 @@ def _decide(problem: Any) -> Plan:
     trace: tuple[Verdict, ...] = ()
     told: tuple[str, ...] = ()
     for candidate in _TABLES[type(problem)].candidates(problem):
-        verdict = Verdict(candidate.name, refusals(candidate.name, problem))
+        refused, kernel = refusals(candidate.name, problem), candidate.kernel
+        if not refused and candidate.check is not None:
+            kernel, refused = _checked(candidate, problem)
+        verdict = Verdict(candidate.name, refused)
         trace = (*trace, verdict)
         if not verdict.reasons:
-            kernel = candidate.kernel
             direct = _direct(kernel, candidate.autograd, problem)
             return Plan(problem, candidate, kernel, trace, told, direct)
         if not candidate.shortcut:
@@ -175,7 +179,31 @@ def _decide(problem: Any) -> Plan:
     )
 
 
+def _checked(candidate: Candidate, problem: Any) -> tuple[Kernel, tuple[str, ...]]:
+    """The kernel, compared with exact arithmetic where it has to be, and why it may not serve."""
+    kernel = candidate.kernel
+    if torch.compiler.is_compiling():
+        return kernel, (MISSED,) if candidate.name in found_wrong() else ()
+    if verification() == "off" or candidate.check is None:
+        return kernel, ()
+    # every rule of the other table is about what some operator refuses, so none is present here
+    rules = attention_table.TABLE if isinstance(problem, attention.Problem) else ()
+    case = Case(
+        candidate.name,
+        problem,
+        tuple(rule.name for rule in rules if rule.present(problem)),
+        autograd=kernel.direct is not None and not _own_refused(candidate.autograd, problem),
+        instead=lambda: _decide(problem).kernel,
+        forget=_plans.clear,
+    )
+    return candidate.check(case, kernel)
+
+
+def _own_refused(autograd: str | None, problem: Any) -> bool:
+    return autograd is not None and bool(refusals(autograd, problem))
+
+
 def _direct(kernel: Kernel, autograd: str | None, problem: Any) -> Callable[..., Any] | None:
-    if kernel.direct is None or (autograd is not None and refusals(autograd, problem)):
+    if kernel.direct is None or _own_refused(autograd, problem):
         return None
     return kernel.direct(problem)

@@ -27,6 +27,7 @@ from ..problems.rowwise import (
     Problem,
     Rotation,
 )
+from ..verification.rowwise import watched
 from . import installed
 from .rule import Candidate, Rule, Table
 
@@ -206,17 +207,20 @@ TABLE: tuple[Rule, ...] = (
 )
 
 
-ROTATIONS = (Candidate(ROTARY_MUL, fused.ROTATION), Candidate(TORCH, rotation.KERNEL))
-GATES = (Candidate(SWIGLU, fused.GATE), Candidate(TORCH, gates.KERNEL))
-LOSSES = (Candidate(CROSS_ENTROPY, fused.LOSS), Candidate(TORCH, Kernel()))
+ROTATIONS = (
+    Candidate(ROTARY_MUL, fused.ROTATION, check=watched),
+    Candidate(TORCH, rotation.KERNEL),
+)
+GATES = (Candidate(SWIGLU, fused.GATE, check=watched), Candidate(TORCH, gates.KERNEL))
+LOSSES = (Candidate(CROSS_ENTROPY, fused.LOSS, check=watched), Candidate(TORCH, Kernel()))
 RMS = (
-    Candidate(ADD_RMS_NORM, fused.norm(ADD_RMS_NORM), shortcut=True),
-    Candidate(RMS_NORM, fused.norm(RMS_NORM)),
+    Candidate(ADD_RMS_NORM, fused.norm(ADD_RMS_NORM), shortcut=True, check=watched),
+    Candidate(RMS_NORM, fused.norm(RMS_NORM), check=watched),
     Candidate(TORCH, Kernel()),
 )
 LAYER = (
-    Candidate(ADD_LAYER_NORM, fused.norm(ADD_LAYER_NORM), shortcut=True),
-    Candidate(LAYER_NORM, fused.norm(LAYER_NORM)),
+    Candidate(ADD_LAYER_NORM, fused.norm(ADD_LAYER_NORM), shortcut=True, check=watched),
+    Candidate(LAYER_NORM, fused.norm(LAYER_NORM), check=watched),
     Candidate(TORCH, Kernel()),
 )
 

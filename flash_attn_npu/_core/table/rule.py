@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..ground.confirmed import EVERY_CALL
 from ..kernels.kernel import Kernel
+from ..verification.kinds import Case
 
 __all__ = ["Candidate", "Rule", "Table", "disproved", "reasons"]
 
@@ -36,6 +37,7 @@ class Candidate(NamedTuple):
         itself does; refused, the kernel serves by its forward and backward.
     shortcut: a candidate behind it does the same with more launches, so that it was passed over is
         no loss, and not told.
+    check: what compares its first calls with exact arithmetic; None where it is exact itself.
     detour: what a call does that comes here because another was passed over, and is fused all the
         same; None if it is composed.
     """
@@ -45,6 +47,7 @@ class Candidate(NamedTuple):
     autograd: str | None = None
     shortcut: bool = False
     detour: str | None = None
+    check: Callable[[Case, Kernel], tuple[Kernel, tuple[str, ...]]] | None = None
 
 
 class Table(NamedTuple):

@@ -114,17 +114,16 @@ def _first_pages_for_second(table: torch.Tensor) -> torch.Tensor:
 
 
 def _shuffled(given: Given) -> Given:
-    """The first two pages of each sequence are exchanged."""
+    """The first two pages of each sequence that has so many are exchanged."""
+    lengths = given.get("actual_seq_lengths_kv", given.get("actual_seq_kvlen"))
 
     def change(table: torch.Tensor) -> torch.Tensor:
-        table[:, :2] = table[:, :2].flip(1)
+        for row, length in zip(table, lengths, strict=True):
+            if length > given["block_size"]:
+                row[:2] = row[:2].flip(0)
         return table
 
-    lengths = given.get("actual_seq_lengths_kv", given.get("actual_seq_kvlen"))
-    if given.get("block_table") is None or min(lengths) <= given["block_size"]:
-        return given
-    given["block_table"] = _changed(given["block_table"], change)
-    return given
+    return _with("block_table", value=lambda table: _changed(table, change))(given)
 
 
 def _later(given: Given) -> Given:

@@ -99,6 +99,42 @@ def direct(problem: Problem) -> Callable[..., Any]:
     return run
 
 
+def observed(problem: Problem) -> Callable[..., tuple[Any, fusion_attention.Seen]]:
+    """As the kernel's, which answers for more rows than the call has."""
+    if not fills(problem):
+        return fusion_attention.observed(problem)
+    filled = _filled(problem)
+    kernel = fusion_attention.observed(filled.problem)
+
+    def observe(
+        q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None
+    ) -> tuple[Any, fusion_attention.Seen]:
+        answer, seen = kernel(filled.fill(q), k, v, slopes, sink)
+        there = seen._replace(
+            shifts=lambda sequence: _shifts(problem, sequence, seen.shifts(sequence)),
+            given_q=lambda x: seen.given_q(filled.fill(x)),
+            asked=lambda x: filled.cut(seen.asked(x), q),
+        )
+        if not problem.uses_lse:
+            return filled.cut(answer, q), there
+        out, lse, s_dmask = answer
+        return (filled.cut(out, q), filled.cut_lse(lse, q), s_dmask), there
+
+    return observe
+
+
+def _shifts(
+    problem: Problem, sequence: int, inner: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """How far from its place in the call a sequence lies in what the kernel was given."""
+    if inner is None:
+        return None
+    if problem.lengths_q is None or problem.lengths_k is None:
+        return inner[0] + problem.most_missing, inner[1]
+    ends = (problem.lengths_q.ends[sequence], problem.lengths_k.ends[sequence])
+    return inner[0] + ends[1] - ends[0], inner[1]
+
+
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """As the kernel's."""
     if not fills(problem):
@@ -165,4 +201,6 @@ def _ints(values: Iterable[int]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int64, device="cpu")
 
 
-KERNEL = fusion_attention.KERNEL._replace(forward=forward, backward=backward, direct=direct)
+KERNEL = fusion_attention.KERNEL._replace(
+    forward=forward, backward=backward, direct=direct, observed=observed
+)

@@ -11,15 +11,15 @@ the order in which they come, and a sink that the kernel does not take is added 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...ground.chip import soc_name
-from ...ground.locks import Lock
 from ...ground.memory import Memo
 from ...ground.schemas import has
 from ...ground.second_derivatives import once, watch
@@ -29,9 +29,10 @@ from ...problems.results import Forward, Inputs, Saved
 from ..kernel import Kernel
 from ..sinks import with_sink
 from . import singles, statistics
+from .determinism import deterministically
 from .selection import Rows
 
-__all__ = ["KERNEL", "UNLIMITED", "causal_mask", "differentiates", "fusion_attention"]
+__all__ = ["KERNEL", "UNLIMITED", "Seen", "causal_mask", "differentiates", "fusion_attention"]
 
 UNLIMITED = 2147483647
 MASK_SIZE = 2048
@@ -70,11 +71,24 @@ def fusion_attention() -> Callable[..., Any]:
 def direct(problem: Problem) -> Callable[..., Any]:
     """A differentiable function (q, k, v, alibi_slopes, sink) -> the public result."""
     rows, kernel = _prepared(problem)
-    first = once(problem.function)
     if rows.untouched and not (problem.uses_lse or problem.alibi or problem.sink):
-        return _plain(problem, rows, first if problem.needs_grad else None)
+        return _plain(problem, rows, once(problem.function) if problem.needs_grad else None)
+    return partial(_differentiable(problem), kernel)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None) -> Any:
+
+def _differentiable(problem: Problem) -> Callable[..., Any]:
+    """A function (kernel, q, k, v, alibi_slopes, sink) -> what the public function returns."""
+    rows, _ = _prepared(problem)
+    first = once(problem.function)
+
+    def run(
+        kernel: Callable[..., Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor | None,
+        sink: Tensor | None,
+    ) -> Any:
         alone = singles.answer(problem, rows, (q, k, v), sink)
         out, top, total, *_ = kernel(rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink)
         watch(out, first)
@@ -86,6 +100,46 @@ def direct(problem: Problem) -> Callable[..., Any]:
         return out, lse, q.new_empty(0)
 
     return run
+
+
+class Seen(NamedTuple):
+    """What the kernel was given and answered in one call, which may be other rows than asked for.
+
+    softmax_lse: (batch, nheads, seqlen_q) or (nheads, total_q) of its rows.
+    shifts: how far from its place in q and in k a sequence lies there; None if it does not.
+    given_q, given_k: its rows of a tensor laid out as q, or as k, of the call.
+    asked: the rows of the call of a tensor laid out as its q.
+    """
+
+    out: Tensor
+    softmax_lse: Tensor
+    seed: int
+    offset: int
+    shifts: Callable[[int], tuple[int, int] | None]
+    given_q: Callable[[Tensor], Tensor]
+    given_k: Callable[[Tensor], Tensor]
+    asked: Callable[[Tensor], Tensor]
+
+
+def observed(problem: Problem) -> Callable[..., tuple[Any, Seen]]:
+    """As `direct`, with what the kernel answered beside the public result."""
+    rows, kernel = _prepared(problem)
+    run = _differentiable(problem)
+
+    def observe(*tensors: Any) -> tuple[Any, Seen]:
+        answered: list[Any] = []
+
+        def listening(*given: Any) -> Any:
+            answered.extend(kernel(*given))
+            return answered
+
+        answer = run(listening, *tensors)
+        out, top, total, _, seed, offset, _ = answered
+        lse = _lse(problem, rows, top.detach(), total.detach())
+        maps = (rows.shifts, rows.take_q, rows.take_k, rows.restore)
+        return answer, Seen(out, lse, seed, offset, *maps)
+
+    return observe
 
 
 def differentiates(problem: Problem) -> bool:
@@ -202,7 +256,7 @@ def backward(
         "attention_in": rows.take_q(saved.out).contiguous(),
     }
     inputs = (rows.take_q(saved.q), rows.take_k(saved.k), rows.take_k(saved.v))
-    with _deterministic() if problem.deterministic else nullcontext():
+    with deterministically() if problem.deterministic else nullcontext():
         dq, dk, dv = _grad_kernel(problem, rows, saved.alibi_slopes)(
             *inputs, rows.take_q(dout), problem.nheads, _layout(problem), **arguments
         )[:3]
@@ -335,21 +389,5 @@ def _lse(problem: Problem, rows: Rows, top: Tensor, total: Tensor) -> Tensor:
     return statistics.by_row(lse, rows.ends_q)
 
 
-_deterministic_lock = Lock()
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """CANN takes its determinism from torch's global setting at the call; leave that as it was."""
-    with _deterministic_lock:
-        before = torch.are_deterministic_algorithms_enabled()
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        torch.use_deterministic_algorithms(True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
 # the offsets of torch_npu's generator count what was drawn, and are never negative
-KERNEL = Kernel(forward, backward, direct, draws=lambda offset: offset >= 0)
+KERNEL = Kernel(forward, backward, direct, draws=lambda offset: offset >= 0, observed=observed)

@@ -136,6 +136,18 @@ class Rows:
         assert index is not None
         return _taken(q, index.single_q, 0), *(_taken(x, index.single_k, 0) for x in keys)
 
+    def shifts(self, sequence: int) -> tuple[int, int] | None:
+        """How far from its place in q and in k a sequence lies in what is given; None: nowhere."""
+        problem = self._problem
+        if problem.lengths_q is None or problem.lengths_k is None:
+            return -self.blind, 0
+        pairs = list(zip(problem.lengths_q.seqlens, problem.lengths_k.seqlens, strict=True))
+        if self.singles and pairs[sequence] == (1, 1):
+            return None
+        singles = pairs[:sequence].count((1, 1)) if self.singles else 0
+        blind = sum(problem.blind(*pair) for pair in pairs[: sequence + 1])
+        return -blind - singles, -singles
+
     def restore(self, out: Tensor, singles: Tensor | None = None) -> Tensor:
         """All rows of q again, zeros where nothing was computed; differentiable."""
         if not self.varlen:

@@ -1,0 +1,236 @@
+"""Attention kernels whose first calls are compared before they are believed.
+
+What wraps a kernel is a `Kernel` too. When a kind is settled the plans that were made are
+forgotten, so the next ones hold the kernel itself: a kind that is known costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedError
+from ..kernels.kernel import Kernel
+from ..problems.attention import Problem
+from ..problems.results import Forward, Inputs, Saved
+from .comparing import Lse, Taken, compare_forward, compare_gradients
+from .judging import Finding
+from .kinds import MISSED, Case, Kind, Refuted, busy, conclude, refuted, unsettled
+from .reading import Drawn
+from .samples import Spot
+from .traits import traits
+
+__all__ = ["watched"]
+
+
+def watched(case: Case, kernel: Kernel) -> tuple[Kernel, tuple[str, ...]]:
+    """The kernel, compared where it has to be, and why it may not serve after all."""
+    problem: Problem = case.problem
+    kinds = _kinds(case)
+    if any(refuted(kind, problem.function) for kind in kinds):
+        return kernel, (MISSED,)
+    if not any(unsettled(kind, problem.device) for kind in kinds):
+        return kernel, ()
+    watch = _Watch(case, kernel, *kinds)
+    direct = None if kernel.direct is None else watch.direct
+    return kernel._replace(forward=watch.forward, backward=watch.backward, direct=direct), ()
+
+
+def _kinds(case: Case) -> tuple[Kind, ...]:
+    """Of the forward, and of the gradient if there will be one."""
+    problem: Problem = case.problem
+    dtype = str(problem.dtype).removeprefix("torch.")
+    forward = Kind(case.name, "forward", dtype, problem.headdim, case.rows, traits(problem))
+    how = "gradient" if case.autograd else "gradient from softmax_lse"
+    if problem.ask.backward:
+        return (forward._replace(part="gradient from softmax_lse"),)
+    return (forward, forward._replace(part=how)) if problem.ask.needs_grad else (forward,)
+
+
+class _Watch:
+    """The three functions of a kernel, with a comparison behind each."""
+
+    def __init__(
+        self, case: Case, kernel: Kernel, first: Kind, gradient: Kind | None = None
+    ) -> None:
+        self.case, self.kernel = case, kernel
+        self.forward_kind, self.gradient_kind = first, gradient or first
+
+    def forward(self, problem: Problem, inputs: Inputs) -> Forward:
+        answer: Forward = self.kernel.forward(problem, inputs)
+        if busy(inputs.q) or not self._unsettled(self.forward_kind):
+            return answer
+        drawn = _drawn(problem, answer.rng_state)
+        lse = self._returned(problem, inputs, answer)
+        found = compare_forward(problem, inputs, answer.out, lse, drawn)
+        if self._agrees(self.forward_kind, found):
+            return answer
+        return _composed(self.case.instead(), problem, inputs)
+
+    def backward(
+        self, problem: Problem, dout: Tensor, saved: Saved, grads: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        self.kernel.backward(problem, dout, saved, grads)
+        if busy(dout) or not self._unsettled(self.gradient_kind):
+            return
+        inputs = Inputs(*saved[:3], saved.alibi_slopes)
+        taken = Taken(dout, saved.out, *grads, lambda _: (0, 0))
+        drawn = _drawn(problem, saved.rng_state)
+        lse = _by_rows(problem, saved.softmax_lse)
+        found = compare_gradients(problem, inputs, taken, lse, drawn)
+        if not self._agrees(self.gradient_kind, found):
+            self.case.instead().backward(problem, dout, saved, grads)
+
+    def direct(self, problem: Problem) -> Callable[..., Any]:
+        assert self.kernel.observed is not None
+        run = self.kernel.observed(problem)
+
+        def observed(
+            q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None
+        ) -> Any:
+            answer, seen = run(q, k, v, slopes, sink)
+            if busy(q):
+                return answer
+            inputs = Inputs(q, k, v, slopes, sink)
+            if self._unsettled(self.forward_kind):
+                out = answer[0] if isinstance(answer, tuple) else answer
+                drawn = Drawn(seen.seed, seen.offset) if problem.dropout_p else None
+                found = compare_forward(problem, inputs, out, _statistics(problem, seen), drawn)
+                if not self._agrees(self.forward_kind, found):
+                    raise Refuted
+            if seen.out.grad_fn is not None and self._unsettled(self.gradient_kind):
+                _Backward(self, problem, inputs, seen).wait()
+            return answer
+
+        return observed
+
+    def _unsettled(self, kind: Kind) -> bool:
+        return unsettled(kind, self.case.problem.device)
+
+    def _agrees(self, kind: Kind, found: list[Finding]) -> bool:
+        agrees = conclude(kind, self.case.problem.function, self.case.problem.device, found)
+        # the plans that were made compare, or use what has just been found wrong
+        self.case.forget()
+        return agrees
+
+    def _returned(self, problem: Problem, inputs: Inputs, answer: Forward) -> Lse:
+        """softmax_lse as it was returned; where it was not, that of a second launch."""
+        if answer.softmax_lse.numel():
+            return _by_rows(problem, answer.softmax_lse)
+        asking = replace(problem, uses_lse=True)
+        return _by_rows(problem, self.kernel.forward(asking, inputs).softmax_lse)
+
+
+class _Backward:
+    """The gradient of one call that torch_npu's autograd is going to compute."""
+
+    def __init__(self, watch: _Watch, problem: Problem, inputs: Inputs, seen: Any) -> None:
+        self.watch, self.problem, self.seen = watch, problem, seen
+        q, k, v, slopes, sink = (None if x is None else x.detach() for x in inputs[:5])
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        self.inputs = Inputs(q, k, v, slopes, sink)
+        self.versions = self._versions()
+        self.node = seen.out.grad_fn
+        # the node holds this: what it holds must not hold the node
+        self.seen = seen._replace(out=seen.out.detach())
+
+    def wait(self) -> None:
+        self.handle = self.node.register_hook(self)
+        del self.node
+
+    def __call__(self, grads: tuple[Any, ...], douts: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.handle.remove()
+        watch, problem, dout = self.watch, self.problem, douts[0]
+        kind = watch.gradient_kind
+        changed = self.versions != self._versions()
+        if dout is None or busy(dout) or changed or not watch._unsettled(kind):
+            return None
+        drawn = Drawn(self.seen.seed, self.seen.offset) if problem.dropout_p else None
+        dq, dk, dv = grads[:3]
+        taken = Taken(dout, self.seen.out, dq, dk, dv, self.seen.shifts)
+        found = compare_gradients(
+            problem, self.inputs, taken, _statistics(problem, self.seen), drawn
+        )
+        if watch._agrees(kind, found):
+            return None
+        return self._instead(dout, grads)
+
+    def _versions(self) -> tuple[int, ...]:
+        tensors = [x for x in self.inputs[:5] if isinstance(x, Tensor)]
+        return tuple(0 if x.is_inference() else x._version for x in tensors)
+
+    def _instead(self, dout: Tensor, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The gradients, computed again by the kernel that serves from here on."""
+        problem, seen = self.problem, self.seen
+        if problem.dropout_p:
+            raise UnsupportedError(
+                problem.function,
+                f"a backward of {watch_name(self.watch)}, whose gradient was found wrong just now",
+                "a backward of what served its forward: another kernel cannot repeat the dropout",
+                "take the step again: calls of this kind are composed of torch operations now",
+            )
+        with torch.no_grad():
+            instead = self.watch.case.instead()
+            answer: Forward = instead.forward(problem, self.inputs)
+            q, k, v, slopes, _ = self.inputs[:5]
+            saved = Saved(q, k, v, answer.out, answer.softmax_lse, slopes)
+            written = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+            instead.backward(problem, seen.asked(dout), saved, written)
+            dq, dk, dv = written
+            parts = (seen.given_q(dq), seen.given_k(dk), seen.given_k(dv))
+        given = [None if old is None else new for old, new in zip(grads, parts, strict=False)]
+        return (*given, *grads[3:])
+
+
+def watch_name(watch: _Watch) -> str:
+    return watch.case.name
+
+
+def _composed(instead: Kernel, problem: Problem, inputs: Inputs) -> Forward:
+    if inputs.cache is not None and not instead.reads_pages:
+        k, v = inputs.cache.gather(inputs.spans)
+        inputs = Inputs(inputs.q, k, v, inputs.alibi_slopes, inputs.sink)
+    answer: Forward = instead.forward(problem, inputs)
+    return answer
+
+
+def _drawn(problem: Problem, rng_state: Tensor | None) -> Drawn | None:
+    if not problem.dropout_p or rng_state is None:
+        return None
+    return Drawn(*rng_state.tolist())
+
+
+def _by_rows(problem: Problem, lse: Tensor) -> Lse:
+    """Of (batch, nheads, seqlen_q) or (nheads, total_q)."""
+
+    def read(spot: Spot, rows: Tensor, heads: tuple[int, ...]) -> Tensor:
+        source = lse.detach() if problem.varlen else lse.detach()[spot.sequence]
+        some = torch.tensor(heads, device=lse.device)
+        return source[some[:, None], (rows + spot.start_q).to(lse.device)[None]].cpu()
+
+    return read
+
+
+def _statistics(problem: Problem, seen: Any) -> Lse:
+    """Of what the kernel returned besides out; +inf of the rows without keys."""
+
+    def read(spot: Spot, rows: Tensor, heads: tuple[int, ...]) -> Tensor | None:
+        shifts = seen.shifts(spot.sequence)
+        if shifts is None:
+            return None
+        blind = problem.blind(spot.seqlen_q, spot.seqlen_k)
+        given = rows >= blind
+        source = seen.softmax_lse if problem.varlen else seen.softmax_lse[spot.sequence]
+        places = (rows[given] + spot.start_q + shifts[0]).to(source.device)
+        some = torch.tensor(heads, device=source.device)
+        lse = torch.full((len(heads), len(rows)), torch.inf, dtype=source.dtype, device="cpu")
+        lse[:, given] = source.detach()[some[:, None], places[None]].cpu()
+        return lse
+
+    return read

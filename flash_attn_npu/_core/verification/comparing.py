@@ -1,0 +1,203 @@
+"""One call of an attention kernel, compared on a sample with exact arithmetic on the host.
+
+Nothing of the call is disturbed: no random number is drawn, nothing is written, no graph is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problems.attention import Problem
+from ..problems.results import Inputs
+from . import truth
+from .judging import Finding, judge, judge_lse, rms
+from .reading import Drawn, Reader, dropout_bits
+from .samples import Spot, edges, spots
+
+__all__ = ["Lse", "Taken", "compare_forward", "compare_gradients", "tells"]
+
+Lse = Callable[[Spot, Tensor, tuple[int, ...]], Tensor | None]
+"""(heads, rows) of softmax_lse, on the host; None where the kernel was not given the sequence."""
+
+SMALLEST_SPREAD = 1e-3
+MOST_COLUMNS = 16
+MOST_COLUMN_SPOTS = 3
+
+
+class Taken(NamedTuple):
+    """The gradients of a call, and what they were computed from.
+
+    shifts: how far from its place in q and in k a sequence lies in them, as a kernel may have been
+        given fewer rows; None if it was not given this sequence.
+    """
+
+    dout: Tensor
+    out: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    shifts: Callable[[int], tuple[int, int] | None]
+
+
+def compare_forward(
+    problem: Problem, inputs: Inputs, out: Tensor, lse: Lse | None, drawn: Drawn | None
+) -> list[Finding]:
+    """What was found of out and softmax_lse; empty if they agree, and the values tell nothing."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        mask = None if drawn is None else dropout_bits(problem, inputs.q, drawn)
+        reader = Reader(problem, inputs, mask)
+        found: list[Finding] = []
+        telling = False
+        for spot in spots(problem):
+            rows, columns = _index(spot.rows), _range(spot.seqlen_k)
+            piece = reader.piece(spot, rows, columns, spot.heads)
+            telling = telling or tells(piece)
+            actual = reader.rows(out, spot, rows, spot.heads)
+            if drawn is None or mask is not None:
+                found.append(_judge_out(piece, actual, spot))
+            else:
+                found.append(_judge_dropped(piece, actual, problem.dropout_p, spot))
+            known = None if lse is None else lse(spot, rows, spot.heads)
+            if known is not None:
+                found.append(_judge_lse(piece, known, spot))
+        return found if telling or not all(finding.agrees for finding in found) else []
+
+
+def tells(piece: truth.Piece) -> bool:
+    """Whether the values of a piece would show a mistake: not where all scores are alike."""
+    scores = piece.scores(torch.float64)
+    seen = scores.isfinite()
+    if not seen.any() or scores.isnan().any() or not piece.v.isfinite().all():
+        return False
+    spread = scores[seen].max() - scores[seen].min()
+    if scores.shape[-1] > 1 and piece.k.shape[1] > 1 and torch.equal(piece.k[:, 0], piece.k[:, -1]):
+        # the heads that share a key head are alike, those of several must not be
+        return piece.q.shape[1] > 1 and not torch.equal(piece.q[:, 0], piece.q[:, -1])
+    alone = int(seen.sum()) == 1
+    return bool(spread > SMALLEST_SPREAD or alone) and bool((piece.v != 0).any())
+
+
+def _judge_out(piece: truth.Piece, actual: Tensor, spot: Spot) -> Finding:
+    exact, _ = truth.attention(piece, torch.float64)
+    plain, _ = truth.attention(piece, actual.dtype)
+    return judge("out", actual, exact, plain, rms(piece.v), _where(spot, "row", "head", "dim"))
+
+
+def _judge_lse(piece: truth.Piece, actual: Tensor, spot: Spot) -> Finding:
+    _, exact = truth.attention(piece, torch.float64)
+    _, plain = truth.attention(piece, torch.float32)
+    return judge_lse(actual, exact, plain, _where(spot, "head", "row"))
+
+
+def _judge_dropped(piece: truth.Piece, actual: Tensor, dropout_p: float, spot: Spot) -> Finding:
+    """The scale of out, where the mask is not to be had: its sum along the truth, in deviations."""
+    exact, _ = truth.attention(piece, torch.float64)
+    scores = piece.scores(torch.float64)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    spread = (weights.square() @ piece.v.double().square().transpose(0, 1)).transpose(0, 1)
+    deviation = (exact.square() * spread).sum().mul(dropout_p / (1 - dropout_p)).sqrt()
+    off = ((actual.double() - exact) * exact).sum().abs()
+    return Finding("out (its scale)", off.item(), 6 * deviation.item(), f"sequence {spot.sequence}")
+
+
+def compare_gradients(
+    problem: Problem, inputs: Inputs, taken: Taken, lse: Lse, drawn: Drawn | None
+) -> list[Finding]:
+    """What was found of dq, dk and dv, against what out and softmax_lse as given make of them."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        mask = None if drawn is None else dropout_bits(problem, inputs.q, drawn)
+        if drawn is not None and mask is None:
+            return []
+        reader = Reader(problem, inputs, mask)
+        found: list[Finding] = []
+        telling = False
+        given = [spot for spot in spots(problem) if taken.shifts(spot.sequence) is not None]
+        if taken.dq is not None:
+            found += [_judge_rows(reader, taken, lse, spot) for spot in given]
+        for spot, key_head in _column_spots(problem, given):
+            columns = _columns(spot.seqlen_k)
+            heads = tuple(range(key_head * reader.group, (key_head + 1) * reader.group))
+            rows = _range(spot.seqlen_q)[problem.blind(spot.seqlen_q, spot.seqlen_k) :]
+            piece = reader.piece(spot, rows, columns, heads)
+            telling = telling or tells(piece)
+            found += _judge_columns(reader, taken, lse, spot, (piece, heads))
+        return found if telling or not all(finding.agrees for finding in found) else []
+
+
+def _judge_rows(reader: Reader, taken: Taken, lse: Lse, spot: Spot) -> Finding:
+    assert taken.dq is not None
+    first = reader.problem.blind(spot.seqlen_q, spot.seqlen_k)
+    rows = _index(tuple(row for row in spot.rows if row >= first))
+    piece = reader.piece(spot, rows, _range(spot.seqlen_k), spot.heads)
+    actual, dout, out = (
+        reader.rows(x, _shifted(spot, taken), rows, spot.heads)
+        for x in (taken.dq, taken.dout, taken.out)
+    )
+    known = lse(spot, rows, spot.heads)
+    assert known is not None
+    given = (dout, out, known)
+    exact = truth.row_gradients(piece, *given, torch.float64)
+    plain = truth.row_gradients(piece, *given, actual.dtype)
+    unit = rms(dout) * rms(piece.v) * rms(piece.k)
+    return judge("dq", actual, exact, plain, unit, _where(spot, "row", "head", "dim"))
+
+
+def _shifted(spot: Spot, taken: Taken) -> Spot:
+    shift_q, shift_k = taken.shifts(spot.sequence) or (0, 0)
+    return spot._replace(start_q=spot.start_q + shift_q, start_k=spot.start_k + shift_k)
+
+
+def _judge_columns(
+    reader: Reader,
+    taken: Taken,
+    lse: Lse,
+    spot: Spot,
+    looked: tuple[truth.Piece, tuple[int, ...]],
+) -> Iterator[Finding]:
+    piece, heads = looked
+    there = _shifted(spot, taken)
+    douts, outs = (reader.rows(x, there, piece.rows, heads) for x in (taken.dout, taken.out))
+    known = lse(spot, piece.rows, heads)
+    assert known is not None
+    given = (douts, outs, known)
+    key_head = (heads[0] // reader.group,)
+    dtype = taken.dout.dtype
+    exact = truth.column_gradients(piece, *given, torch.float64)
+    plain = truth.column_gradients(piece, *given, dtype)
+    units = (rms(douts) * rms(piece.v) * rms(piece.q), rms(douts))
+    for index, (name, grad) in enumerate((("dk", taken.dk), ("dv", taken.dv))):
+        if grad is not None:
+            actual = reader.keys(grad, there, piece.columns, key_head)[:, 0]
+            where = _where(spot, "column", "dim", head=key_head[0])
+            yield judge(name, actual, exact[index], plain[index], units[index], where)
+
+
+def _column_spots(problem: Problem, given: list[Spot]) -> list[tuple[Spot, int]]:
+    """The sequences, and the key head in each, whose keys are looked at."""
+    seen = [spot for spot in given if spot.seqlen_k][:MOST_COLUMN_SPOTS]
+    last = problem.nheads_k - 1
+    return [(spot, (0, last, min(1, last))[index]) for index, spot in enumerate(seen)]
+
+
+def _columns(seqlen_k: int) -> Tensor:
+    wanted = [seqlen_k - 1, 0, seqlen_k - 2, 1, seqlen_k // 2, *edges(seqlen_k)]
+    inside = list(dict.fromkeys(column for column in wanted if 0 <= column < seqlen_k))
+    return _index(tuple(sorted(inside[:MOST_COLUMNS])))
+
+
+def _index(places: tuple[int, ...]) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device="cpu")
+
+
+def _range(length: int) -> Tensor:
+    return torch.arange(length, device="cpu")
+
+
+def _where(spot: Spot, *axes: str, head: int | None = None) -> str:
+    which = "" if head is None else f"key head {head} of "
+    lengths = f"{spot.seqlen_q} queries and {spot.seqlen_k} keys"
+    return f"({', '.join(axes)}) in the sample of {which}sequence {spot.sequence}, {lengths}"

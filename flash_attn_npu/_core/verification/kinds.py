@@ -1,0 +1,188 @@
+"""Kinds of calls: which of them were compared with exact arithmetic, and what came of it.
+
+On an Ascend whose combination of SoC, CANN and torch_npu no report confirms, the first call of
+each kind is compared. What then happens is one setting, `verification`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import UnsupportedError
+from ..ground.chip import combination
+from ..ground.confirmed import confirmed
+from ..ground.memory import Memo
+from ..ground.settings import verification
+from ..kernels.kernel import Kernel
+from .judging import Finding
+
+__all__ = [
+    "MISSED",
+    "Case",
+    "Kind",
+    "Refuted",
+    "Verdict",
+    "busy",
+    "conclude",
+    "found_wrong",
+    "refuted",
+    "unsettled",
+]
+
+logger = logging.getLogger("flash_attn_npu")
+
+MISSED = "on this machine its first call did not agree with exact arithmetic"
+MOST_TRIES = 8
+"""Calls that are looked at in the hope that their values tell something, before it is given up."""
+
+
+class Kind(NamedTuple):
+    """Calls that are alike for a kernel: all that it depends on but the lengths, as plain words.
+
+    part: "forward", or how a gradient comes about: "gradient" by torch_npu's autograd, "gradient
+        from softmax_lse" by the operator.
+    headdim: the width of a head, or of what is rotated; 0 of the other operators.
+    rows: of the table, those that are present.
+    traits: what else there is, in the lengths above all: whether there are several sequences, and
+        tiles, and whether the window cuts.
+    """
+
+    kernel: str
+    part: str
+    dtype: str
+    headdim: int
+    rows: tuple[str, ...]
+    traits: tuple[str, ...]
+
+    def __str__(self) -> str:
+        words = (self.dtype, f"headdim {self.headdim}" if self.headdim else "", *self.traits)
+        return f"{self.kernel}, {self.part}: {', '.join(filter(None, (*words, *self.rows)))}"
+
+
+class Verdict(NamedTuple):
+    """What came of the comparison of a kind; tries: how many calls told nothing so far."""
+
+    agrees: bool
+    tries: int = 0
+    settled: bool = True
+
+
+class Refuted(Exception):  # noqa: N818
+    """A call was not served: its kind has just been found out not to agree, so ask again."""
+
+
+_verdicts: Memo[Kind, Verdict] = Memo("kinds of calls that were compared", 1024)
+_wrong: Memo[str, tuple[str, ...]] = Memo("operators that were found wrong", 1)
+
+
+def unsettled(kind: Kind, device: torch.device) -> bool:
+    """Whether a call of this kind is to be compared."""
+    mode = verification()
+    if mode == "off":
+        return False
+    known = _verdicts.recall(kind)
+    if known is not None and known.settled:
+        return mode == "always" and known.agrees
+    return mode == "always" or not confirmed(*combination(device), kind)
+
+
+def refuted(kind: Kind, function: str) -> bool:
+    """Whether calls of this kind must not be served by its kernel any more.
+
+    Raises:
+        UnsupportedError: and the setting is `refuse`.
+    """
+    known, mode = _verdicts.recall(kind), verification()
+    if known is None or known.agrees or mode in ("off", "warn"):
+        return False
+    if mode == "refuse":
+        raise UnsupportedError(
+            function,
+            f"a call of a kind on which {kind.kernel} was found wrong ({kind})",
+            "calls that agree with exact arithmetic, under FLASH_ATTN_NPU_VERIFY=refuse",
+            "unset FLASH_ATTN_NPU_VERIFY to have it composed of torch operations, exactly",
+        )
+    return True
+
+
+def busy(tensor: torch.Tensor) -> bool:
+    """Whether nothing may be read now: a graph is captured or traced, or there are no values."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+    traced = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
+    return not plain or bool(traced) or _is_capturing()
+
+
+def _is_capturing() -> bool:
+    capturing = getattr(torch, "npu", None)
+    asked = getattr(capturing, "is_current_stream_capturing", None)
+    return asked is not None and bool(asked())
+
+
+def found_wrong() -> tuple[str, ...]:
+    """Operators of which some kind does not agree: a graph that is traced uses none of them."""
+    return tuple(_wrong.recall("names") or ())
+
+
+# what torch.compiler.assume_constant_result sets, which would import all of dynamo
+found_wrong._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class Case(NamedTuple):
+    """A kernel that is about to serve a problem.
+
+    rows: of the table, those that are present in the problem.
+    autograd: its own autograd serves.
+    instead: the kernel that serves the problem after this one was found wrong.
+    forget: drops every plan.
+    """
+
+    name: str
+    problem: Any
+    rows: tuple[str, ...]
+    autograd: bool
+    instead: Callable[[], Kernel]
+    forget: Callable[[], None]
+
+
+def conclude(kind: Kind, function: str, device: torch.device, findings: Sequence[Finding]) -> bool:
+    """Settle a kind by what was found; whether it agrees.
+
+    Args:
+        findings: none where the values of the call told nothing.
+
+    """
+    wrong = [finding for finding in findings if not finding.agrees]
+    if not wrong:
+        known = _verdicts.recall(kind)
+        tries = 1 + (0 if known is None else known.tries)
+        _verdicts.put(kind, Verdict(True, tries, bool(findings) or tries >= MOST_TRIES))
+        return True
+    _verdicts.put(kind, Verdict(False))
+    if verification() != "warn":
+        _wrong.put("names", tuple({*found_wrong(), kind.kernel}))
+    mode = verification()
+    told = _told(kind, function, device, wrong)
+    consequence = {
+        "warn": "it is used all the same (FLASH_ATTN_NPU_VERIFY=warn)",
+        "refuse": "calls of this kind are refused (FLASH_ATTN_NPU_VERIFY=refuse)",
+    }.get(mode, "calls of this kind are composed of torch operations from here on")
+    logger.error("flash_attn_npu: %s; %s. %s", told, consequence, REQUEST)
+    return mode == "warn"
+
+
+REQUEST = (
+    "Please report this line together with what `python -m flash_attn_npu doctor` prints: with it "
+    "the kernel can be refused, or the comparison mended, for everybody"
+)
+
+
+def _told(kind: Kind, function: str, device: torch.device, wrong: Iterable[Finding]) -> str:
+    return (
+        f"in `{function}` {kind.kernel} does not agree with exact arithmetic: "
+        f"{'; '.join(map(str, wrong))}; kind: {kind}; {combination(device)}, "
+        f"torch {torch.__version__}"
+    )

@@ -1,0 +1,60 @@
+"""What makes an attention problem the kind it is, besides the rows of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..problems.attention import Problem
+
+__all__ = ["traits"]
+
+REACHES = (128, 512, 2048)
+"""Lengths above which a kernel may go another way: its tiles, and the side of its mask."""
+
+
+def traits(problem: Problem) -> tuple[str, ...]:
+    """Plain words, each of which has a witness in the sample of the problem."""
+    return tuple(_all(problem))
+
+
+def _all(problem: Problem) -> Iterator[str]:
+    pairs = [pair for pair in problem.sequences if pair[0]]
+    longest_q = max((pair[0] for pair in pairs), default=0)
+    longest_k = max((pair[1] for pair in pairs), default=0)
+    yield f"queries {_reach(longest_q)}"
+    yield f"keys {_reach(longest_k)}"
+    if problem.batch > 1:
+        yield "several sequences"
+    if problem.nheads_k == 1:
+        yield "one key head"
+    if problem.softmax_scale == 1.0:
+        yield "softmax_scale 1"
+    if problem.left is not None or problem.right is not None or problem.alibi:
+        yield from (word for word, found in _relations(pairs) if found)
+    if problem.left is not None:
+        yield f"left {_cut(longest_k - 1 - problem.left)}"
+    if problem.right is not None:
+        yield f"right {_cut(longest_q - 1 - problem.right)}"
+    if problem.ask.alibi_slopes is not None and len(problem.ask.alibi_slopes.shape) == 2:
+        yield "alibi_slopes of each sequence"
+    pages = problem.pages
+    if pages is not None and pages.size is not None:
+        yield f"pages of {pages.size}"
+        if longest_k > pages.size:
+            yield "several pages"
+
+
+def _reach(length: int) -> str:
+    return next((f"up to {reach}" for reach in REACHES if length <= reach), f"above {REACHES[-1]}")
+
+
+def _relations(pairs: list[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
+    yield "seqlen_q < seqlen_k", any(q < k for q, k in pairs)
+    yield "seqlen_q > seqlen_k", any(q > k for q, k in pairs)
+
+
+def _cut(hidden: int) -> str:
+    """What a side of the window does to the row that it cuts most."""
+    return (
+        "hides nothing" if hidden < 0 else "touches the last key" if hidden == 0 else "hides keys"
+    )

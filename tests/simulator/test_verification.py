@@ -1,0 +1,290 @@
+"""What the comparison of first calls costs and disturbs: one sample of the first call of a kind,
+and nothing after it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attn_npu import _virtual_ascend as virtual_ascend
+from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn_npu._core.ground.settings import verification, verifying
+from flash_attn_npu._core.kernels.ascend import filling, infer_attention
+from flash_attn_npu._core.table import choice
+from flash_attn_npu._core.verification import kinds
+from flash_attn_npu.errors import ArgumentError, UnsupportedError
+from flash_attn_npu.layers.rotary import apply_rotary_emb
+from flash_attn_npu.ops.triton.layer_norm import rms_norm_fn
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def on(npu: torch.device) -> Iterator[None]:
+    with verifying("compose"):
+        yield
+
+
+def drawn(device: torch.device, *shape: int, seed: int = 0, grad: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, HALF).requires_grad_(grad)
+
+
+def qkv(device: torch.device, *shape: int, grad: bool = False) -> tuple[Tensor, ...]:
+    return tuple(drawn(device, *shape, seed=seed, grad=grad) for seed in range(3))
+
+
+def known() -> list[kinds.Kind]:
+    return list(kinds._verdicts._known)
+
+
+def plans() -> list[choice.Plan]:
+    return list(choice._plans._known.values())
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def test_a_kind_that_is_known_is_served_by_the_kernel_itself(npu: torch.device) -> None:
+    q, k, v = qkv(npu, 2, 20, 4, 32, grad=True)
+    for _ in range(2):
+        flash_attn_func(q, k, v, causal=True).sum().backward()
+    [plan] = plans()
+    assert plan.kernel is filling.KERNEL
+    assert plan.direct.__qualname__ == "_plain.<locals>.watched"
+    assert [kind.part for kind in known()] == ["forward", "gradient"]
+    with virtual_ascend.record() as record:
+        flash_attn_func(q, k, v, causal=True).sum().backward()
+    assert not record.device_to_host
+
+
+def test_what_is_composed_is_not_compared(npu: torch.device) -> None:
+    q, k, v = qkv(npu, 2, 20, 4, 32)
+    flash_attn_func(q, k, v, softcap=3.0)
+    flash_attn_func(*(x.cpu() for x in (q, k, v)))
+    assert not known()
+
+
+def test_a_gradient_waits_for_the_first_backward(npu: torch.device) -> None:
+    q, k, v = qkv(npu, 2, 20, 4, 32, grad=True)
+    outs = [flash_attn_func(q, k, v) for _ in range(3)]
+    assert [kind.part for kind in known()] == ["forward"]
+    with virtual_ascend.record() as record:
+        flash_attn_func(q, k, v)
+    assert not record.device_to_host
+    outs[1].sum().backward()
+    assert [kind.part for kind in known()] == ["forward", "gradient"]
+    with virtual_ascend.record() as record:
+        outs[0].sum().backward()
+    assert not record.device_to_host
+
+
+def test_a_ragged_training_checks_few_kinds(npu: torch.device) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(40):
+        lengths = torch.randint(1, 60, (6,), generator=generator)
+        ends = torch.cat((torch.zeros(1), lengths.cumsum(0))).to(torch.int32)
+        q, k, v = qkv(npu, int(ends[-1]), 2, 16)
+        flash_attn_varlen_func(q, k, v, ends, ends, 60, 60, causal=True)
+    assert len(known()) == 1
+
+
+def test_a_check_reads_a_sample(npu: torch.device) -> None:
+    q, k, v = qkv(npu, 12, 256, 12, 16, grad=True)
+    batch = 4 * q.nbytes
+    with virtual_ascend.record() as record:
+        out = flash_attn_func(q, k, v, causal=True)
+    forward = sum(copy.bytes for copy in record.device_to_host)
+    with virtual_ascend.record() as record:
+        out.backward(torch.ones_like(out))
+    backward = sum(copy.bytes for copy in record.device_to_host)
+    assert 0 < forward < batch / 8
+    assert 0 < backward < batch / 8
+
+
+def test_nothing_is_disturbed(npu: torch.device) -> None:
+    def state() -> list[object]:
+        generator = torch.npu.default_generators[0]
+        return [
+            generator.get_offset(),
+            torch.default_generator.get_state().tolist(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("npu"),
+        ]
+
+    q, k, v = qkv(npu, 2, 20, 4, 32, grad=True)
+    versions = [x._version for x in (q, k, v)]
+    before = state()
+    out = flash_attn_func(q, k, v, window_size=(4, 2))
+    with verifying("off"):
+        plain = flash_attn_func(q, k, v, window_size=(4, 2))
+    assert out.grad_fn.name() == plain.grad_fn.name()
+    assert torch.equal(out, plain)
+    out.backward(torch.ones_like(out))
+    assert state() == before
+    assert [x._version for x in (q, k, v)] == versions
+
+
+@pytest.mark.parametrize("mode", ["inference", "no_grad", "autocast", "default device"])
+def test_it_runs_under_every_mode(mode: str, npu: torch.device) -> None:
+    modes = {
+        "inference": torch.inference_mode(),
+        "no_grad": torch.no_grad(),
+        "autocast": torch.autocast("npu", dtype=torch.float16),
+        "default device": torch.device(npu),
+    }
+    q, k, v = qkv(npu, 2, 20, 4, 64)
+    weight = torch.ones(64, dtype=HALF, device=npu)
+    cos = drawn(npu, 20, 32)
+    with modes[mode]:
+        flash_attn_func(q, k, v, causal=True)
+        rms_norm_fn(q, weight, None, eps=1e-5)
+        apply_rotary_emb(q, cos, cos)
+        flash_attn_with_kvcache(q, k, v, cache_seqlens=19)
+    assert len(known()) == 4
+    assert all(verdict.settled for verdict in kinds._verdicts._known.values())
+
+
+def test_dropout_draws_the_same_mask_as_without(npu: torch.device) -> None:
+    q, k, v = qkv(npu, 2, 20, 4, 32)
+    torch.npu.manual_seed(3)
+    checked = [flash_attn_func(q, k, v, dropout_p=0.4) for _ in range(2)]
+    with verifying("off"):
+        torch.npu.manual_seed(3)
+        plain = [flash_attn_func(q, k, v, dropout_p=0.4) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(checked, plain, strict=True))
+
+
+def test_dropout_is_compared_by_its_scale_where_the_mask_is_not_to_be_had(
+    npu: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch_npu
+
+    monkeypatch.delattr(torch_npu, "_npu_dropout_gen_mask")
+    q, k, v = qkv(npu, 2, 90, 4, 32)
+    flash_attn_func(q, k, v, dropout_p=0.2)
+    assert not errors(caplog)
+    with verifying("compose"), virtual_ascend.lying("dropout not scaled"):
+        flash_attn_func(q, k, v, dropout_p=0.2)
+    assert len(errors(caplog)) == 1
+
+
+def test_nothing_is_read_while_a_graph_is_captured(
+    npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = qkv(npu, 2, 20, 4, 32)
+    monkeypatch.setattr(torch.npu, "is_current_stream_capturing", lambda: True)
+    with virtual_ascend.record() as record:
+        flash_attn_func(q, k, v)
+    assert not record.device_to_host
+    assert not known()
+    monkeypatch.undo()
+    flash_attn_func(q, k, v)
+    assert len(known()) == 1
+
+
+def test_values_that_tell_nothing_settle_nothing(
+    npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run to warm up, on zeros or on ones, is no comparison."""
+    q, k, v = qkv(npu, 2, 20, 4, 32)
+    for fill in (torch.zeros_like, torch.ones_like):
+        flash_attn_func(fill(q), fill(k), fill(v), causal=True)
+    with virtual_ascend.lying("heads grouped the other way"):
+        flash_attn_func(fill(q), fill(k)[:, :, :2], fill(v)[:, :, :2], causal=True)
+        assert not errors(caplog)
+        flash_attn_func(q, k[:, :, :2], v[:, :, :2], causal=True)
+    assert len(errors(caplog)) == 1
+
+
+def test_a_confirmed_combination_is_not_compared(
+    npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def confirmed(*combination: object) -> bool:
+        asked.append(combination)
+        return True
+
+    monkeypatch.setattr(kinds, "confirmed", confirmed)
+    q, k, v = qkv(npu, 2, 20, 4, 32)
+    with virtual_ascend.record() as record:
+        flash_attn_func(q, k, v)
+    assert not record.device_to_host
+    soc, _, torch_npu, kind = asked[0]
+    assert (soc, torch_npu, kind.kernel) == ("Ascend910B3", "2.13.0", "npu_fusion_attention")
+
+
+def test_the_settings(npu: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = qkv(npu, 2, 20, 4, 32)
+    truth = flash_attn_func(*(x.cpu() for x in (q, k, v)))
+    with virtual_ascend.lying("scale forgotten"):
+        with verifying("refuse"):
+            for _ in range(2):
+                with pytest.raises(UnsupportedError, match="FLASH_ATTN_NPU_VERIFY=refuse"):
+                    flash_attn_func(q, k, v)
+            assert len(errors(caplog)) == 1
+        with verifying("warn"):
+            for _ in range(2):
+                assert (flash_attn_func(q, k, v).cpu() - truth).abs().max() > 0.1
+            assert len(errors(caplog)) == 2
+        with verifying("off"):
+            assert (flash_attn_func(q, k, v).cpu() - truth).abs().max() > 0.1
+            assert len(errors(caplog)) == 2
+    with verifying("always"):
+        flash_attn_func(q, k, v)
+        with virtual_ascend.lying("scale forgotten"):
+            assert (flash_attn_func(q, k, v).cpu() - truth).abs().max() < 0.02
+        assert len(errors(caplog)) == 3
+    assert verification() == "compose"
+    with pytest.raises(ArgumentError, match="compose, refuse, warn, always, off"):
+        verifying("sometimes").__enter__()
+
+
+def test_a_cache_is_read_where_it_lies_again(npu: torch.device) -> None:
+    q, k, v = qkv(npu, 2, 64, 2, 64)
+    for _ in range(2):
+        flash_attn_with_kvcache(q[:, :1], k, v, cache_seqlens=50)
+    assert infer_attention.KERNEL in [plan.kernel for plan in plans()]
+
+
+def test_a_wrong_gradient_is_put_right_in_its_own_backward(
+    npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the kernel was given fewer rows than the caller has."""
+    ends = [torch.tensor(x, dtype=torch.int32) for x in ([0, 30, 50, 50], [0, 20, 60, 63])]
+    leaves = [drawn(npu, 52, 4, 32, grad=True)]
+    leaves += [drawn(npu, 65, 2, 32, seed=seed, grad=True) for seed in (1, 2)]
+    dout = drawn(npu, 52, 4, 32, seed=5)
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = flash_attn_varlen_func(*leaves, *ends, 30, 40, causal=True)
+        return torch.autograd.grad(out, leaves, dout)
+
+    honest = gradients()
+    with verifying("compose"), virtual_ascend.lying("gradients of k halved"):
+        for grad, truth in zip(gradients(), honest, strict=True):
+            assert torch.allclose(grad, truth, atol=2e-2, rtol=2e-2)
+    assert len(errors(caplog)) == 1
+
+
+def test_numbers_that_are_none_accuse_nobody(
+    npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NaN that came in, and sums that float16 does not hold, are the caller's."""
+    q, k, v = qkv(npu, 2, 20, 4, 32)
+    k[1, 3, 0, 0] = torch.nan
+    v[0, 5] = torch.inf
+    flash_attn_func(q, k, v, causal=True)
+    x = torch.full((4, 64), 6e4, dtype=torch.float16, device=npu)
+    weight = torch.ones(64, dtype=torch.float16, device=npu)
+    rms_norm_fn(x, weight, None, residual=x, prenorm=True, eps=1e-5)
+    assert not errors(caplog)
+    assert not any(v.settled for kind, v in kinds._verdicts._known.items() if kind.headdim)
