@@ -119,6 +119,9 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
         ArgumentError: indices have another rank, dtype or device; on the host, or name a row that
             does not exist.
 
+    >>> index_first_axis(torch.randn(5, 3), torch.tensor([4, 0])).shape
+    torch.Size([2, 3])
+
     Contract: flash-attention 2.8, `index_first_axis`.
     """
     refuse_transforms("input")
@@ -179,6 +182,11 @@ def unpad_input(
     Raises:
         ArgumentError: shapes or devices do not fit.
 
+    >>> mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    >>> packed, indices, cu_seqlens, max_seqlen, seqused = unpad_input(torch.randn(2, 3, 8), mask)
+    >>> packed.shape, indices.tolist(), cu_seqlens.tolist(), max_seqlen
+    (torch.Size([5, 8]), [0, 1, 3, 4, 5], [0, 2, 5], 3)
+
     Contract: flash-attention 2.8, `unpad_input`. Wider: masks on the host. In one graph under
     torch.compile if `torch._dynamo.config` captures scalar outputs and dynamic output shapes.
     """
@@ -223,6 +231,13 @@ def unpad_input_for_concatenated_sequences(
         ArgumentError: shapes or devices do not fit, or lengths are not integers, are negative, or
             exceed seqlen together.
 
+    >>> lengths = torch.tensor([[2, 3, 0, 0, 0, 0]])
+    >>> packed, _, cu_seqlens, _ = unpad_input_for_concatenated_sequences(
+    ...     torch.randn(1, 6, 8), lengths
+    ... )
+    >>> packed.shape, cu_seqlens.tolist()
+    (torch.Size([5, 8]), [0, 2, 5])
+
     Contract: flash-attention 2.8, `unpad_input_for_concatenated_sequences`. Wider: lengths on the
     host.
     """
@@ -253,6 +268,9 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Raises:
         ArgumentError: as `index_put_first_axis`, or a size is negative, or both are too large.
+
+    >>> pad_input(torch.randn(5, 8), torch.tensor([0, 1, 3, 4, 5]), batch=2, seqlen=3).shape
+    torch.Size([2, 3, 8])
 
     Contract: flash-attention 2.8, `pad_input`.
     """

@@ -94,18 +94,11 @@ _QKV = {"q": "qkv", "k": "qkv", "v": "qkv"} | {
 
 @_overloads.dense
 def flash_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Answer:  # fmt: skip
     """softmax(scale * q k^T) v for each sequence of a padded batch.
 
     Query i sees key j if i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right
@@ -127,6 +120,10 @@ def flash_attn_func(
         out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse, S_dmask) with softmax_lse
         (batch, nheads, seqlen_q) in float32 and S_dmask empty without dropout.
 
+    >>> q, k, v = torch.randn(2, 5, 8, 64), torch.randn(2, 7, 2, 64), torch.randn(2, 7, 2, 64)
+    >>> flash_attn_func(q, k, v, causal=True).shape
+    torch.Size([2, 5, 8, 64])
+
     Contract: flash-attention 2.8, `flash_attn_func`.
     """
     options = (
@@ -143,23 +140,13 @@ def flash_attn_func(
 
 @_overloads.varlen
 def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-) -> Answer:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor, max_seqlen_k: int | Tensor, dropout_p: float = 0.0,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, block_table: Tensor | None = None,
+) -> Answer:  # fmt: skip
     """`flash_attn_func` over sequences packed one after the other.
 
     Args:
@@ -179,6 +166,11 @@ def flash_attn_varlen_func(
     Returns:
         out (total_q, nheads, headdim), or (out, softmax_lse, S_dmask) with softmax_lse
         (nheads, total_q) in float32.
+
+    >>> q, k, v = (torch.randn(9, nheads, 64) for nheads in (8, 2, 2))
+    >>> cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 5, 5, causal=True).shape
+    torch.Size([9, 8, 64])
 
     Contract: flash-attention 2.8, `flash_attn_varlen_func`.
     """
@@ -201,17 +193,15 @@ def flash_attn_varlen_func(
 
 @_overloads.qkvpacked
 def flash_attn_qkvpacked_func(
-    qkv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
+    qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Answer:  # fmt: skip
     """`flash_attn_func` on qkv (batch, seqlen, 3, nheads, headdim).
+
+    >>> flash_attn_qkvpacked_func(torch.randn(2, 5, 3, 8, 64)).shape
+    torch.Size([2, 5, 8, 64])
 
     Contract: flash-attention 2.8, `flash_attn_qkvpacked_func`.
     """
@@ -233,18 +223,15 @@ def flash_attn_qkvpacked_func(
 
 @_overloads.kvpacked
 def flash_attn_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
+    q: Tensor, kv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Answer:  # fmt: skip
     """`flash_attn_func` on q and a packed kv (batch, seqlen_k, 2, nheads_k, headdim).
+
+    >>> flash_attn_kvpacked_func(torch.randn(2, 5, 8, 64), torch.randn(2, 7, 2, 2, 64)).shape
+    torch.Size([2, 5, 8, 64])
 
     Contract: flash-attention 2.8, `flash_attn_kvpacked_func`.
     """
@@ -266,19 +253,17 @@ def flash_attn_kvpacked_func(
 
 @_overloads.varlen_qkvpacked
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int | Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int | Tensor, dropout_p: float = 0.0,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Answer:  # fmt: skip
     """`flash_attn_varlen_func` on qkv (total, 3, nheads, headdim).
+
+    >>> cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    >>> flash_attn_varlen_qkvpacked_func(torch.randn(9, 3, 8, 64), cu_seqlens, 5).shape
+    torch.Size([9, 8, 64])
 
     Contract: flash-attention 2.8, `flash_attn_varlen_qkvpacked_func`.
     """
@@ -303,22 +288,17 @@ def flash_attn_varlen_qkvpacked_func(
 
 @_overloads.varlen_kvpacked
 def flash_attn_varlen_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
+    q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Answer:
+) -> Answer:  # fmt: skip
     """`flash_attn_varlen_func` on q and a packed kv (total_k, 2, nheads_k, headdim).
+
+    >>> q, kv, cu_seqlens = torch.randn(9, 8, 64), torch.randn(9, 2, 2, 64), [0, 4, 9]
+    >>> flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens, 5, 5).shape
+    torch.Size([9, 8, 64])
 
     Contract: flash-attention 2.8, `flash_attn_varlen_kvpacked_func`.
     """
@@ -343,26 +323,14 @@ def flash_attn_varlen_kvpacked_func(
 
 @_overloads.with_kvcache
 def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: int | Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: Tensor | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None, cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None, block_table: Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None, num_splits: int = 0, return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over a key-value cache, appending new keys and values to it in place.
 
     Args:
@@ -385,6 +353,11 @@ def flash_attn_with_kvcache(
 
     Returns:
         out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse).
+
+    >>> k_cache, v_cache = torch.zeros(2, 32, 2, 64), torch.zeros(2, 32, 2, 64)
+    >>> q, k, v = (torch.randn(2, 1, nheads, 64) for nheads in (8, 2, 2))
+    >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=20, causal=True).shape
+    torch.Size([2, 1, 8, 64])
 
     Contract: flash-attention 2.8, `flash_attn_with_kvcache`.
     """
