@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
+from importlib import resources
 from typing import NamedTuple
-
-from ..errors import ArgumentError
 
 __all__ = ["Setting", "illegal", "in_force"]
 
 PREFIX = "FLASH_ATTN_NPU_"
 _ROW = re.compile(r"^\| `(\w+)` \| `(\w+)` \| (.*) \|$", re.MULTILINE)
-_DEFAULT = re.compile(r"`([^`]*)` \(default\)")
+_VALUE = re.compile(r"`([^`]*)`")
 
 OF_OTHERS = (
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
@@ -38,8 +38,8 @@ def in_force() -> list[Setting]:
     found = [
         Setting(name, os.environ[variable], variable)
         if variable in os.environ
-        else Setting(name, default, "default")
-        for name, variable, default in known
+        else Setting(name, legal[0], "default")
+        for name, variable, legal in known
     ]
     variables = {variable for _, variable, _ in known}
     more = [name for name in sorted(os.environ) if name.startswith(PREFIX)]
@@ -50,23 +50,20 @@ def in_force() -> list[Setting]:
 
 
 def illegal() -> str | None:
-    """What the package says of a value in the environment that is not legal, else None."""
-    try:
-        from .._core.ground import settings  # noqa: F401
-    except ArgumentError as error:
-        return str(error)
-    return None
-
-
-def _documented() -> list[tuple[str, str, str]]:
-    """(name, variable, default), as the table at the top of `ground.settings` says."""
-    try:
-        from .._core.ground import settings
-    except ArgumentError:
-        return []
-    rows = _ROW.findall(settings.__doc__ or "")
-    return [
-        (name, variable, default.group(1) if default else "")
-        for name, variable, values in rows
-        for default in [_DEFAULT.search(values)]
+    """The variables whose values are not legal, which the package refuses to be imported with."""
+    wrong = [
+        f"{variable}={os.environ[variable]} (legal: {', '.join(legal)})"
+        for _, variable, legal in _documented()
+        if variable in os.environ and os.environ[variable].partition(":")[0] not in legal
     ]
+    return "; ".join(wrong) or None
+
+
+def _documented() -> list[tuple[str, str, tuple[str, ...]]]:
+    """(name, variable, legal values), as the table at the top of `ground.settings` says.
+
+    Read and not imported: that may take torch. The default is the first value.
+    """
+    source = resources.files(__package__.partition(".")[0]) / "_core" / "ground" / "settings.py"
+    text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+    return [(name, variable, tuple(_VALUE.findall(v))) for name, variable, v in _ROW.findall(text)]

@@ -1,32 +1,17 @@
 """What is fused with which torch_npu: the operators of twenty wheels, and what calls need of them.
 
-`torch_npu.json` is operator -> schema -> versions of torch_npu, read out of the wheels; an operator
-that a version is not listed under is absent from it.
+The schemas, read out of the wheels, are those of `ground.absent`.
 """
 
 from __future__ import annotations
 
-import json
-from importlib import resources
-
-import torch
 from packaging.version import Version
 
+from .._core.ground.absent import SCHEMAS, VERSIONS, arguments, schema
 from .._core.table.installed import ATTENTION, ROWWISE, Need
 from .._version import OLDEST_TORCH_NPU
 
-__all__ = ["SCHEMAS", "VERSIONS", "arguments", "groups", "table"]
-
-SCHEMAS: dict[str, dict[str, list[str]]] = json.loads(
-    (resources.files(__package__) / "torch_npu.json").read_text(encoding="utf-8")
-)
-
-VERSIONS = tuple(
-    sorted(
-        {v for schemas in SCHEMAS.values() for them in schemas.values() for v in them}, key=Version
-    )
-)
-"""Of the wheels that were read, the oldest first."""
+__all__ = ["SCHEMAS", "VERSIONS", "arguments", "groups", "schema", "table"]
 
 _HEAD = f"""\
 ## What is fused with which torch_npu
@@ -37,20 +22,6 @@ every kernel against each of them. torch_npu must be that of the torch at hand: 
 numbers are torch's.
 
 """
-
-
-def schema(version: str, operator: str) -> str | None:
-    """The operator's schema in a version of torch_npu, None if it is absent there."""
-    found = (text for text, where in SCHEMAS[operator].items() if version in where)
-    return next(found, None)
-
-
-def arguments(version: str, operator: str) -> tuple[str, ...]:
-    """The names of an operator's arguments in a version, none if it is absent there."""
-    text = schema(version, operator)
-    if text is None:
-        return ()
-    return tuple(argument.name for argument in torch._C.parse_schema(text).arguments)
 
 
 def groups() -> dict[tuple[str, ...], list[str]]:

@@ -206,9 +206,9 @@ def test_the_policy_ends_with_its_block():
 
 @pytest.mark.parametrize("word", ["ignore", "", "Error", None])
 def test_other_policies_do_not_exist(word):
-    with pytest.raises(ArgumentError, match=r"warn, allow, error"), fallback(word):
+    with pytest.raises(ArgumentError, match=r"warn, allow, error, ascend"), fallback(word):
         pytest.fail("the block ran")
-    with pytest.raises(ArgumentError, match=r"warn, allow, error"):
+    with pytest.raises(ArgumentError, match=r"warn, allow, error, ascend"):
         fallback(word)
     assert fallback_policy() == "warn"
 
@@ -273,7 +273,10 @@ def test_the_environment_sets_the_alibi_offset(monkeypatch, value, allowed):
 
 @pytest.mark.parametrize(
     ("variable", "legal"),
-    [("FLASH_ATTN_NPU_FALLBACK", "warn, allow, error"), ("FLASH_ATTN_NPU_ALIBI_OFFSET", "0, 1")],
+    [
+        ("FLASH_ATTN_NPU_FALLBACK", "warn, allow, error, ascend"),
+        ("FLASH_ATTN_NPU_ALIBI_OFFSET", "0, 1"),
+    ],
 )
 @pytest.mark.parametrize("value", ["ignore", "", "2"])
 def test_an_illegal_value_in_the_environment_is_an_error(monkeypatch, variable, legal, value):

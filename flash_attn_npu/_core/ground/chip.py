@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .absent import Absent
 from .confirmed import Combination, refuted
 from .memory import Memo
 
@@ -13,8 +14,10 @@ _names: Memo[torch.device, str] = Memo("names of chips", 64)
 _combinations: Memo[torch.device, Combination] = Memo("versions of what runs on a chip", 64)
 
 
-def soc_name(device: torch.device) -> str:
+def soc_name(device: torch.device | Absent) -> str:
     """The chip's name, such as "Ascend910B3"; empty for a device that is no NPU."""
+    if isinstance(device, Absent):
+        return device.soc
     if device.type != "npu":
         return ""
     name = _names.recall(device)
@@ -41,12 +44,12 @@ def combination(device: torch.device) -> Combination:
     return known
 
 
-def known_wrong(device: torch.device) -> str:
+def known_wrong(device: torch.device | Absent) -> str:
     """What reports have found wrong on this chip, CANN and torch_npu; nearly always nothing.
 
     A line for each: the row of a table, the kernel and the report, with tabs between them.
     """
-    if device.type != "npu":
+    if device.type != "npu" or isinstance(device, Absent):
         return ""
     cells = refuted(combination(device)).items()
     return "\n".join("\t".join((*cell, report)) for cell, report in cells)

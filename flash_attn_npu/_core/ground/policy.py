@@ -6,14 +6,16 @@ Both tables end here, through `table.choice`.
 from __future__ import annotations
 
 import logging
+from typing import NoReturn
 
 import torch
 
 from ...errors import UnsupportedError, printable
+from .absent import absent
 from .memory import Memo
 from .settings import fallback_policy
 
-__all__ = ["permit"]
+__all__ = ["permit", "refuse"]
 
 logger = logging.getLogger("flash_attn_npu")
 
@@ -44,15 +46,11 @@ def permit(
     if not reasons:
         return
     policy = fallback_policy()
-    if policy == "error" and detour is None:
-        raise UnsupportedError(
-            function,
-            "; ".join(reasons),
-            "calls that a fused kernel serves, under the fallback policy `error`",
-            f"change what is named here, or allow composed operations by {_setting('warn')}",
-        )
+    meant = absent(policy)
+    if (policy == "error" or (meant and device.type == "npu")) and detour is None:
+        refuse(function, reasons, policy)
     key = (function, reasons)
-    if policy == "allow" or _warned.recall(key):
+    if policy == "allow" or meant or _warned.recall(key):
         return
     _warned.put(key, True)
     level = logging.WARNING if device.type == "npu" else logging.INFO
@@ -63,6 +61,16 @@ def permit(
         detour or COMPOSED,
         printable("; ".join(reasons)),
         _setting("allow"),
+    )
+
+
+def refuse(function: str, reasons: tuple[str, ...], policy: str) -> NoReturn:
+    """End a call that no fused kernel serves, as a policy demands."""
+    raise UnsupportedError(
+        function,
+        "; ".join(reasons),
+        f"calls that a fused kernel serves, under the fallback policy `{policy}`",
+        f"change what is named here, or allow composed operations by {_setting('warn')}",
     )
 
 

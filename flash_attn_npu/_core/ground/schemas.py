@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .absent import Absent, arguments
 from .memory import Memo
 
 __all__ = ["has", "lacks"]
@@ -26,12 +27,18 @@ def has(operator: str, *arguments: str) -> bool:
     return bool(taken) and set(arguments).issubset(taken)
 
 
-def lacks(device: torch.device, *needed: tuple[str, ...]) -> bool:
+def lacks(device: torch.device | Absent, *needed: tuple[str, ...]) -> bool:
     """Whether something is missing for tensors on an NPU.
 
     Args:
         needed: (operator, argument, argument, ...) of everything that is called.
     """
+    if isinstance(device, Absent):
+        return not all(
+            {*names}.issubset(arguments(device.torch_npu, operator))
+            and arguments(device.torch_npu, operator)
+            for operator, *names in needed
+        )
     return device.type == "npu" and not all(has(*call) for call in needed)
 
 

@@ -2,9 +2,9 @@
 
 | setting | environment variable | values |
 | --- | --- | --- |
-| `fallback` | `FLASH_ATTN_NPU_FALLBACK` | `warn` (default), `allow`, `error` |
+| `fallback` | `FLASH_ATTN_NPU_FALLBACK` | `warn` (default), `allow`, `error`, `ascend` |
 | `alibi_offset` | `FLASH_ATTN_NPU_ALIBI_OFFSET` | `0` (default), `1` |
-| `verification` | `FLASH_ATTN_NPU_VERIFY` | `compose` (default), `refuse`, `warn`, `always`, `off`
+| `verification` | `FLASH_ATTN_NPU_VERIFY` | `compose` (default), `refuse`, `warn`, `always`, `off` |
 
 A variable is read once, when the package is imported; a value that is not legal is an error
 there and then.
@@ -20,10 +20,12 @@ from threading import local
 from typing import Literal
 
 from ...errors import ArgumentError
+from .absent import DEFAULT, WORD, Absent, absent
 from .memory import forget_all
 
 __all__ = [
     "alibi_offset",
+    "assumed",
     "fallback",
     "fallback_policy",
     "traced",
@@ -31,12 +33,14 @@ __all__ = [
     "verifying",
 ]
 
-POLICIES = ("warn", "allow", "error")
+POLICIES = ("warn", "allow", "error", WORD)
 VERIFICATIONS = ("compose", "refuse", "warn", "always", "off")
 
 
 def _from_environment(variable: str, allowed: tuple[str, ...]) -> str:
     value = os.environ.get(variable, allowed[0])
+    if WORD in allowed and absent(value):
+        return value
     if value not in allowed:
         raise ArgumentError(
             variable, repr(value), ", ".join(allowed), f"unset it or set {variable}={allowed[0]}"
@@ -66,7 +70,17 @@ def fallback_policy() -> str:
     return _fallback.get()
 
 
-def fallback(policy: Literal["warn", "allow", "error"]) -> AbstractContextManager[None]:
+def assumed() -> Absent:
+    """The Ascend that a report speaks of on a machine without one."""
+    return absent(_default_policy) or DEFAULT
+
+
+def fallback(
+    policy: Literal["warn", "allow", "error", "ascend"],
+    *,
+    soc: str | None = None,
+    torch_npu: str | None = None,
+) -> AbstractContextManager[None]:
     """Decide, inside a `with` block, about calls that no fused kernel can serve.
 
     `warn` computes them exactly from torch operations and logs each reason once; `allow` does
@@ -74,12 +88,24 @@ def fallback(policy: Literal["warn", "allow", "error"]) -> AbstractContextManage
     to have an argument ignored. The block holds for the thread that entered it; a thread that is
     started inside begins with the policy of the environment. A backward keeps its forward's.
 
+    `ascend` is for machines without a card: it refuses what would not be fused on one, read from
+    the same table, and computes the rest here; on a card it means `error`. In the environment it may
+    name the card: `ascend:Ascend950PR:2.8.0`. What torch.compile traces row by row (rotations, norms,
+    gates and losses) is not judged by it.
+
+    Args:
+        soc, torch_npu: of the card that `ascend` is about: such as "Ascend910B3", "2.13.0".
+
     Raises:
-        ArgumentError: policy is none of these words.
+        ArgumentError: policy is none of these words, or names what is not known.
     """
     if policy not in POLICIES:
         raise ArgumentError("policy", repr(policy), ", ".join(POLICIES), "pass one of these words")
-    return _within(policy)
+    if soc is None and torch_npu is None:
+        return _within(policy)
+    word = f"{policy}:{soc or ''}:{torch_npu or ''}"
+    absent(word if policy == WORD else f"{WORD}:{policy}")
+    return _within(word)
 
 
 @contextmanager

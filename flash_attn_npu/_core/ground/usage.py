@@ -17,12 +17,14 @@ class Tally:
     """Calls of one function that one kernel served.
 
     reasons: why the kernels before this one were passed over; empty for a fused kernel.
+    on_ascend: what would serve them on an Ascend; empty where they ran on one.
     """
 
     function: str
     kernel: str
     reasons: tuple[str, ...]
     calls: int = 0
+    on_ascend: str = ""
 
 
 @dataclass
@@ -34,13 +36,14 @@ class Report:
     def __str__(self) -> str:
         if not self.tallies:
             return "flash_attn_npu has served no call"
-        rows = [("function", "kernel", "calls", "why not fused")]
+        away = any(entry.on_ascend for entry in self.tallies)
+        rows = [("function", "kernel", "calls", "on Ascend" if away else "why not fused")]
         rows += [
             (
                 printable(entry.function),
                 printable(entry.kernel),
                 str(entry.calls),
-                printable("; ".join(entry.reasons)),
+                printable(entry.on_ascend or "; ".join(entry.reasons)),
             )
             for entry in self.tallies
         ]
@@ -53,14 +56,15 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([*cells, row[-1]]).rstrip()
 
 
-_Key = tuple[str, str, tuple[str, ...]]
+_Key = tuple[str, str, tuple[str, ...], str]
 
 _tallies: dict[_Key, Tally] = {}
 
 
-def tally(function: str, kernel: str, reasons: tuple[str, ...]) -> Tally:
-    """The one tally of this function, kernel and set of reasons."""
-    return _tallies.setdefault((function, kernel, reasons), Tally(function, kernel, reasons))
+def tally(function: str, kernel: str, reasons: tuple[str, ...], on_ascend: str = "") -> Tally:
+    """The one tally of this function, kernel, set of reasons and what would serve on an Ascend."""
+    key = (function, kernel, reasons, on_ascend)
+    return _tallies.setdefault(key, Tally(function, kernel, reasons, on_ascend=on_ascend))
 
 
 def report() -> Report:

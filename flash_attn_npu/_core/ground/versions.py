@@ -9,6 +9,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from ..._version import OLDEST_TORCH_NPU
+from .absent import Absent
 from .memory import Memo
 
 __all__ = ["too_old", "torch_npu_version"]
@@ -26,8 +27,10 @@ def torch_npu_version() -> str | None:
     return known
 
 
-def too_old(device: torch.device) -> bool:
+def too_old(device: torch.device | Absent) -> bool:
     """Whether tensors on an NPU are served by a torch_npu older than the oldest supported."""
+    if isinstance(device, Absent):
+        return Version(device.torch_npu) < Version(OLDEST_TORCH_NPU)
     version = torch_npu_version() if device.type == "npu" else None
     parsed = None if version is None else _parsed(version)
     return parsed is not None and parsed < Version(OLDEST_TORCH_NPU)

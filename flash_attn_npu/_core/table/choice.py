@@ -21,17 +21,18 @@ A wrapper of a kernel is a `Kernel` too, `kernel._replace(forward=...)`, and sta
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from ...errors import UnsupportedError
 from ..ground import policy, usage
+from ..ground.absent import WORD, Absent, absent
 from ..ground.chip import known_wrong
 from ..ground.memory import Memo
-from ..ground.settings import verification
+from ..ground.settings import assumed, fallback_policy, verification
 from ..ground.traced import note
 from ..kernels.kernel import Kernel
 from ..problems import attention, rowwise
@@ -40,7 +41,8 @@ from . import attention as attention_table
 from . import rowwise as rowwise_table
 from .rule import Candidate, Table, disproved, reasons
 
-__all__ = ["Plan", "Verdict", "begin", "choose", "permit", "plan", "recall", "refusals"]
+__all__ = ["Elsewhere", "Plan", "Verdict", "begin", "choose", "on_ascend", "permit", "plan"]
+__all__ += ["recall", "refusals"]
 
 _plans: Memo[Hashable, Plan] = Memo("plans of calls", 512, nbytes=1 << 26)
 recall = _plans.recall
@@ -124,7 +126,8 @@ def plan(problem: Any, key: Hashable = None) -> Plan:
     found = recall(problem) if key is None else None
     if found is None:
         found = _decide(problem)
-        found.tally = usage.tally(problem.function, found.name, found.reasons)
+        told = "" if problem.device.type == "npu" else str(on_ascend(problem, assumed()))
+        found.tally = usage.tally(problem.function, found.name, found.reasons, told)
         _plans.put(problem if key is None else key, found)
     return found
 
@@ -140,9 +143,47 @@ def permit(found: Plan) -> None:
     """Apply the fallback policy to a plan; a problem without work loses nothing by no fusion."""
     if found.reasons and not found.problem.empty:
         problem = found.problem
+        meant = absent(fallback_policy())
+        if meant and problem.device.type != "npu":
+            there = on_ascend(problem, meant)
+            if not there.fused:
+                policy.refuse(problem.function, there.reasons, f"{WORD} ({meant})")
         policy.permit(
             problem.function, problem.device, found.reasons, detour=found.candidate.detour
         )
+
+
+class Elsewhere(NamedTuple):
+    """What would serve a problem on an Ascend that is not there.
+
+    reasons: why kernels would be passed over there.
+    """
+
+    kernel: str
+    fused: bool
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.fused:
+            return f"fused: {self.kernel}"
+        return f"composed, because {'; '.join(self.reasons) or 'there is nothing to compute'}"
+
+
+def on_ascend(problem: Any, there: Absent) -> Elsewhere:
+    """What the table says of the same problem on another device."""
+    if isinstance(problem, attention.Problem):
+        moved: Any = replace(problem, device=cast(torch.device, there))
+    else:
+        moved = problem._replace(device=there)
+    told: tuple[str, ...] = ()
+    for candidate in _TABLES[type(problem)].candidates(moved):
+        refused = refusals(candidate.name, moved)
+        if not refused:
+            fused = not told or candidate.detour is not None
+            return Elsewhere(candidate.name, fused, told)
+        if not candidate.shortcut:
+            told = (*told, str(Verdict(candidate.name, refused)))
+    return Elsewhere("none", False, told)
 
 
 def refusals(kernel: str, problem: Any) -> tuple[str, ...]:

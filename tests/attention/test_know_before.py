@@ -1,0 +1,165 @@
+"""Off a card the table answers for an Ascend that is not there, as the simulated card does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flash_attn_npu
+from flash_attn_npu._core.ground import usage
+from flash_attn_npu._core.ground.absent import DEFAULT, VERSIONS, Absent
+from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.table import attention, choice
+from flash_attn_npu._core.table.attention import BLOCKWISE, TABLE
+from flash_attn_npu.errors import ArgumentError, UnsupportedError
+from tests.helpers import table_examples
+from tests.helpers.table_examples import EXAMPLES
+
+CPU = torch.device("cpu")
+ELSEWHERE = ("Ascend 310P and 200I", "sink, Ascend 950", "tensors outside an Ascend NPU")
+MASK_OF_A_CARD = "backward of a dropout mask drawn by npu_fusion_attention"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The limits that the examples cross, and nothing remembered from other tests."""
+    forget_all()
+    for name in vars(table_examples):
+        if name.startswith("SMALL_"):
+            limit = {"SMALL_PAIRS": "MAX_FILLED_PAIRS"}.get(name, name.replace("SMALL", "MAX"))
+            monkeypatch.setattr(attention, limit, getattr(table_examples, name))
+    yield
+    forget_all()
+
+
+def plans(row: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was decided while the example of a row ran, in order."""
+    decide, seen = choice._decide, []
+
+    def noted(problem: Any) -> Any:
+        seen.append(decide(problem))
+        return seen[-1]
+
+    with monkeypatch.context() as patched, flash_attn_npu.fallback("allow"):
+        patched.setattr(choice, "_decide", noted)
+        with contextlib.suppress(UnsupportedError):
+            EXAMPLES[row](device)
+    forget_all()
+    return seen
+
+
+@pytest.mark.parametrize("row", [rule.name for rule in TABLE if rule.name not in ELSEWHERE])
+def test_the_verdict_off_a_card_is_that_of_the_card(
+    row: str, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "a torch_npu" in row:
+        pytest.skip("another torch_npu than the simulated card's")
+    there = Absent(torch.npu.get_device_name(), VERSIONS[-2])
+    on_card = [
+        (plan.name, bool(plan.reasons) and plan.candidate.detour is None)
+        for plan in plans(row, npu, monkeypatch)
+    ]
+    away = plans(row, CPU, monkeypatch)
+    told = [choice.on_ascend(plan.problem, there) for plan in away]
+    assert [(one.kernel, not one.fused) for one in told][: len(on_card)] == on_card[: len(told)]
+    # a mask that a card drew cannot be drawn again off it
+    assert told or row in ("backward from softmax_lse", MASK_OF_A_CARD)
+
+
+def test_rows_about_another_card_are_judged_by_the_one_that_is_named() -> None:
+    q = torch.randn(1, 6, 2, 8, dtype=torch.float16)
+    for soc, fused in (("Ascend910B3", True), ("Ascend950PR", True), ("Ascend310P3", False)):
+        with flash_attn_npu.fallback("ascend", soc=soc):
+            if fused:
+                flash_attn_npu.flash_attn_func(q, q, q, causal=True)
+            else:
+                with pytest.raises(UnsupportedError, match="the chip does not have it"):
+                    flash_attn_npu.flash_attn_func(q, q, q, causal=True)
+
+
+def test_a_torch_npu_may_be_named() -> None:
+    q = torch.randn(1, 6, 2, 8, dtype=torch.float16)
+    older = flash_attn_npu.fallback("ascend", soc="Ascend910B3", torch_npu="2.5.1")
+    with older, pytest.raises(UnsupportedError, match=r"older than 2\.6"):
+        flash_attn_npu.flash_attn_func(q, q, q, causal=True)
+    with flash_attn_npu.fallback("ascend", torch_npu=VERSIONS[-1]):
+        flash_attn_npu.flash_attn_func(q, q, q, causal=True)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"policy": "ascend", "soc": "TPU"},
+        {"policy": "ascend", "torch_npu": "1.0"},
+        {"policy": "error", "soc": "Ascend910B3"},
+        {"policy": "ascend:Ascend910B3"},
+    ],
+)
+def test_what_cannot_be_named_is_an_error(named: dict[str, str]) -> None:
+    with pytest.raises(ArgumentError, match="policy"):
+        flash_attn_npu.fallback(**named)  # type: ignore[arg-type]
+
+
+def test_the_policy_refuses_only_what_a_card_would_not_fuse(device: torch.device) -> None:
+    q = torch.randn(1, 6, 2, 8).to(device, torch.float16)
+    with flash_attn_npu.fallback("ascend"):
+        out = flash_attn_npu.flash_attn_func(q, q, q, causal=True)
+        assert isinstance(out, torch.Tensor)
+        assert out.isfinite().all()
+        with pytest.raises(UnsupportedError, match="no Ascend kernel has softcap") as refused:
+            flash_attn_npu.flash_attn_func(q, q, q, softcap=2.0)
+    assert "runs on Ascend NPUs only" not in str(refused.value)
+    assert "fallback policy `ascend" in refused.value.allowed
+
+
+def test_the_report_says_what_a_card_would_do() -> None:
+    q = torch.randn(1, 6, 2, 8, dtype=torch.float16)
+    with flash_attn_npu.reporting() as report:
+        flash_attn_npu.flash_attn_func(q, q, q, causal=True)
+        flash_attn_npu.flash_attn_func(q, q, q, softcap=2.0)
+    told = {entry.on_ascend for entry in report.tallies}
+    assert told == {
+        "fused: npu_fusion_attention",
+        "composed, because npu_fusion_attention: no Ascend kernel has softcap",
+    }
+    assert {entry.kernel for entry in report.tallies} == {BLOCKWISE}
+    heading, *rows = str(report).splitlines()
+    assert heading.endswith("on Ascend")
+    assert any(row.endswith("fused: npu_fusion_attention") for row in rows)
+
+
+def test_on_a_card_nothing_is_said_of_another(npu: torch.device) -> None:
+    q = torch.randn(1, 6, 2, 8).to(npu, torch.float16)
+    with usage.reporting() as report:
+        flash_attn_npu.flash_attn_func(q, q, q, causal=True)
+    assert [entry.on_ascend for entry in report.tallies] == [""]
+
+
+def test_the_environment_holds_the_line_in_ci(tmp_path: Path) -> None:
+    """As a laptop's CI would set it; one interpreter for what passes and what does not."""
+    (tmp_path / "script.py").write_text(
+        "import torch, flash_attn_npu\n"
+        "q = torch.randn(1, 4, 2, 8, dtype=torch.float16)\n"
+        "flash_attn_npu.flash_attn_func(q, q, q, causal=True)\n"
+        "flash_attn_npu.flash_attn_func(q, q, q, softcap=1.0)\n"
+    )
+    environment = os.environ | {
+        "FLASH_ATTN_NPU_FALLBACK": "ascend:Ascend910B4",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "PYTHONPATH": str(Path(flash_attn_npu.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "softcap=1.0" in done.stderr
+    assert f"ascend (Ascend910B4, torch_npu {DEFAULT.torch_npu})" in done.stderr
