@@ -89,9 +89,9 @@ def fallback(
     started inside begins with the policy of the environment. A backward keeps its forward's.
 
     `ascend` is for machines without a card: it refuses what would not be fused on one, read from
-    the same table, and computes the rest here; on a card it means `error`. In the environment it may
-    name the card: `ascend:Ascend950PR:2.8.0`. What torch.compile traces row by row (rotations, norms,
-    gates and losses) is not judged by it.
+    the same table, and computes the rest here; on a card it means `error`. In the environment it
+    may name the card: `ascend:Ascend950PR:2.8.0`. What torch.compile traces row by row (rotations,
+    norms, gates and losses) is not judged by it.
 
     Args:
         soc, torch_npu: of the card that `ascend` is about: such as "Ascend910B3", "2.13.0".
