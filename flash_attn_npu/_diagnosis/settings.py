@@ -11,7 +11,7 @@ from typing import NamedTuple
 __all__ = ["Setting", "illegal", "in_force"]
 
 PREFIX = "FLASH_ATTN_NPU_"
-_ROW = re.compile(r"^\| `(\w+)` \| `(\w+)` \| (.*) \|$", re.MULTILINE)
+_ROW = re.compile(r"^\| `(\w+)` \| `(\w+)` \| ([^|]*)", re.MULTILINE)
 _VALUE = re.compile(r"`([^`]*)`")
 
 OF_OTHERS = (

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | `fallback` | `FLASH_ATTN_NPU_FALLBACK` | `warn` (default), `allow`, `error`, `ascend` |
 | `alibi_offset` | `FLASH_ATTN_NPU_ALIBI_OFFSET` | `0` (default), `1` |
-| `verification` | `FLASH_ATTN_NPU_VERIFY` | `compose` (default), `refuse`, `warn`, `always`, `off` |
+| `verification` | `FLASH_ATTN_NPU_VERIFY` | `compose` (default), `refuse`, `warn`, `always`, `off`
 
 A variable is read once, when the package is imported; a value that is not legal is an error
 there and then.
