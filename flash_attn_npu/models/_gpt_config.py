@@ -15,6 +15,7 @@ __all__ = [
     "GATED",
     "Sizes",
     "check_config",
+    "converted",
     "gelu_kind",
     "make_config",
     "positions",
@@ -149,6 +150,26 @@ def make_config(**settings: Any) -> Any:
             "install transformers, or set the attributes of a config of your own",
         ) from error
     return GPT2Config(**settings)
+
+
+def converted(theirs: Any, **own: Any) -> Any:
+    """The GPT2Config of another model's config: what most of them name alike, and their own.
+
+    Raises:
+        UnsupportedError: as `sizes` and `make_config`.
+    """
+    found = sizes(theirs)
+    shared = {
+        "vocab_size": theirs.vocab_size,
+        "n_positions": 0,
+        "n_embd": found.hidden,
+        "n_layer": found.layers,
+        "n_head": found.heads,
+        "initializer_range": theirs.initializer_range,
+        "bos_token_id": theirs.bos_token_id,
+        "eos_token_id": theirs.eos_token_id,
+    }
+    return make_config(**{**shared, **own})
 
 
 def rotary_base(config: Any) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ._checkpoint_names import Names, by_group, by_kind, changed, with_vocabulary, without_padding
-from ._gpt_config import make_config, positions, sizes
+from ._gpt_config import converted, positions, sizes
 
 __all__ = [
     "bigcode_config_to_gpt2_config",
@@ -46,12 +46,9 @@ def bigcode_config_to_gpt2_config(bigcode_config: Any) -> Any:
     Contract: flash-attention 2.8, `bigcode_config_to_gpt2_config`.
     """
     theirs, found = bigcode_config, sizes(bigcode_config)
-    return make_config(
-        vocab_size=theirs.vocab_size,
+    return converted(
+        theirs,
         n_positions=positions(theirs),
-        n_embd=found.hidden,
-        n_layer=found.layers,
-        n_head=found.heads,
         n_head_kv=1 if theirs.multi_query else found.heads,
         n_inner=theirs.n_inner,
         activation_function=theirs.activation_function,
@@ -59,10 +56,7 @@ def bigcode_config_to_gpt2_config(bigcode_config: Any) -> Any:
         embd_pdrop=theirs.embd_pdrop,
         attn_pdrop=theirs.attn_pdrop,
         layer_norm_epsilon=theirs.layer_norm_epsilon,
-        initializer_range=theirs.initializer_range,
         scale_attn_weights=theirs.scale_attn_weights,
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
         tie_word_embeddings=getattr(theirs, "tie_word_embeddings", True),
     )
 

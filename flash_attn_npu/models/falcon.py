@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ._checkpoint_names import Names, by_kind, changed, with_vocabulary
-from ._gpt_config import make_config, require, rotary_base, sizes
+from ._gpt_config import converted, require, rotary_base, sizes
 
 __all__ = ["falcon_config_to_gpt2_config", "remap_state_dict_hf_falcon"]
 
@@ -61,12 +61,8 @@ def falcon_config_to_gpt2_config(falcon_config: Any) -> Any:
         heads_kv = 1
     norms = getattr(theirs, "num_ln_in_parallel_attn", None)
     bias = theirs.bias
-    return make_config(
-        vocab_size=theirs.vocab_size,
-        n_positions=0,
-        n_embd=found.hidden,
-        n_layer=found.layers,
-        n_head=found.heads,
+    return converted(
+        theirs,
         n_head_kv=heads_kv,
         n_inner=getattr(theirs, "ffn_hidden_size", None),
         activation_function=getattr(theirs, "activation", "gelu"),
@@ -74,9 +70,6 @@ def falcon_config_to_gpt2_config(falcon_config: Any) -> Any:
         embd_pdrop=theirs.hidden_dropout,
         attn_pdrop=theirs.attention_dropout,
         layer_norm_epsilon=theirs.layer_norm_epsilon,
-        initializer_range=theirs.initializer_range,
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
         prenorm=True,
         parallel_block=bool(new or theirs.parallel_attn),
         parallel_block_tied_norm=not new or norms == 1,

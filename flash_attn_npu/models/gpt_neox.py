@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ._checkpoint_names import Names, by_kind, changed, with_vocabulary
-from ._gpt_config import make_config, rotary_base, sizes
+from ._gpt_config import converted, rotary_base, sizes
 
 __all__ = ["gpt_neox_config_to_gpt2_config", "remap_state_dict_hf_gpt_neox"]
 
@@ -46,21 +46,14 @@ def gpt_neox_config_to_gpt2_config(gpt_neox_config: Any) -> Any:
     theirs = gpt_neox_config
     parameters = getattr(theirs, "rope_parameters", None) or {}
     bias = getattr(theirs, "attention_bias", True)
-    return make_config(
-        vocab_size=theirs.vocab_size,
-        n_positions=0,
-        n_embd=theirs.hidden_size,
-        n_layer=theirs.num_hidden_layers,
-        n_head=theirs.num_attention_heads,
+    return converted(
+        theirs,
         n_inner=theirs.intermediate_size,
         activation_function=theirs.hidden_act,
         resid_pdrop=getattr(theirs, "hidden_dropout", 0.0),
         embd_pdrop=getattr(theirs, "hidden_dropout", 0.0),
         attn_pdrop=getattr(theirs, "attention_dropout", 0.0),
         layer_norm_epsilon=theirs.layer_norm_eps,
-        initializer_range=theirs.initializer_range,
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
         prenorm=True,
         parallel_block=theirs.use_parallel_residual,
         parallel_block_tied_norm=False,

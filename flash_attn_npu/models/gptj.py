@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ._checkpoint_names import Names, joined, with_vocabulary
-from ._gpt_config import make_config, require, rotary_fraction, sizes
+from ._gpt_config import converted, require, rotary_fraction, sizes
 
 __all__ = ["gptj_config_to_gpt2_config", "remap_state_dict_hf_gptj"]
 
@@ -49,21 +49,14 @@ def gptj_config_to_gpt2_config(gptj_config: Any) -> Any:
         "how many dimensions of a head are rotated",
         "set it to the size of a head to rotate whole heads",
     )
-    return make_config(
-        vocab_size=theirs.vocab_size,
-        n_positions=0,
-        n_embd=found.hidden,
-        n_layer=found.layers,
-        n_head=found.heads,
+    return converted(
+        theirs,
         n_inner=theirs.n_inner,
         activation_function=theirs.activation_function,
         resid_pdrop=theirs.resid_pdrop,
         embd_pdrop=theirs.embd_pdrop,
         attn_pdrop=theirs.attn_pdrop,
         layer_norm_epsilon=theirs.layer_norm_epsilon,
-        initializer_range=theirs.initializer_range,
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
         prenorm=True,
         parallel_block=True,
         parallel_block_tied_norm=True,

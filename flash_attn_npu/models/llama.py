@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ArgumentError, UnsupportedError
 from ..utils._checkpoint_files import inside, load_tensors, positive, read_json
 from ._checkpoint_names import Names, apart, changed, joined, with_vocabulary, without_padding
-from ._gpt_config import make_config, require, rotary_base, sizes
+from ._gpt_config import converted, require, rotary_base, sizes
 
 __all__ = [
     "config_from_checkpoint",
@@ -137,7 +137,7 @@ def llama_config_to_gpt2_config(llama_config: Any) -> Any:
     Contract: flash-attention 2.8, `llama_config_to_gpt2_config`. Wider: it also heeds rope_theta,
     attention_dropout, attention_bias, mlp_bias, tie_word_embeddings, and any intermediate_size.
     """
-    theirs, found = llama_config, sizes(llama_config)
+    theirs = llama_config
     require(
         theirs.hidden_act in ("silu", "swish"),
         "llama_config.hidden_act",
@@ -146,12 +146,8 @@ def llama_config_to_gpt2_config(llama_config: Any) -> Any:
         "take the model of transformers",
     )
     bias, mlp_bias = getattr(theirs, "attention_bias", False), getattr(theirs, "mlp_bias", False)
-    return make_config(
-        vocab_size=theirs.vocab_size,
-        n_positions=0,
-        n_embd=found.hidden,
-        n_layer=found.layers,
-        n_head=found.heads,
+    return converted(
+        theirs,
         n_head_kv=getattr(theirs, "num_key_value_heads", None),
         n_inner=theirs.intermediate_size,
         activation_function="swiglu",
@@ -160,9 +156,6 @@ def llama_config_to_gpt2_config(llama_config: Any) -> Any:
         embd_pdrop=0.0,
         attn_pdrop=getattr(theirs, "attention_dropout", 0.0),
         layer_norm_epsilon=theirs.rms_norm_eps,
-        initializer_range=theirs.initializer_range,
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
         pad_token_id=theirs.pad_token_id,
         rms_norm=True,
         rotary_emb_fraction=1.0,

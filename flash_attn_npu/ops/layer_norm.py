@@ -6,10 +6,10 @@ once. Autocast changes nothing. rms_norm is the same module for RMS norm.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._core.problems.norms import NormCall
 from .._core.rowwise.dropout_norms import (
@@ -22,6 +22,7 @@ from .._core.rowwise.dropout_norms import (
     dropout_add_subset,
 )
 from .._core.rowwise.norms import normalize
+from ._norm_modules import DropoutAddNorm
 
 __all__ = [
     "DropoutAddLayerNorm",
@@ -200,45 +201,11 @@ def dropout_add_layer_norm_parallel_residual(
     return dropout_add_parallel_residual(function, call, return_dropout_mask)
 
 
-class DropoutAddLayerNorm(nn.Module):
+class DropoutAddLayerNorm(DropoutAddNorm):
     """`dropout_add_layer_norm` with weight and bias of its own; dropout while training.
 
     Contract: flash-attention 2.8, `DropoutAddLayerNorm`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        prenorm: bool = False,
-        p: float = 0.0,
-        eps: float = 1e-5,
-        residual_in_fp32: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.prenorm = prenorm
-        self.p = p
-        self.eps = eps
-        self.residual_in_fp32 = residual_in_fp32
-        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Ones and zeros."""
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Any:
-        """z, or (z, s) with prenorm."""
-        return dropout_add_layer_norm(
-            x0,
-            residual,
-            self.weight,
-            self.bias,
-            self.p if self.training else 0.0,
-            self.eps,
-            prenorm=self.prenorm,
-            residual_in_fp32=self.residual_in_fp32,
-        )
+    def _function(self) -> Callable[..., Any]:
+        return dropout_add_layer_norm

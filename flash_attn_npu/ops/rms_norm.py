@@ -6,6 +6,7 @@ s is the sum, z its norm: s * rsqrt(mean(s * s) + epsilon) * weight + bias. All 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .._core.rowwise.dropout_norms import (
     dropout_add_subset,
 )
 from .._core.rowwise.norms import normalize
+from ._norm_modules import DropoutAddNorm
 
 __all__ = [
     "DropoutAddLayerNormFn",
@@ -169,44 +171,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class DropoutAddRMSNorm(nn.Module):
+class DropoutAddRMSNorm(DropoutAddNorm):
     """`dropout_add_rms_norm` with a weight of its own; dropout while training.
 
     Contract: flash-attention 2.8, `DropoutAddRMSNorm`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        prenorm: bool = False,
-        p: float = 0.0,
-        eps: float = 1e-5,
-        residual_in_fp32: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.prenorm = prenorm
-        self.p = p
-        self.eps = eps
-        self.residual_in_fp32 = residual_in_fp32
-        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+    def _add_bias(self) -> None:
         self.register_parameter("bias", None)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Ones."""
-        nn.init.ones_(self.weight)
-
-    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Any:
-        """z, or (z, s) with prenorm."""
-        return dropout_add_rms_norm(
-            x0,
-            residual,
-            self.weight,
-            None,
-            self.p if self.training else 0.0,
-            self.eps,
-            prenorm=self.prenorm,
-            residual_in_fp32=self.residual_in_fp32,
-        )
+    def _function(self) -> Callable[..., Any]:
+        return dropout_add_rms_norm
