@@ -119,14 +119,15 @@ def facts(place: Place) -> list[str]:
     """What decides who answers to flash_attn, a line each."""
     found = place.distribution(NAME)
     module = PathFinder.find_spec(startup.ALIAS, list(place.path))
+    served = startup.PACKAGE if activated(place) else "nothing"
     hooks = [folder for folder in place.path if os.path.exists(os.path.join(folder, HOOK))]
     return [
         f"site-packages     {place.site}",
         f"activated         {'yes' if activated(place) else 'no'}",
         f"{NAME}        {f'{found.version}, by {_installer(found)}' if found else 'not installed'}",
-        f"import flash_attn {module.origin if module and module.loader else 'nothing on disk'}",
+        f"import flash_attn gives {module.origin if module and module.loader else served}",
         f"children          {f'follow, by {HOOK} in {hooks[0]}' if hooks else 'do not follow'}",
-        f"{startup.VARIABLE}  {os.environ.get(startup.VARIABLE, 'not set')}",
+        f"{startup.VARIABLE} {os.environ.get(startup.VARIABLE, 'not set')}",
     ]
 
 

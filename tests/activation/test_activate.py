@@ -318,6 +318,7 @@ def test_the_commands_and_what_is_served_between_them(tmp_path: Path) -> None:
     said = environment.says(*ours, "status")
     assert "2.8.3, by flash-attn-npu-shim" in said
     assert "children          follow" in said
+    assert "import flash_attn gives flash_attn_npu" in said
     asks = (
         "import flash_attn, flash_attn_npu, importlib.metadata as m;"
         "print(flash_attn.flash_attn_func.__module__, flash_attn_npu.installed(),"

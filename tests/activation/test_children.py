@@ -76,6 +76,21 @@ ORDERS = {
         "import sys, types; sys.modules['flash_attn'] = types.ModuleType('flash_attn');"
         "import flash_attn_npu, client"
     ),
+    "MindSpeed, which makes a dummy of what it cannot import": (
+        "import importlib, sys, types\n"
+        "for name in ('flash_attn', 'flash_attn.flash_attn_interface', 'flash_attn.nothing'):\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except ModuleNotFoundError:\n"
+        "        sys.modules[name] = types.ModuleType(name)\n"
+        "import flash_attn_npu, client\n"
+        "served = sys.modules['flash_attn.flash_attn_interface'].__name__\n"
+        "assert served.startswith('flash_attn_npu')"
+    ),
+    "transformers first": (
+        "from transformers.utils import is_flash_attn_2_available; import flash_attn_npu, client;"
+        "assert flash_attn_npu.installed() and is_flash_attn_2_available()"
+    ),
     "blocked, which is said in one line": (
         "import io, os, sys; sys.modules['flash_attn'] = None; sys.stderr = io.StringIO();"
         "import flash_attn_npu; said = sys.stderr.getvalue(); sys.stderr = sys.__stderr__;"
