@@ -20,7 +20,7 @@ from ._inner_attention import registry
 if TYPE_CHECKING:
     from ..utils.generation import InferenceParams
 
-__all__ = ["CachedAttention", "LinearResidual", "_update_kv_cache", "check_heads", "check_options"]
+__all__ = ["CachedAttention", "LinearResidual", "_update_kv_cache", "check_options"]
 
 
 class LinearResidual(nn.Linear):
@@ -108,7 +108,7 @@ def _refuse_options(options: dict[str, Any]) -> None:
             )
 
 
-def check_heads(embed_dim: int, num_heads: int, num_heads_kv: int) -> None:
+def _check_heads(embed_dim: int, num_heads: int, num_heads_kv: int) -> None:
     """Raise ArgumentError unless the heads divide embed_dim, and those of kv those of q."""
     for argument, value, whole, of in (
         ("num_heads", num_heads, embed_dim, "embed_dim"),
@@ -143,11 +143,14 @@ def check_options(use_flash_attn: bool, use_alibi: bool, window_size: tuple[int,
 class CachedAttention(nn.Module):
     """The part of `MHA` and `ParallelMHA` behind their first projection.
 
-    Subclasses define `_heads`, call `_build` in their constructor, and set out_proj.
+    Subclasses define `_heads`, call `_size` and `_build` in their constructor, and set out_proj.
     """
 
     use_flash_attn: bool
     checkpointing: bool
+    embed_dim: int
+    num_heads: int
+    num_heads_kv: int
     head_dim: int
     inner_attn: nn.Module
     inner_cross_attn: nn.Module
@@ -159,6 +162,14 @@ class CachedAttention(nn.Module):
     def _heads(self) -> tuple[int, int]:
         """How many heads of q and of kv this process has."""
         raise NotImplementedError
+
+    def _size(self, embed_dim: int, num_heads: int, num_heads_kv: int | None) -> None:
+        """Set the sizes of the whole layer; num_heads_kv is num_heads if None."""
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
+        _check_heads(embed_dim, num_heads, self.num_heads_kv)
+        self.head_dim = embed_dim // num_heads
 
     def _build(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._core.ground.arguments import require_tensors
 from ..errors import ArgumentError
-from ._cached_attention import CachedAttention, check_heads, check_options
+from ._cached_attention import CachedAttention, check_options
 from ._inner_attention import registry
 
 if TYPE_CHECKING:
@@ -66,17 +66,13 @@ class ParallelMHA(CachedAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.embed_dim = embed_dim
+        self._size(embed_dim, num_heads, num_heads_kv)
         self.causal = causal
         self.layer_idx = layer_idx
         self.use_flash_attn = use_flash_attn
         self.checkpointing = checkpointing
         self.process_group = process_group
-        self.num_heads = num_heads
-        self.num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
-        check_heads(embed_dim, num_heads, self.num_heads_kv)
         check_options(use_flash_attn, use_alibi, window_size)
-        self.head_dim = embed_dim // num_heads
         first = self._deal()
         slopes = None
         if use_alibi:

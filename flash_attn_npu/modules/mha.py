@@ -29,7 +29,6 @@ from ._cached_attention import (
     CachedAttention,
     LinearResidual,
     _update_kv_cache,
-    check_heads,
     check_options,
 )
 from ._inner_attention import (
@@ -122,7 +121,7 @@ class MHA(CachedAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.embed_dim = embed_dim
+        self._size(embed_dim, num_heads, num_heads_kv)
         self.cross_attn = cross_attn
         self.causal = causal
         self.layer_idx = layer_idx
@@ -130,11 +129,7 @@ class MHA(CachedAttention):
         self.use_flash_attn = use_flash_attn
         self.return_residual = return_residual
         self.checkpointing = checkpointing
-        self.num_heads = num_heads
-        self.num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
-        check_heads(embed_dim, num_heads, self.num_heads_kv)
         check_options(use_flash_attn, use_alibi, window_size)
-        self.head_dim = embed_dim // num_heads
         if cross_attn and rotary_emb_dim > 0:
             raise ArgumentError(
                 "rotary_emb_dim",
