@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from .report import within
 
@@ -85,7 +85,7 @@ def _asked(name: str, where: str) -> dict[str, Any]:
     device = torch.device("npu:0" if where == "npu" else "cpu")
     start = time.perf_counter()
     result: dict[str, Any] = {"name": name, "row": case.row, "kernel": "", "kinds": []}
-    with _decided(case.row) as plans:
+    with _decided(case.row) as seen:
         try:
             answer = case.question.ask(device)
         except Exception as error:
@@ -98,7 +98,8 @@ def _asked(name: str, where: str) -> dict[str, Any]:
         name: {key: value if math.isfinite(value) else None for key, value in one.items()}
         for name, one in figures.items()
     }
-    result |= {"kernel": _kernel(case.row, plans), "figures": plain, "answers": answers}
+    result |= {"kernel": _kernel(case.row, seen.plans), "figures": plain, "answers": answers}
+    result["kinds"] = sorted({*seen.kinds})
     if "status" not in result:
         result["status"] = "right" if all(map(within, plain.values())) else "wrong"
     # a simulated card takes its time, which says nothing
@@ -108,26 +109,53 @@ def _asked(name: str, where: str) -> dict[str, Any]:
     return result
 
 
+class _Seen(NamedTuple):
+    """Plans that were made, and the kinds of calls that the check of first calls sees in them."""
+
+    plans: list[Any]
+    kinds: list[str]
+
+
 @contextmanager
-def _decided(row: str) -> Iterator[list[Any]]:
-    """The plans that are made meanwhile, all of them anew; said at once, as the child may die."""
+def _decided(row: str) -> Iterator[_Seen]:
+    """What is decided meanwhile, all of it anew; said at once, as the child may die of it."""
     from .._core.ground.memory import forget_all
     from .._core.table import choice
+    from .._core.verification import attention, rowwise
 
     forget_all()
-    plans: list[Any] = []
-    decide = choice._decide
+    seen = _Seen([], [])
+    decide, of_attention, of_rows = choice._decide, attention._kinds, rowwise._kind
 
     def noted(problem: Any) -> Any:
-        plans.append(decide(problem))
-        _say(serving=_kernel(row, plans))
-        return plans[-1]
+        seen.plans.append(decide(problem))
+        _say(serving=_kernel(row, seen.plans))
+        return seen.plans[-1]
 
-    choice._decide = noted
+    def kinds(case: Any) -> Any:
+        found = of_attention(case)
+        seen.kinds.extend(map(str, found))
+        return found
+
+    def kind(case: Any) -> Any:
+        seen.kinds.append(str(of_rows(case)))
+        return of_rows(case)
+
+    # the choice is to name the kinds, and nothing is to be compared but by us
+    changes = {
+        (choice, "_decide"): noted,
+        (choice, "verification"): lambda: "compose",
+        (attention, "_kinds"): kinds,
+        (rowwise, "_kind"): kind,
+    }
+    before = {place: getattr(*place) for place in changes}
+    for place, value in changes.items():
+        setattr(*place, value)
     try:
-        yield plans
+        yield seen
     finally:
-        choice._decide = decide
+        for place, value in before.items():
+            setattr(*place, value)
 
 
 def _kernel(row: str, plans: list[Any]) -> str:

@@ -17,6 +17,7 @@ from flash_attn_npu._commands import validate
 from flash_attn_npu._core.ground import chip, confirmed
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.table import attention, rowwise
+from flash_attn_npu._core.verification import kinds
 from flash_attn_npu._surface import matrix
 from flash_attn_npu._validation import cases, session, statements, worker
 from flash_attn_npu._validation.attention import Question
@@ -39,12 +40,12 @@ def test_every_row_has_a_case_or_a_reason() -> None:
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_a_case_has_its_row_and_is_right(case: cases.Case, npu: torch.device) -> None:
     rules = [rule for rule in (*attention.TABLE, *rowwise.TABLE) if rule.name == case.row]
-    with worker._decided(case.row) as plans:
+    with worker._decided(case.row) as seen:
         answer = case.question.ask(npu)
     figures = answer[0] if isinstance(answer, tuple) else answer
     assert all(map(within, figures.values())), figures
     if rules and not case.name.startswith(("open 1", "open 3")):
-        assert any(worker._present(rule, plan) for rule in rules for plan in plans)
+        assert any(worker._present(rule, plan) for rule in rules for plan in seen.plans)
 
 
 LIES = {
@@ -233,7 +234,8 @@ def test_a_report_is_added_and_told(
     (added,) = shelf.iterdir()
     assert added.name == "Ascend910B3-cann8.5.0-torch_npu2.13.0.post1.json"
     where = "confirmed on Ascend910B3, CANN 8.5.0, torch_npu 2.13.0.post1"
-    assert f"native, {where} by {added.stem}" in matrix.matrix()
+    (causal,) = [rule for rule in attention.TABLE if rule.name == "causal"]
+    assert f"| native, {where} by {added.stem} |" in matrix._row(causal)
     spoiled = deepcopy(believable())
     spoiled["cases"][0]["figures"] = {}
     file.write_text(json.dumps(spoiled))
@@ -266,6 +268,23 @@ def test_a_refuted_cell_is_refused_there_and_nowhere_else(
     forget_all()
     monkeypatch.setattr(chip, "refuted", lambda combination: {})
     assert served(window_size=(2, 0))[0] == "npu_fusion_attention"
+
+
+def test_a_kind_that_was_seen_right_is_not_compared_again(
+    shelf: Path, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kinds, "verification", lambda: "compose")
+    asked = [worker._asked(name, "npu") for name in ("attention: causal", "rowwise: swiglu")]
+    named = [kind for case in asked for kind in case["kinds"]]
+    # of the forward and the gradient of attention, and of a gate
+    assert len(named) >= 3
+    assert all(kinds.unsettled(kind, npu) for kind in named)  # type: ignore[arg-type]
+    report = believable()
+    report["machine"].update(chip.combination(npu)._asdict())
+    report["cases"] = json.loads(json.dumps(asked))
+    (shelf / "one.json").write_text(json.dumps(report))
+    confirmed.reports.cache_clear()
+    assert not any(kinds.unsettled(kind, npu) for kind in named)  # type: ignore[arg-type]
 
 
 def test_the_shipped_reports_hold_together_and_confirm_nothing_yet() -> None:
