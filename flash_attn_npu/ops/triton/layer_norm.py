@@ -82,12 +82,10 @@ def layer_norm_ref(
 
     Contract: flash-attention 2.8, `layer_norm_ref`.
     """
-    # fmt: off
-    return _reference(
-        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,
-        zero_centered_weight, dropout_mask, dropout_mask1, upcast, is_rms_norm=False,
-    )
-    # fmt: on
+    call = NormCall(x, weight, bias, residual, x1, weight1, bias1, rowscale)
+    call = call._replace(eps=eps, dropout_p=dropout_p, prenorm=prenorm)
+    call = call._replace(zero_centered_weight=zero_centered_weight)
+    return _reference(call, (dropout_mask, dropout_mask1), upcast)
 
 
 def rms_norm_ref(
@@ -111,12 +109,10 @@ def rms_norm_ref(
 
     Contract: flash-attention 2.8, `rms_norm_ref`.
     """
-    # fmt: off
-    return _reference(
-        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,
-        zero_centered_weight, dropout_mask, dropout_mask1, upcast, is_rms_norm=True,
-    )
-    # fmt: on
+    call = NormCall(x, weight, bias, residual, x1, weight1, bias1, rowscale)
+    call = call._replace(eps=eps, dropout_p=dropout_p, prenorm=prenorm, is_rms_norm=True)
+    call = call._replace(zero_centered_weight=zero_centered_weight)
+    return _reference(call, (dropout_mask, dropout_mask1), upcast)
 
 
 def layer_norm_fn(
@@ -310,53 +306,31 @@ class RMSNorm(nn.Module):
         )
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    x1: Tensor | None,
-    weight1: Tensor | None,
-    bias1: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    rowscale: Tensor | None,
-    prenorm: bool,
-    zero_centered_weight: bool,
-    dropout_mask: Tensor | None,
-    dropout_mask1: Tensor | None,
-    upcast: bool,
-    is_rms_norm: bool,
-) -> Any:
-    dtype = x.dtype
+def _reference(call: NormCall, masks: tuple[Tensor | None, Tensor | None], upcast: bool) -> Any:
+    dtype = call.x.dtype
     if upcast:
-        given = (x, weight, bias, residual, x1, weight1, bias1, rowscale)
-        widened: Any = [
-            None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            for tensor in given
-        ]
-        x, weight, bias, residual, x1, weight1, bias1, rowscale = widened
-    if rowscale is not None:
-        x = x * rowscale[..., None]
-    total = _dropped(x, dropout_p, dropout_mask)
-    if x1 is not None:
-        total = total + _dropped(x1, dropout_p, dropout_mask1)
-    if residual is not None:
-        total = (total + residual).to(total.dtype)
+        wide = {name: _widened(value) for name, value in call._asdict().items()}
+        call = NormCall(**wide)
+    x = call.x if call.rowscale is None else call.x * call.rowscale[..., None]
+    total = _dropped(x, call.dropout_p, masks[0])
+    if call.x1 is not None:
+        total = total + _dropped(call.x1, call.dropout_p, masks[1])
+    if call.residual is not None:
+        total = (total + call.residual).to(total.dtype)
 
     def norm(weight: Tensor, bias: Tensor | None) -> Tensor:
-        if zero_centered_weight:
+        if call.zero_centered_weight:
             weight = weight + 1.0
         s = total.to(weight.dtype)
-        if is_rms_norm:
-            y = s * torch.rsqrt(s.square().mean(dim=-1, keepdim=True) + eps) * weight
+        if call.is_rms_norm:
+            y = s * torch.rsqrt(s.square().mean(dim=-1, keepdim=True) + call.eps) * weight
             return (y if bias is None else y + bias).to(dtype)
-        return layer_norm(s, s.shape[-1:], weight, bias, eps).to(dtype)
+        return layer_norm(s, s.shape[-1:], weight, bias, call.eps).to(dtype)
 
-    results: tuple[Tensor, ...] = (norm(weight, bias),)
-    if weight1 is not None:
-        results += (norm(weight1, bias1),)
-    if prenorm:
+    results: tuple[Tensor, ...] = (norm(call.weight, call.bias),)
+    if call.weight1 is not None:
+        results += (norm(call.weight1, call.bias1),)
+    if call.prenorm:
         results += (total,)
     return results if len(results) > 1 else results[0]
 
@@ -367,3 +341,10 @@ def _dropped(x: Tensor, dropout_p: float, mask: Tensor | None) -> Tensor:
     if mask is None:
         return dropout(x, dropout_p)
     return x.masked_fill(mask.logical_not(), 0.0) / (1.0 - dropout_p)
+
+
+def _widened(value: Any) -> Any:
+    """A tensor in float32 at least; what is none as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
