@@ -40,6 +40,20 @@ _IN_CONFIG = {
 }
 
 
+LOST = {
+    "aimv2_text_model": "that its attention is causal",
+    "gemma3": "that the tokens of an image see each other both ways",
+    "gpt_neo": "the window of its local layers",
+    "paligemma": "that the tokens of an image see each other both ways",
+    "pegasus_x": "that its decoder is causal",
+    "phimoe": "its sliding window",
+    "t5gemma_module": "one position at each side of its encoder's window",
+}
+"""What transformers 5.24 does not hand to flash attention, whoever serves it, by `model_type`."""
+
+_told: set[str] = set()
+
+
 def on_models(module: ModuleType) -> None:
     """Let models keep flash_attention_2 where it serves them, and refuse what nothing serves."""
     base = getattr(module, "PreTrainedModel", None)
@@ -58,6 +72,7 @@ def _adjust(module: ModuleType, original: Callable[..., Any]) -> Callable[..., A
             found = original(self, attn_implementation, *args, **kwargs)
         else:
             _refuse(self)
+            _tell_what_is_lost(self.config)
             found = _with_flash_attention_2(original, self, attn_implementation, *args, **kwargs)
         _require_registered(module, found)
         return found
@@ -96,6 +111,18 @@ def _require_registered(module: ModuleType, found: Any) -> None:
         '"flash_attention_2", "sdpa" or "eager"',
         'attn_implementation="flash_attention_2", which flash_attn_npu serves',
     )
+
+
+def _tell_what_is_lost(config: Any) -> None:
+    kind = str(getattr(config, "model_type", ""))
+    if kind in LOST and kind not in _told:
+        _told.add(kind)
+        _log.warning(
+            "%s with flash_attention_2: transformers does not pass on %s, with the real flash-attn "
+            'neither; where that matters use attn_implementation="eager" or "sdpa"',
+            kind,
+            LOST[kind],
+        )
 
 
 def _refuse(model: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -92,11 +94,17 @@ def lacks(module: ModuleType, name: str, consequence: str) -> None:
     _log.warning(
         "transformers %s has no %s.%s that flash_attn_npu knows: %s; "
         "transformers 4.57.6 and 5.20 to 5.24 are tested",
-        loaded("transformers").get("__version__", "(unknown)"),
+        _version(),
         module.__name__,
         name,
         consequence,
     )
+
+
+def _version() -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("transformers")
+    return "(unknown)"
 
 
 def _is_their_own(module: ModuleType, name: str) -> bool:

@@ -140,6 +140,12 @@ def _unserved(module: ModuleType) -> frozenset[str]:
     if not hasattr(module, "_lazy_imports"):
         # it takes the functions of flash_attn itself, whose signatures have no sink
         unserved.add("s_aux")
+    if not hasattr(module, "_process_flash_attention_kwargs"):
+        lacks(
+            module,
+            "_process_flash_attention_kwargs",
+            "4.51 hands windows on one wider than eager's",
+        )
     for name in sorted(unserved):
         lacks(module, f"way for {name}", "models that use it are refused")
     return frozenset(unserved)

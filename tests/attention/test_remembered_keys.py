@@ -161,6 +161,7 @@ def test_a_change_while_a_tensor_is_read_is_noticed(npu: torch.device) -> None:
 STATE = {
     "_activation.install._claims",
     "_activation.install._set_aside",
+    "_integrations.models._told",
     "_integrations.models.refused",
     "_integrations.transformers._available",
     "_activation.install._say_shadowed",

@@ -104,3 +104,20 @@ def test_gpt_oss_is_batched_continuously(device: torch.device) -> None:
     )
     got = [result.generated_tokens for result in results.values()]
     assert got == [row.tolist() for row in expected]
+
+
+def test_what_transformers_loses_on_the_way_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flash_attn_npu._integrations import models
+
+    monkeypatch.setattr(models, "_told", set())
+    config = transformers.GPTNeoConfig(
+        vocab_size=53, hidden_size=32, num_layers=2, attention_types=[[["global", "local"], 1]]
+    )
+    for _ in range(2):
+        transformers.GPTNeoModel._from_config(config, attn_implementation="flash_attention_2")
+    build("Mistral", "flash_attention_2", "cpu")
+    told = [record.getMessage() for record in caplog.records if record.name == "flash_attn_npu"]
+    assert len([line for line in told if "the window of its local layers" in line]) == 1
+    assert not [line for line in told if "mistral" in line]
