@@ -46,9 +46,10 @@ def _read(operator: str) -> tuple[str, ...]:
     """The names of an operator's arguments, none if torch_npu does not have it."""
     # a tensor on an NPU is at hand, so torch_npu has registered what it has
     packet: Any = getattr(torch.ops.npu, operator, None)
-    if packet is None:
+    overload = getattr(packet, "default", None)
+    if overload is None:
         return ()
-    return tuple(argument.name for argument in packet.default._schema.arguments)
+    return tuple(argument.name for argument in overload._schema.arguments)
 
 
 # as for `chip.soc_name`: what is installed does not change while something is traced
