@@ -70,7 +70,7 @@ _ADDED = (
         "kernels served, deciding about the others",
         (
             *("install", "installed", "uninstall", "register_torch"),
-            *("fallback", "report", "reporting", "forget_lengths"),
+            *("fallback", "report", "reporting", "forget_lengths", "doctor"),
         ),
     ),
     Added("", "Huawei's function, with Huawei's contract", ("attention_forward_varlen",)),

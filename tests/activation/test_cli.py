@@ -181,7 +181,7 @@ def test_a_file_says_what_served(command: Run, tmp_path: Path) -> None:
 
 def test_every_rank_has_its_own_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RANK", "3")
-    run._write_report(tmp_path / "used.json")
+    run._write_report(tmp_path / "used.json", simulated=False)
     assert [file.name for file in tmp_path.iterdir()] == ["used.rank3.json"]
 
 
