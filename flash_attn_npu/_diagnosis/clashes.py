@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -92,6 +93,8 @@ def _of_imports(probed: Probed) -> Iterator[Clash]:
             )
         return
     what = f"{_WHAT.get(probed.failed, probed.failed)}: {probed.why}"
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        what = what.replace(", and as torch loads it, nor can torch", "")
     mend = _MEND.get(probed.failed, "send this page to us")
     yield Clash(what, mend, fatal=probed.failed != "clients")
 

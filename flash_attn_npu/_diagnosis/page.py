@@ -134,6 +134,9 @@ def _lines(page: Page) -> Iterator[str]:
         yield f"{name:<20} {number}"
     yield ""
     yield f"attention            {_verdict(page)}"
+    served = page.probed.facts.get("attention") or {}
+    if served.get("on_ascend"):
+        yield f"on a card            {served['on_ascend']} ({served['assumed']}, by the table)"
     yield f"confirmed            {page.standing()}"
     yield ""
     yield "clashes" if page.clashes else "clashes              none"
@@ -149,7 +152,8 @@ def _lines(page: Page) -> Iterator[str]:
     yield ""
     yield "settings"
     for setting in page.settings:
-        source = setting.source if setting.source == "default" else f"from {setting.source}"
+        source = "default" if setting.source == "default" else f"from {setting.source}"
+        source = "environment" if setting.source == setting.name else source
         yield f"  {setting.name:<18} {setting.value} ({source})"
 
 
@@ -159,6 +163,8 @@ def _verdict(page: Page) -> str:
         return f"fused: a small call was served by {served['kernel']}"
     if served:
         return f"NOT fused: {'; '.join(served['reasons']) or 'wrong numbers'}"
+    if page.probed.failed:
+        return f"NOT fused: it was not tried, as {page.probed.failed} failed"
     return "NOT fused: it was not tried, see the first clash"
 
 

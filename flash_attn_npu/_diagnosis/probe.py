@@ -35,7 +35,9 @@ class Probed(NamedTuple):
 
 def probe(simulate: bool = False) -> Probed:
     """Import torch, torch_npu and this package in a child, and try a card if there is one."""
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONFAULTHANDLER": "0"}
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    # it would tell of modules where the signal is what matters
+    environment.pop("PYTHONFAULTHANDLER", None)
     environment.pop("FLASH_ATTN_NPU_INSTALL", None)
     command = [sys.executable, __file__, *sys.path]
     if simulate:
@@ -53,6 +55,7 @@ def probe(simulate: bool = False) -> Probed:
 
 def _read(stdout: str, death: str) -> Probed:
     facts: dict[str, Any] = {}
+    failed: list[tuple[str, str]] = []
     stage = "torch"
     for line in stdout.splitlines():
         if not line.startswith('{"stage"'):
@@ -62,9 +65,12 @@ def _read(stdout: str, death: str) -> Probed:
         if told.get("begins"):
             continue
         if "error" in told:
-            return Probed(facts, stage, told["error"])
-        facts[stage] = told["found"]
-    return Probed(facts) if not death else Probed(facts, stage, death)
+            failed.append((stage, told["error"]))
+        else:
+            facts[stage] = told["found"]
+    if death:
+        failed.append((stage, death))
+    return Probed(facts, *failed[0]) if failed else Probed(facts)
 
 
 def _death(status: int, stderr: str) -> str:
@@ -133,6 +139,7 @@ def _attention() -> dict[str, Any]:
     import torch
 
     import flash_attn_npu
+    from flash_attn_npu._core.ground.settings import assumed
 
     device = "npu" if "npu" in vars(torch) and vars(torch)["npu"].device_count() else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -149,6 +156,8 @@ def _attention() -> dict[str, Any]:
         "device": device,
         "kernel": tally.kernel,
         "reasons": list(tally.reasons),
+        "on_ascend": tally.on_ascend,
+        "assumed": str(assumed()),
         "finite": bool(out.isfinite().all()) and all(x.grad is not None for x in (q, k, v)),
     }
 
@@ -206,7 +215,11 @@ def main() -> None:
             here, found = False, None
         except BaseException as error:
             _say(stage=stage, error=_line(error))
-            return
+            if stage != "torch_npu":
+                return
+            # what is left can be done without it, if nothing tries again
+            here, sys.modules["torch_npu"] = False, None  # type: ignore[assignment]
+            continue
         _say(stage=stage, found=found)
 
 
