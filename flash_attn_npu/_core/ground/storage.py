@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
 
-__all__ = ["blocks", "overlaps_itself", "require_writable", "share_memory"]
+__all__ = ["blocks", "overlaps_itself", "require_writable"]
 
 
 def blocks(shape: Sequence[int], inner: int, limit: int) -> Iterable[tuple[slice, ...]]:
@@ -61,25 +61,6 @@ def overlaps_itself(tensor: Tensor) -> bool:
     else:
         return False
     return sides[0][0] == 0 or _counted(sides) < tensor.numel()
-
-
-def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether the memory between the first and the last elements of two tensors meets."""
-    if torch.compiler.is_compiling():
-        return one is other
-    if one.device != other.device or not one.numel() or not other.numel():
-        return False
-    if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
-        return False
-    (first, last), (start, end) = _span(one), _span(other)
-    return bool(first < end and start < last)
-
-
-def _span(tensor: Tensor) -> tuple[Any, Any]:
-    """Where it lies in its storage, in bytes."""
-    sides = zip(tensor.stride(), tensor.shape, strict=True)
-    last = tensor.storage_offset() + sum(stride * (size - 1) for stride, size in sides)
-    return tensor.storage_offset() * tensor.element_size(), (last + 1) * tensor.element_size()
 
 
 def _counted(sides: list[tuple[int, int]]) -> int:

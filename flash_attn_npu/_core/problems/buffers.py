@@ -59,7 +59,12 @@ def require_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> 
 
 
 def share(one: Tensor, other: Tensor) -> bool:
-    """Whether an element of both lies in the same memory."""
+    """Whether an element of both lies in the same memory.
+
+    Tensors without memory share it with themselves only.
+    """
+    if torch.compiler.is_compiling() or _dispatch_modes() or one.is_meta or other.is_meta:
+        return one is other
     first, second = _extent(one), _extent(other)
     return first.first < second.end and second.first < first.end and _meet(first, second)
 

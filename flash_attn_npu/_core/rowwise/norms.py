@@ -16,9 +16,9 @@ from torch.nn.functional import linear
 from ..ground.autocast import custom_bwd, custom_fwd
 from ..ground.dense_arguments import refuse_transforms, require_dense
 from ..ground.second_derivatives import first_order
-from ..ground.storage import share_memory
 from ..kernels.composed import norm_checks, norms
 from ..kernels.composed.norms import Normed, Saved
+from ..problems.buffers import share
 from ..problems.norms import NormCall
 from ..table.choice import Plan, begin, choose, recall
 from ..verification.kinds import Refuted
@@ -108,7 +108,7 @@ def _without_gradient(call: NormCall) -> Answer | None:
 
 def unaliased(call: NormCall) -> NormCall:
     """`call` with an x of its own, if the result is to be written over x: the gradient needs it."""
-    if call.out is None or torch.compiler.is_compiling() or not share_memory(call.out, call.x):
+    if call.out is None or torch.compiler.is_compiling() or not share(call.out, call.x):
         return call
     return call._replace(x=call.x.clone())
 

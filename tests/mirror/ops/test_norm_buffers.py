@@ -66,6 +66,20 @@ def test_a_buffer_may_be_part_of_a_larger_one(device: torch.device) -> None:
     assert bool(whole[..., 48:].isnan().all())
 
 
+@pytest.mark.parametrize("between", ["columns", "numbers"])
+def test_both_buffers_may_be_parts_of_one(device: torch.device, between: str) -> None:
+    leaves = draw("residual", device, torch.float32)
+    leaves["bias"] = None
+    want = layer_norm.rms_norm_fn(**leaves, prenorm=True)
+    both = torch.cat([poisoned(device, torch.float32)] * 2, dim=-1)
+    out, residual_out = (
+        both.chunk(2, dim=-1) if between == "columns" else (both[..., ::2], both[..., 1::2])
+    )
+    layer_norm.rms_norm_fn(**leaves, prenorm=True, out=out, residual_out=residual_out)
+    for buffer, result in zip((out, residual_out), want, strict=True):
+        assert_same(buffer, result.detach())
+
+
 def test_residual_out_without_prenorm_is_written(device: torch.device) -> None:
     leaves = draw("residual:float32", device, torch.bfloat16)
     buffer = poisoned(device, torch.float32)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ....errors import ArgumentError
 from ...ground.dense_arguments import number, require_dense, require_truth
-from ...ground.storage import require_writable, share_memory
+from ...ground.storage import require_writable
+from ...problems.buffers import share
 from ...problems.norms import NormCall
 from .norms import LIKE_WEIGHT, tensors_of, total_dtype
 
@@ -52,7 +53,7 @@ def check(call: NormCall, renamed: Mapping[str, str]) -> None:
         _check_buffer("out", call, call.out, call.out_dtype or x.dtype)
     if call.residual_out is not None:
         _check_buffer("residual_out", call, call.residual_out, total_dtype(call))
-        if call.out is not None and share_memory(call.out, call.residual_out):
+        if call.out is not None and share(call.out, call.residual_out):
             _refuse("out", "memory of residual_out", "memory of its own", "pass two tensors")
 
 
@@ -93,7 +94,7 @@ def _check_buffer(name: str, call: NormCall, buffer: Tensor, dtype: torch.dtype)
     require_writable(**{name: buffer})
     for field in (*LIKE_WEIGHT, "rowscale"):
         parameter = getattr(call, field)
-        if parameter is not None and share_memory(buffer, parameter):
+        if parameter is not None and share(buffer, parameter):
             allowed = "memory that no parameter lies in"
             _refuse(name, f"memory of {field}", allowed, "pass torch.empty_like(x)")
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ground.storage import blocks, share_memory
+from ...ground.storage import blocks
+from ...problems.buffers import share
 from ...problems.norms import NormCall
 from ...problems.rowwise import Norm
 
@@ -215,7 +216,7 @@ def in_blocks(
 def _shifted(buffer: Tensor, addend: Tensor) -> bool:
     """Whether both share memory, but not element by element."""
     same = (addend.data_ptr(), addend.dtype, addend.stride())
-    return share_memory(buffer, addend) and same != (
+    return share(buffer, addend) and same != (
         buffer.data_ptr(),
         buffer.dtype,
         buffer.stride(),
