@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,22 +72,15 @@ def direct(problem: Problem) -> Callable[..., Any]:
     rows, kernel = _prepared(problem)
     if rows.untouched and not (problem.uses_lse or problem.alibi or problem.sink):
         return _plain(problem, rows, once(problem.function) if problem.needs_grad else None)
-    return partial(_differentiable(problem), kernel)
+    return _differentiable(problem, kernel)
 
 
-def _differentiable(problem: Problem) -> Callable[..., Any]:
-    """A function (kernel, q, k, v, alibi_slopes, sink) -> what the public function returns."""
+def _differentiable(problem: Problem, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A function (q, k, v, alibi_slopes, sink) -> what the public function returns."""
     rows, _ = _prepared(problem)
     first = once(problem.function)
 
-    def run(
-        kernel: Callable[..., Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor | None,
-        sink: Tensor | None,
-    ) -> Any:
+    def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None) -> Any:
         alone = singles.answer(problem, rows, (q, k, v), sink)
         out, top, total, *_ = kernel(rows.take_q(q), rows.take_k(k), rows.take_k(v), slopes, sink)
         watch(out, first)
@@ -124,7 +116,6 @@ class Seen(NamedTuple):
 def observed(problem: Problem) -> Callable[..., tuple[Any, Seen]]:
     """As `direct`, with what the kernel answered beside the public result."""
     rows, kernel = _prepared(problem)
-    run = _differentiable(problem)
 
     def observe(*tensors: Any) -> tuple[Any, Seen]:
         answered: list[Any] = []
@@ -133,7 +124,7 @@ def observed(problem: Problem) -> Callable[..., tuple[Any, Seen]]:
             answered.extend(kernel(*given))
             return answered
 
-        answer = run(listening, *tensors)
+        answer = _differentiable(problem, listening)(*tensors)
         out, top, total, _, seed, offset, _ = answered
         lse = _lse(problem, rows, top.detach(), total.detach())
         maps = (rows.shifts, rows.take_q, rows.take_k, rows.restore)
