@@ -121,41 +121,23 @@ def _decided(row: str) -> Iterator[_Seen]:
     """What is decided meanwhile, all of it anew; said at once, as the child may die of it."""
     from .._core.ground.memory import forget_all
     from .._core.table import choice
-    from .._core.verification import attention, rowwise
 
     forget_all()
     seen = _Seen([], [])
-    decide, of_attention, of_rows = choice._decide, attention._kinds, rowwise._kind
+    decide = choice._decide
 
     def noted(problem: Any) -> Any:
-        seen.plans.append(decide(problem))
+        plan = decide(problem)
+        seen.plans.append(plan)
+        seen.kinds.extend(choice.kinds(plan))
         _say(serving=_kernel(row, seen.plans))
-        return seen.plans[-1]
+        return plan
 
-    def kinds(case: Any) -> Any:
-        found = of_attention(case)
-        seen.kinds.extend(map(str, found))
-        return found
-
-    def kind(case: Any) -> Any:
-        seen.kinds.append(str(of_rows(case)))
-        return of_rows(case)
-
-    # the choice is to name the kinds, and nothing is to be compared but by us
-    changes = {
-        (choice, "_decide"): noted,
-        (choice, "verification"): lambda: "compose",
-        (attention, "_kinds"): kinds,
-        (rowwise, "_kind"): kind,
-    }
-    before = {place: getattr(*place) for place in changes}
-    for place, value in changes.items():
-        setattr(*place, value)
+    choice._decide = noted
     try:
         yield seen
     finally:
-        for place, value in before.items():
-            setattr(*place, value)
+        choice._decide = decide
 
 
 def _kernel(row: str, plans: list[Any]) -> str:

@@ -276,6 +276,8 @@ def test_the_environment_sets_the_alibi_offset(monkeypatch, value, allowed):
     [
         ("FLASH_ATTN_NPU_FALLBACK", "warn, allow, error, ascend"),
         ("FLASH_ATTN_NPU_ALIBI_OFFSET", "0, 1"),
+        ("FLASH_ATTN_NPU_CONSISTENT", "0, 1"),
+        ("FLASH_ATTN_NPU_VERIFY", "compose, refuse, warn, always, off"),
     ],
 )
 @pytest.mark.parametrize("value", ["ignore", "", "2"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
-from flash_attn_npu._core.ground import chip, usage
+from flash_attn_npu._core.ground import chip, settings, usage
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.problems import attention as problems
 from flash_attn_npu._core.table import attention, choice
@@ -41,6 +41,8 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     if isinstance(row, Rule) and row.name in CHIPS:
         monkeypatch.setattr(attention, "soc_name", lambda device: CHIPS[row.name])
         chip._names.put(request.getfixturevalue("npu"), CHIPS[row.name])
+    if isinstance(row, Rule) and "CONSISTENT" in row.name:
+        monkeypatch.setattr(settings, "_consistent", True)
     monkeypatch.setattr(attention, "MAX_SEQUENCES", SMALL_SEQUENCES)
     monkeypatch.setattr(problems, "FEW_SINGLES", 1)
     monkeypatch.setattr(attention, "MAX_TOKENS", SMALL_TOKENS)

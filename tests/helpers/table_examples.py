@@ -190,6 +190,7 @@ EXAMPLES: dict[str, Example] = {
     "sink, alibi_slopes": sunk(slopes=True),
     "sink, Ascend 950": sunk(),
     "sink that the kernel's autograd does not take": sunk(dtype=torch.float32),
+    "keys in a cache, under FLASH_ATTN_NPU_CONSISTENT=1": cached(),
     "keys in a cache": cached(),
     f"keys in a cache, more than {MAX_CACHED_SEQUENCES} sequences": cached(
         batch=SMALL_CACHED_SEQUENCES + 1

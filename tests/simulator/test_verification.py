@@ -288,3 +288,13 @@ def test_numbers_that_are_none_accuse_nobody(
     rms_norm_fn(x, weight, None, residual=x, prenorm=True, eps=1e-5)
     assert not errors(caplog)
     assert not any(v.settled for kind, v in kinds._verdicts._known.items() if kind.headdim)
+
+
+def test_a_plan_tells_its_kinds_whatever_the_setting(npu: torch.device) -> None:
+    """By which reports confirm them."""
+    q, k, v = qkv(npu, 2, 20, 4, 32)
+    flash_attn_func(q, k, v, causal=True)
+    names = {str(kind) for kind in known()}
+    with verifying("off"):
+        flash_attn_func(q, k, v, causal=True)
+        assert {name for plan in plans() for name in choice.kinds(plan)} == names

@@ -4,7 +4,8 @@
 | --- | --- | --- |
 | `fallback` | `FLASH_ATTN_NPU_FALLBACK` | `warn` (default), `allow`, `error`, `ascend` |
 | `alibi_offset` | `FLASH_ATTN_NPU_ALIBI_OFFSET` | `0` (default), `1` |
-| `verification` | `FLASH_ATTN_NPU_VERIFY` | `compose` (default), `refuse`, `warn`, `always`, `off`
+| `verify` | `FLASH_ATTN_NPU_VERIFY` | `compose` (default), `refuse`, `warn`, `always`, `off` |
+| `consistent` | `FLASH_ATTN_NPU_CONSISTENT` | `0` (default), `1` |
 
 A variable is read once, when the package is imported; a value that is not legal is an error
 there and then.
@@ -26,6 +27,7 @@ from .memory import forget_all
 __all__ = [
     "alibi_offset",
     "assumed",
+    "consistent",
     "fallback",
     "fallback_policy",
     "traced",
@@ -62,6 +64,7 @@ traced = _Traced()
 """The policy of this thread, for code that torch.compile traces, which knows no ContextVar."""
 
 _verification = _from_environment("FLASH_ATTN_NPU_VERIFY", VERIFICATIONS)
+_consistent = _from_environment("FLASH_ATTN_NPU_CONSISTENT", ("0", "1")) == "1"
 _alibi_offset = _from_environment("FLASH_ATTN_NPU_ALIBI_OFFSET", ("0", "1")) == "1"
 
 
@@ -126,6 +129,16 @@ def alibi_offset() -> bool:
     reads the offset, which would save that. Off until an Ascend machine has confirmed it.
     """
     return _alibi_offset
+
+
+def consistent() -> bool:
+    """Whether keys in a cache are attended to by the kernel that serves without one, too.
+
+    Then training, prefill and decode are one kernel's, as reinforcement learning wants it where it
+    compares the probabilities of all three. It reads no pages, so the keys that a step looks at
+    are copied out of the cache at each step.
+    """
+    return _consistent
 
 
 def verification() -> str:

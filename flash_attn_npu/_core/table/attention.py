@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 
 from ..ground.chip import soc_name
+from ..ground.settings import consistent
 from ..kernels.ascend import filling, fusion_attention, infer_attention
 from ..kernels.composed import attention as composed
 from ..problems.attention import FEW_SINGLES, Problem
 from ..problems.cache import MAX_PAGE
-from ..verification.attention import watched
+from ..verification.attention import CHECK
 from . import installed
 from .installed import FUSION, INFER
 from .rule import Candidate, Rule, Table
@@ -202,6 +203,11 @@ TABLE: tuple[Rule, ...] = (
         {AUTOGRAD: "it is not asked about such a sink"},
     ),
     Rule(
+        "keys in a cache, under FLASH_ATTN_NPU_CONSISTENT=1",
+        lambda p: p.pages is not None and consistent(),
+        {INFER: "one kernel is to serve with a cache and without: keys are copied at each step"},
+    ),
+    Rule(
         "keys in a cache",
         lambda p: p.pages is not None,
         {AUTOGRAD: "keys are copied out of a cache for the forward alone"},
@@ -285,11 +291,11 @@ TABLE: tuple[Rule, ...] = (
 
 CANDIDATES = (
     Candidate(
-        FUSION, filling.KERNEL, AUTOGRAD, detour=f"gathers its keys for {FUSION}", check=watched
+        FUSION, filling.KERNEL, AUTOGRAD, detour=f"gathers its keys for {FUSION}", check=CHECK
     ),
     Candidate(BLOCKWISE, composed.KERNEL),
 )
-OVER_PAGES = (Candidate(INFER, infer_attention.KERNEL, check=watched), *CANDIDATES)
+OVER_PAGES = (Candidate(INFER, infer_attention.KERNEL, check=CHECK), *CANDIDATES)
 NAMES = (*(candidate.name for candidate in CANDIDATES), INFER)
 """Of all kernels, the columns of compat_matrix.md."""
 

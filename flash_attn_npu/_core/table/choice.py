@@ -41,8 +41,8 @@ from . import attention as attention_table
 from . import rowwise as rowwise_table
 from .rule import Candidate, Table, disproved, reasons
 
-__all__ = ["Elsewhere", "Plan", "Verdict", "begin", "choose", "on_ascend", "permit", "plan"]
-__all__ += ["recall", "refusals"]
+__all__ = ["Elsewhere", "Plan", "Verdict", "begin", "choose", "kinds", "on_ascend", "permit"]
+__all__ += ["plan", "recall", "refusals"]
 
 _plans: Memo[Hashable, Plan] = Memo("plans of calls", 512, nbytes=1 << 26)
 recall = _plans.recall
@@ -220,6 +220,14 @@ def _decide(problem: Any) -> Plan:
     )
 
 
+def kinds(found: Plan) -> tuple[str, ...]:
+    """What a plan's calls are confirmed by, in reports; empty of a kernel that is exact itself."""
+    check = found.candidate.check
+    if check is None:
+        return ()
+    return tuple(map(str, check.kinds(_case(found.candidate, found.problem))))
+
+
 def _checked(candidate: Candidate, problem: Any) -> tuple[Kernel, tuple[str, ...]]:
     """The kernel, compared with exact arithmetic where it has to be, and why it may not serve."""
     kernel = candidate.kernel
@@ -227,17 +235,21 @@ def _checked(candidate: Candidate, problem: Any) -> tuple[Kernel, tuple[str, ...
         return kernel, (MISSED,) if candidate.name in found_wrong() else ()
     if verification() == "off" or candidate.check is None:
         return kernel, ()
+    return candidate.check.over(_case(candidate, problem), kernel)
+
+
+def _case(candidate: Candidate, problem: Any) -> Case:
     # every rule of the other table is about what some operator refuses, so none is present here
     rules = attention_table.TABLE if isinstance(problem, attention.Problem) else ()
-    case = Case(
+    return Case(
         candidate.name,
         problem,
         tuple(rule.name for rule in rules if rule.present(problem)),
-        autograd=kernel.direct is not None and not _own_refused(candidate.autograd, problem),
+        autograd=candidate.kernel.direct is not None
+        and not _own_refused(candidate.autograd, problem),
         instead=lambda: _decide(problem).kernel,
         forget=_plans.clear,
     )
-    return candidate.check(case, kernel)
 
 
 def _own_refused(autograd: str | None, problem: Any) -> bool:

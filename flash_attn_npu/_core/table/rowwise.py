@@ -27,7 +27,7 @@ from ..problems.rowwise import (
     Problem,
     Rotation,
 )
-from ..verification.rowwise import watched
+from ..verification.rowwise import CHECK
 from . import installed
 from .rule import Candidate, Rule, Table
 
@@ -208,19 +208,19 @@ TABLE: tuple[Rule, ...] = (
 
 
 ROTATIONS = (
-    Candidate(ROTARY_MUL, fused.ROTATION, check=watched),
+    Candidate(ROTARY_MUL, fused.ROTATION, check=CHECK),
     Candidate(TORCH, rotation.KERNEL),
 )
-GATES = (Candidate(SWIGLU, fused.GATE, check=watched), Candidate(TORCH, gates.KERNEL))
-LOSSES = (Candidate(CROSS_ENTROPY, fused.LOSS, check=watched), Candidate(TORCH, Kernel()))
+GATES = (Candidate(SWIGLU, fused.GATE, check=CHECK), Candidate(TORCH, gates.KERNEL))
+LOSSES = (Candidate(CROSS_ENTROPY, fused.LOSS, check=CHECK), Candidate(TORCH, Kernel()))
 RMS = (
-    Candidate(ADD_RMS_NORM, fused.norm(ADD_RMS_NORM), shortcut=True, check=watched),
-    Candidate(RMS_NORM, fused.norm(RMS_NORM), check=watched),
+    Candidate(ADD_RMS_NORM, fused.norm(ADD_RMS_NORM), shortcut=True, check=CHECK),
+    Candidate(RMS_NORM, fused.norm(RMS_NORM), check=CHECK),
     Candidate(TORCH, Kernel()),
 )
 LAYER = (
-    Candidate(ADD_LAYER_NORM, fused.norm(ADD_LAYER_NORM), shortcut=True, check=watched),
-    Candidate(LAYER_NORM, fused.norm(LAYER_NORM), check=watched),
+    Candidate(ADD_LAYER_NORM, fused.norm(ADD_LAYER_NORM), shortcut=True, check=CHECK),
+    Candidate(LAYER_NORM, fused.norm(LAYER_NORM), check=CHECK),
     Candidate(TORCH, Kernel()),
 )
 

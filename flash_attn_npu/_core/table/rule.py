@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..ground.confirmed import EVERY_CALL
 from ..kernels.kernel import Kernel
-from ..verification.kinds import Case
+from ..verification.kinds import Check
 
 __all__ = ["Candidate", "Rule", "Table", "disproved", "reasons"]
 
@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
     autograd: str | None = None
     shortcut: bool = False
     detour: str | None = None
-    check: Callable[[Case, Kernel], tuple[Kernel, tuple[str, ...]]] | None = None
+    check: Check | None = None
 
 
 class Table(NamedTuple):

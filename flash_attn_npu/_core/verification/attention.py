@@ -19,15 +19,15 @@ from ..problems.attention import Problem
 from ..problems.results import Forward, Inputs, Saved
 from .comparing import Lse, Taken, compare_forward, compare_gradients
 from .judging import Finding
-from .kinds import MISSED, Case, Kind, Refuted, busy, conclude, refuted, unsettled
+from .kinds import MISSED, Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled
 from .reading import Drawn
 from .samples import Spot
 from .traits import traits
 
-__all__ = ["watched"]
+__all__ = ["CHECK"]
 
 
-def watched(case: Case, kernel: Kernel) -> tuple[Kernel, tuple[str, ...]]:
+def _watched(case: Case, kernel: Kernel) -> tuple[Kernel, tuple[str, ...]]:
     """The kernel, compared where it has to be, and why it may not serve after all."""
     problem: Problem = case.problem
     kinds = _kinds(case)
@@ -234,3 +234,6 @@ def _statistics(problem: Problem, seen: Any) -> Lse:
         return lse
 
     return read
+
+
+CHECK = Check(_kinds, _watched)

@@ -23,6 +23,7 @@ from .judging import Finding
 __all__ = [
     "MISSED",
     "Case",
+    "Check",
     "Kind",
     "Refuted",
     "Verdict",
@@ -77,6 +78,17 @@ class Refuted(Exception):  # noqa: N818
 
 _verdicts: Memo[Kind, Verdict] = Memo("kinds of calls that were compared", 1024)
 _wrong: Memo[str, tuple[str, ...]] = Memo("operators that were found wrong", 1)
+
+
+class Check(NamedTuple):
+    """How the calls of some kernels are compared.
+
+    kinds: those that a case is of. over: a kernel, compared where it has to be, and why it may not
+        serve after all.
+    """
+
+    kinds: Callable[[Case], tuple[Kind, ...]]
+    over: Callable[[Case, Kernel], tuple[Kernel, tuple[str, ...]]]
 
 
 def unsettled(kind: Kind, device: torch.device) -> bool:

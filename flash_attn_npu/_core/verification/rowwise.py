@@ -18,15 +18,15 @@ from ..problems.norms import NormCall
 from ..problems.rowwise import Gate, Loss, Norm, Rotation
 from . import rows
 from .judging import Finding, judge, rms
-from .kinds import MISSED, Case, Kind, Refuted, busy, conclude, refuted, unsettled
+from .kinds import MISSED, Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled
 
-__all__ = ["watched"]
+__all__ = ["CHECK"]
 
 LEAST_PROBE = 2.0**-12
 """The square root of an eps that float16 can show."""
 
 
-def watched(case: Case, kernel: Kernel) -> tuple[Kernel, tuple[str, ...]]:
+def _watched(case: Case, kernel: Kernel) -> tuple[Kernel, tuple[str, ...]]:
     """The kernel, compared where it has to be, and why it may not serve after all."""
     problem, kind = case.problem, _kind(case)
     if refuted(kind, problem.function):
@@ -390,3 +390,5 @@ def _quietly() -> Iterator[None]:
 
 
 _WATCHES: dict[type, Any] = {Rotation: _Rotation, Norm: _Norm, Gate: _Gate, Loss: _Loss}
+
+CHECK = Check(lambda case: (_kind(case),), _watched)
