@@ -132,6 +132,8 @@ def test_llama_is_right_without_us(stock: None, npu: torch.device) -> None:
     assert difference("Llama", "none", npu) < 1e-4
 
 
+# test_generate.py does this with the newest one; tox asks for these with the others
+@pytest.mark.sweep
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", ["Mistral", "GptOss"])
