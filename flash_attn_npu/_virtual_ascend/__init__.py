@@ -58,14 +58,16 @@ def enable() -> None:
     import torch_npu  # noqa: F401
 
     from . import operators
-    from .machine import arithmetic
+    from .machine import arithmetic, registering
 
+    # memory here knows the plain formats only; torch_npu before 2.9 packs weights unless told
+    torch.npu.config.allow_internal_format = False
     libraries: dict[str, torch.library.Library] = {}
     for name, kernel in {**arithmetic.kernels(), **operators.kernels()}.items():
         namespace = name.partition("::")[0]
         if namespace not in libraries:
             libraries[namespace] = torch.library.Library(namespace, "IMPL")
-        libraries[namespace].impl(name, kernel, "PrivateUse1", allow_override=True)
+        registering.register(libraries[namespace], arithmetic.overload(name), kernel)
     _enabled.extend(libraries.values())
 
 

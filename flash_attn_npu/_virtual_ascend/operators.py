@@ -10,8 +10,9 @@ import torch
 from .attention import fusion_attention
 from .inference import infer_attention, paged_cache
 from .machine import derivatives, formats, journal, lies
-from .machine.arithmetic import original, overload
+from .machine.arithmetic import overload
 from .machine.refusal import not_simulated
+from .machine.registering import original
 from .rowwise import gate_ops, loss_op, norm_ops, rotary_op
 
 Kernel = Callable[..., Any]
@@ -30,6 +31,12 @@ _BUILDERS: dict[str, Callable[[Kernel], Kernel]] = {
 }
 
 
+_LATER = {"rotate": None, "sink": None, "softmax_layout": ""}
+"""Arguments that older torch_npu lack, by what they are where nobody passes them."""
+_CASTS = {f"{start}npu_dtype_cast{end}" for start in ("", "_") for end in ("", "_backward")}
+"""What torch's own `to` is made of before torch 2.9: no launch that anybody asked for."""
+
+
 def kernels() -> dict[str, Kernel]:
     """Every operator of the npu namespace that torch_npu implements."""
     table = {}
@@ -40,6 +47,8 @@ def kernels() -> dict[str, Kernel]:
         if op._schema.name.removeprefix("npu::") in formats.CASTS:
             # torch_npu's adapters call them for every tensor, mostly to find nothing to do
             table[name] = formats.cast(original(op))
+        elif op._schema.name.removeprefix("npu::") in _CASTS:
+            table[name] = derivatives.KERNELS[op._schema.name.removeprefix("npu::")]
         else:
             table[name] = _journalled(op, _arithmetic(op))
     return table
@@ -68,7 +77,7 @@ def _journalled(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
     name = op._schema.name.removeprefix("npu::")
     arguments = op._schema.arguments
     names = [argument.name for argument in arguments]
-    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    defaults = _LATER | {a.name: a.default_value for a in arguments if a.has_default_value()}
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}

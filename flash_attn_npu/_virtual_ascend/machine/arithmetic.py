@@ -16,6 +16,7 @@ from . import copies, derivatives, journal
 from .memory import host_view, to_device
 from .randomness import default_host_generator, draw_seed, host_generator
 from .refusal import not_simulated
+from .registering import HOLDS_KERNELS, original
 
 Kernel = Callable[..., Any]
 
@@ -37,7 +38,6 @@ _KEPT = {
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 # Operators that take host tensors beside device tensors on a card too
 _MIXED = {"_index_put_impl_", "_pack_padded_sequence", "index", "index_put", "index_put_"}
-_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
 
 def kernels() -> dict[str, Kernel]:
@@ -63,12 +63,6 @@ def overload(name: str) -> torch._ops.OpOverload | None:
     return getattr(found, variant or "default", None)
 
 
-def original(op: torch._ops.OpOverload) -> Kernel:
-    """torch_npu's own kernel, as it was before anything replaced it."""
-    kernel = torch.library.get_kernel(op, "PrivateUse1")
-    return lambda *args, **kwargs: kernel.call_boxed(_KEYS, *args, **kwargs)
-
-
 def _kernel_for(op: torch._ops.OpOverload) -> Kernel | None:
     name = op._schema.name.removeprefix("aten::")
     if name in copies.KERNELS:
@@ -82,7 +76,7 @@ def _kernel_for(op: torch._ops.OpOverload) -> Kernel | None:
     if op.name() == "aten::native_layer_norm_backward":
         return _summed_in_float32(OnHost(op))
     if name in _ALLOCATIONS:
-        return _poisoned(original(op))
+        return _poisoned(original(op)) if HOLDS_KERNELS else None
     if name in _KEPT or _is_view(op) or name.startswith("empty"):
         return None
     has = torch._C._dispatch_has_kernel_for_dispatch_key

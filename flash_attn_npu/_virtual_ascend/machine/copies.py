@@ -19,7 +19,7 @@ def copy_(self: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> 
     return self
 
 
-def _to_copy(
+def to_copy(
     self: torch.Tensor,
     *,
     dtype: torch.dtype | None = None,
@@ -68,6 +68,6 @@ def _move(target: torch.Tensor, source: torch.Tensor) -> None:
 KERNELS = {
     "_copy_from_and_resize": _copy_from_and_resize,
     "_local_scalar_dense": _local_scalar_dense,
-    "_to_copy": _to_copy,
+    "_to_copy": to_copy,
     "copy_": copy_,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import randomness
+from . import copies, randomness
 from .memory import host_view
 
 _MEAN = 1
@@ -123,13 +123,16 @@ def _dropout_backward(grad_output: torch.Tensor, mask: torch.Tensor, p: float) -
 
 
 def _dtype_cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return input.to(dtype)
+    # not `to`: torch_npu before 2.9 asks this operator for it
+    return copies.to_copy(input, dtype=dtype)
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "_npu_dropout": _dropout,
     "_npu_dtype_cast": _dtype_cast,
     "_npu_dtype_cast_backward": _dtype_cast,
+    "npu_dtype_cast": _dtype_cast,
+    "npu_dtype_cast_backward": _dtype_cast,
     "kl_div_backward": _kl_div_backward,
     "kl_div_target_backward": _kl_div_target_backward,
     "l1_loss_backward": _l1_loss_backward,

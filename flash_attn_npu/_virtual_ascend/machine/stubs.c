@@ -134,6 +134,20 @@ ZERO(aclrtMemExportToShareableHandle) ZERO(aclrtMemImportFromShareableHandle)
 ZERO(aclrtMemSetPidToShareableHandle)
 ZERO(rtDevBinaryRegister) ZERO(rtFunctionRegister) ZERO(rtGetC2cCtrlAddr) ZERO(rtKernelLaunch)
 
+/* torch_npu 2.6 and 2.8 link these: collectives, and the graph engine's registration of operators,
+ * which creates none */
+ZERO(HcclAllGather) ZERO(HcclAllReduce) ZERO(HcclBroadcast) ZERO(HcclReduceScatter)
+ZERO(HcclSend) ZERO(HcclRecv) ZERO(HcclCommDestroy) ZERO(HcclCommInitAll)
+ZERO(HcclCommInitRootInfo) ZERO(HcclGetRootInfo)
+ZERO(_ZN2ge12AscendStringC1EPKc) ZERO(_ZN2ge8OperatorC2EPKcS2_)
+ZERO(_ZN2ge8OperatorC2ERKNS_12AscendStringES3_)
+ZERO(_ZN2ge23OperatorCreatorRegisterC1EPKcRKSt8functionIFNS_8OperatorERKNS_12AscendStringEEE)
+ZERO(_ZN2ge8Operator12AttrRegisterEPKcb) ZERO(_ZN2ge8Operator12AttrRegisterEPKcl)
+ZERO(_ZN2ge8Operator13InputRegisterEPKc) ZERO(_ZN2ge8Operator14OutputRegisterEPKc)
+ZERO(_ZN2ge8Operator20DynamicInputRegisterEPKcjb)
+ZERO(_ZN2ge8Operator20RequiredAttrRegisterEPKc)
+ZERO(_ZN2ge8Operator27DynamicInputRegisterByIndexEPKcjm)
+
 /* The ATB plugin links against C++ names */
 ZERO(_ZN3atb13CreateContextEPPNS_7ContextE) ZERO(_ZN3atb14DestroyContextEPNS_7ContextE)
 ZERO(_ZN3atb16DestroyOperationEPNS_9OperationE) ZERO(_ZN3atb5Utils13GetTensorSizeERKNS_6TensorE)
