@@ -98,7 +98,7 @@ def test_the_sources_are_all_there(sources: Path) -> None:
 
 @pytest.mark.sweep
 def test_the_sources_run_their_own_tests(sources: Path) -> None:
-    chosen = ("house", "table/test_wheels.py", "surface/test_namespace.py", "sinks")
+    chosen = ("house", "attention/test_wheels.py", "attention/test_sink_algebra.py")
     done = child(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
         *(f"tests/{name}" for name in chosen),
