@@ -170,6 +170,14 @@ STATE = {
     "_surface.compared",
     "_surface.comparison._defined",
     "_core.ground.usage._tallies",
+    # read from files of the package, which do not change
+    "_core.ground.absent.absent",
+    "_core.ground.absent.arguments",
+    "_core.ground.confirmed.refuted",
+    "_core.ground.confirmed.reports",
+    "_activation.notebooks._claims",
+    "_integrations.torch_attention._claims",
+    "_integrations.torch_attention._libraries",
 }
 """What answers no question about a call: who installed, what was counted, what upstream has."""
 
@@ -182,6 +190,8 @@ def test_nothing_is_remembered_elsewhere() -> None:
     found = set()
     for name, module in list(sys.modules.items()):
         if not name.startswith("flash_attn_npu.") or module.__file__ is None:
+            continue
+        if name.startswith("flash_attn_npu._virtual_ascend"):
             continue
         for node in ast.parse(Path(module.__file__).read_text()).body:
             kept = ""
