@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from .._core.ground.confirmed import combination_of, counting, told
 from .._core.table import rowwise
-from .._core.table.attention import BLOCKWISE, FUSION, INFER, NAMES, TABLE
+from .._core.table.attention import BLOCKWISE, FUSION, HOST, INFER, NAMES, TABLE
 from .._core.table.rule import Rule
 from .._version import FLASH_ATTN_VERSION
 from . import compared, wheels
@@ -45,7 +45,8 @@ every cell.
 - **fused**: on Ascend the call is one launch of `{FUSION}`, rows without keys and rows of no
   sequence being left out before it and filled in after it.
 - **composed**: on Ascend the call is computed exactly from torch operations by `{BLOCKWISE}`, in
-  memory linear in sequence length, with one logged reason. Off Ascend every call is.
+  memory linear in sequence length, with one logged reason. Off Ascend every call is, but on a
+  CPU what `{HOST}` serves.
 - **gathered**: the keys are copied out of the cache for `{FUSION}`, with one logged reason.
 - **impossible**: no kernel takes it, and the call raises `UnsupportedError`.
 

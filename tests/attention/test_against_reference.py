@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
 
+from tests.helpers.composed_only import composed_only
 from tests.helpers.property_harness import (
+    EFFORTS,
     assert_dense_is_right,
     assert_varlen_is_right,
     for_all,
@@ -55,6 +58,24 @@ def test_varlen(device, problem):
 @for_all(120, problem=dense_problems())
 def test_dense(device, problem):
     assert_dense_is_right(solve_dense(device, problem), problem)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_composed_on_a_cpu(effort):
+    """Where torch's own kernel would serve."""
+
+    @settings(max_examples=40 * effort)
+    @given(packed=varlen_problems(), dense=dense_problems())
+    def run(packed, dense):
+        assert_varlen_is_right(solve_varlen(torch.device("cpu"), packed), packed)
+        assert_dense_is_right(solve_dense(torch.device("cpu"), dense), dense)
+
+    with composed_only():
+        run()
+        for problem in VARLEN.values():
+            assert_varlen_is_right(solve_varlen(torch.device("cpu"), problem), problem)
+        for problem in DENSE.values():
+            assert_dense_is_right(solve_dense(torch.device("cpu"), problem), problem)
 
 
 @pytest.mark.parametrize("problem", VARLEN.values(), ids=VARLEN.keys())

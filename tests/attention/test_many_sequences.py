@@ -3,6 +3,8 @@
 Equal ones lie side by side, or between others, and those are gathered and put back.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from flash_attn_npu import flash_attn_interface as interface
 from flash_attn_npu._core.ground.memory import forget_all, memos
 from flash_attn_npu._core.kernels.composed import attention as blockwise
 from tests.helpers import argument_harness as harness
+from tests.helpers.composed_only import composed_only
 from tests.helpers.strategies import Problem
 
 P = 0.4
@@ -28,9 +31,9 @@ def problem_of(seqlens: tuple[tuple[int, int], ...], **fields) -> Problem:
 
 
 @pytest.fixture
-def tiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the computations of tiles, one for each group of sequences."""
-    computed = []
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the composed computations of tiles, one for each group of sequences."""
+    computed: list[str] = []
     for name in ("attend", "attend_backward"):
         original = getattr(blockwise, name)
 
@@ -39,7 +42,8 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             original(*args)
 
         monkeypatch.setattr(blockwise, name, counted)
-    return computed
+    with composed_only():
+        yield computed
 
 
 @kinds

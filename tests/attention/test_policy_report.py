@@ -37,6 +37,7 @@ NO_SOFTCAP = "npu_fusion_attention: no Ascend kernel has softcap"
 NO_DIAGONAL = (
     "npu_fusion_attention: its packed backward demands a window_size with left + right > 0"
 )
+HOST = "scaled_dot_product_flash_attention_for_cpu"
 OFF_NPU = "npu_fusion_attention: it runs on Ascend NPUs only"
 
 
@@ -369,7 +370,7 @@ def test_report_counts_since_the_start_and_gives_copies(device):
         tally.calls = -1
     forward(flash_attn_func, DENSE, device)
     after = {x[:3]: x[3] for x in entries(report())}
-    key = {"cpu": ("flash_attn_func", "blockwise", (OFF_NPU,))}
+    key = {"cpu": ("flash_attn_func", HOST, (OFF_NPU,))}
     key = key.get(device.type, ("flash_attn_func", "npu_fusion_attention", ()))
     assert {x: after[x] - known[x] for x in known if after[x] != known[x]} == {key: 1}
 

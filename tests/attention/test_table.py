@@ -43,6 +43,8 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         chip._names.put(request.getfixturevalue("npu"), CHIPS[row.name])
     if isinstance(row, Rule) and "CONSISTENT" in row.name:
         monkeypatch.setattr(settings, "_consistent", True)
+    if isinstance(row, Rule) and "does not share heads" in row.name:
+        monkeypatch.setattr(attention.host, "shares_heads", lambda: False)
     monkeypatch.setattr(attention, "MAX_SEQUENCES", SMALL_SEQUENCES)
     monkeypatch.setattr(problems, "FEW_SINGLES", 1)
     monkeypatch.setattr(attention, "MAX_TOKENS", SMALL_TOKENS)

@@ -1,5 +1,6 @@
 """Composed attention over several tiles of scores, in both directions, with every option."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.composed_only import composed_only
 from tests.helpers.property_harness import EFFORTS
 from tests.helpers.strategies import Problem, dense_problems, varlen_problems
 from tests.helpers.tile_cases import Case, assert_case, masks, solve, tiles_of
@@ -15,6 +17,13 @@ FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.flo
 CPU = torch.device("cpu")
 DTYPES = st.sampled_from((FP32, FP32, BF16, FP16, FP64))
 FIELDS = {"dtype": DTYPES, "layouts": st.just(("contiguous",) * 3)}
+
+
+@pytest.fixture(autouse=True)
+def composed() -> Iterator[None]:
+    """On a CPU another kernel would serve what has no softcap and no dropout."""
+    with composed_only():
+        yield
 
 
 def test_tiles_are_as_small_as_asked():

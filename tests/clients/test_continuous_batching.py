@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
+from flash_attn_npu._core.table.attention import HOST
 
 pytest.importorskip("transformers", minversion="5.23")
 
@@ -94,7 +95,7 @@ def test_requests_get_eagers_tokens(
     with counting(device.type) as served:
         tokens = batched_tokens(model)
     check_tokens(name, dtype, tokens)
-    kernel = "npu_fusion_attention" if device.type == "npu" else "blockwise"
+    kernel = "npu_fusion_attention" if device.type == "npu" else HOST
     assert served == {(PACKED, kernel): LAYERS * NEW_TOKENS}
 
 
@@ -147,7 +148,7 @@ def test_block_tables_give_eagers_tokens(
     with counting(device.type) as served:
         tokens = batched_tokens(model, page_size=page_size)
     check_tokens(name, dtype, tokens)
-    packed = "npu_fusion_attention" if device.type == "npu" else "blockwise"
+    packed = "npu_fusion_attention" if device.type == "npu" else HOST
     fused = device.type == "npu" and dtype == HALF
     paged = "npu_fused_infer_attention_score" if fused else packed
     assert served == {(PACKED, packed): LAYERS, (PAGED, paged): STEPS}

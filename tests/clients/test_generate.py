@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 import flash_attn_npu
+from flash_attn_npu._core.table.attention import HOST
 from tests.helpers.generation_models import (
     GREEDY,
     LAYERS,
@@ -31,7 +32,7 @@ from tests.helpers.generation_models import (
 )
 
 CACHES = [None, "static"]
-KERNELS = {"npu": "npu_fusion_attention", "cpu": "blockwise"}
+KERNELS = {"npu": "npu_fusion_attention", "cpu": HOST}
 HALF = torch.bfloat16
 FULL = torch.float32
 

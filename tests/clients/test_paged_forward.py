@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 import flash_attn_npu
+from flash_attn_npu._core.table.attention import HOST
 from tests.helpers.generation_models import counting
 
 HEADS, HEADS_K, HEADDIM = 4, 2, 64
@@ -148,7 +149,7 @@ def test_a_decoding_step_is_eager_attention_over_the_pages(
     assert out.dtype == dtype
     assert (out.cpu() - eager(step, window)).abs().max() < tolerance(dtype)
     assert torch.equal(moved.pages.cpu(), written(step))
-    kernel = "blockwise"
+    kernel = HOST
     if device.type == "npu":
         kernel = "npu_fusion_attention" if dtype == FULL else "npu_fused_infer_attention_score"
     assert served == {("flash_attn_with_kvcache", kernel): 1}

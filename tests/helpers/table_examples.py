@@ -132,6 +132,7 @@ def unequal(device: torch.device) -> Any:
 EXAMPLES: dict[str, Example] = {
     "no query sees a key": dense(seqlens=(6, 0)),
     "tensors outside an Ascend NPU": lambda _: dense()(torch.device("cpu")),
+    "tensors outside a CPU": dense(),
     "Ascend 310P and 200I": dense(),
     "a torch_npu older than 2.6.0": dense(),
     "attention, a torch_npu without npu_fusion_attention and npu_fusion_attention_grad": dense(),
@@ -157,6 +158,7 @@ EXAMPLES: dict[str, Example] = {
     "queries that see no key": packed([4, 6], [4, 3], causal=True),
     "MHA": dense(),
     "GQA and MQA": dense(heads=(4, 2)),
+    "GQA and MQA, in a torch that does not share heads on a CPU": dense(heads=(4, 2)),
     f"more than {MAX_HEADS} heads": dense(heads=(MAX_HEADS + 1, 1), headdim=1),
     "headdim above upstream's 256": dense(headdim=320),
     f"headdim above {MAX_HEADDIM}": dense(headdim=MAX_HEADDIM + 1),

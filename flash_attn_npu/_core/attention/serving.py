@@ -33,6 +33,8 @@ Answer = Tensor | tuple[Tensor, Tensor, Tensor]
 def attend(found: Plan, inputs: Inputs) -> Answer:
     """What a public function returns; its backward is served by the same plan."""
     begin(found)
+    if found.allowed is not None:
+        return found.allowed(*inputs[:5])  # type: ignore[no-any-return]
     ask: Ask = found.problem.ask
     if ask.needs_grad:
         out, lse, s_dmask = _Attention.apply(found, *inputs[:5])  # type: ignore[no-untyped-call]

@@ -26,7 +26,8 @@ class Kernel(NamedTuple):
       without it the composed loss serves, whose autograd is the flow's.
 
     forward, backward: outside of autograd.
-    direct: gives a function with a gradient of its own, where the problem needs one.
+    direct: gives a function with a gradient of its own, where the problem needs one; None where
+        forward and backward are to serve.
     reads_pages: attention: it takes keys in a cache as they lie; for the others they are gathered.
     draws: attention: whether the dropout mask of this offset in rng_state is its own, so that its
         backward can repeat it.

@@ -14,6 +14,7 @@ from ..ground.chip import soc_name
 from ..ground.settings import consistent
 from ..kernels.ascend import filling, fusion_attention, infer_attention
 from ..kernels.composed import attention as composed
+from ..kernels.host import attention as host
 from ..problems.attention import FEW_SINGLES, Problem
 from ..problems.cache import MAX_PAGE
 from ..verification.attention import CHECK
@@ -21,10 +22,11 @@ from . import installed
 from .installed import FUSION, INFER
 from .rule import Candidate, Rule, Table
 
-__all__ = ["BLOCKWISE", "FUSION", "INFER", "NAMES", "TABLE", "WHOLE", "drawn_by"]
+__all__ = ["BLOCKWISE", "FUSION", "HOST", "INFER", "NAMES", "TABLE", "WHOLE", "drawn_by"]
 
 AUTOGRAD = "npu_fusion_attention's autograd"
 BLOCKWISE = "blockwise"
+HOST = "scaled_dot_product_flash_attention_for_cpu"
 
 MAX_HEADS = 256
 MAX_HEADDIM = 768
@@ -70,12 +72,17 @@ TABLE: tuple[Rule, ...] = (
     Rule(
         "no query sees a key",
         lambda p: p.empty,
-        {FUSION: "there is nothing to compute", INFER: "there is nothing to compute"},
+        dict.fromkeys((FUSION, INFER, HOST), "there is nothing to compute"),
     ),
     Rule(
         "tensors outside an Ascend NPU",
         lambda p: p.device.type != "npu",
         {FUSION: "it runs on Ascend NPUs only", INFER: "it runs on Ascend NPUs only"},
+    ),
+    Rule(
+        "tensors outside a CPU",
+        lambda p: p.device.type != "cpu",
+        {HOST: "it runs on a CPU only"},
     ),
     Rule(
         "Ascend 310P and 200I",
@@ -121,6 +128,11 @@ TABLE: tuple[Rule, ...] = (
     Rule("MHA", lambda p: p.nheads == p.nheads_k),
     Rule("GQA and MQA", lambda p: p.nheads > p.nheads_k),
     Rule(
+        "GQA and MQA, in a torch that does not share heads on a CPU",
+        lambda p: p.nheads > p.nheads_k and not host.shares_heads(),
+        {HOST: "in the installed torch it takes as many heads of k and v as of q"},
+    ),
+    Rule(
         f"more than {MAX_HEADS} heads",
         lambda p: p.nheads > MAX_HEADS,
         {
@@ -142,11 +154,15 @@ TABLE: tuple[Rule, ...] = (
         {FUSION: "its packed backward demands a window_size with left + right > 0"},
     ),
     Rule("softmax_lse (return_attn_probs)", lambda p: p.uses_lse),
-    Rule("dropout_p", lambda p: p.dropout_p > 0, {INFER: "it has no dropout_p"}),
+    Rule(
+        "dropout_p", lambda p: p.dropout_p > 0, dict.fromkeys((INFER, HOST), "it has no dropout_p")
+    ),
     Rule(
         "S_dmask (dropout_p with return_attn_probs)",
         lambda p: p.s_dmask,
-        {FUSION: "it does not return probabilities, as return_attn_probs asks for"},
+        dict.fromkeys(
+            (FUSION, HOST), "it does not return probabilities, as return_attn_probs asks for"
+        ),
     ),
     Rule(
         "backward of a dropout mask drawn by blockwise",
@@ -172,7 +188,11 @@ TABLE: tuple[Rule, ...] = (
     Rule(
         "softcap",
         lambda p: p.softcap > 0,
-        {FUSION: "no Ascend kernel has softcap", INFER: "no Ascend kernel has softcap"},
+        {
+            FUSION: "no Ascend kernel has softcap",
+            INFER: "no Ascend kernel has softcap",
+            HOST: "it has no softcap",
+        },
     ),
     Rule("alibi_slopes", lambda p: p.alibi, {INFER: ROUNDED_BIAS}),
     Rule("alibi_slopes, fewer queries than keys", filling.fills),
@@ -293,6 +313,7 @@ CANDIDATES = (
     Candidate(
         FUSION, filling.KERNEL, AUTOGRAD, detour=f"gathers its keys for {FUSION}", check=CHECK
     ),
+    Candidate(HOST, host.KERNEL, shortcut=True),
     Candidate(BLOCKWISE, composed.KERNEL),
 )
 OVER_PAGES = (Candidate(INFER, infer_attention.KERNEL, check=CHECK), *CANDIDATES)

@@ -75,6 +75,7 @@ class Plan:
     trace: the verdicts in the order in which candidates were asked, the accepted one last.
     reasons: what is told of those that were passed over.
     direct: the kernel's own differentiable function, None if its forward and backward serve.
+    allowed: the same, where the policy is to be asked first, because others were passed over.
     tally: counts the calls, for the report; absent under torch.compile, where nothing is counted.
     """
 
@@ -84,6 +85,7 @@ class Plan:
     trace: tuple[Verdict, ...]
     reasons: tuple[str, ...]
     direct: Callable[..., Any] | None
+    allowed: Callable[..., Any] | None
     tally: usage.Tally = field(init=False)
 
     @property
@@ -209,7 +211,8 @@ def _decide(problem: Any) -> Plan:
         trace = (*trace, verdict)
         if not verdict.reasons:
             direct = _direct(kernel, candidate.autograd, problem)
-            return Plan(problem, candidate, kernel, trace, told, direct)
+            ways = (None, direct) if told else (direct, None)
+            return Plan(problem, candidate, kernel, trace, told, *ways)
         if not candidate.shortcut:
             told = (*told, str(verdict))
     raise UnsupportedError(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ...problems.results import accumulator
+from ..bands import Band, spans
 
 __all__ = [
-    "Band",
     "Scoring",
     "Streams",
     "attend",
@@ -32,49 +32,6 @@ TILE_ELEMENTS_ON_CPU = 1 << 20
 
 LARGEST_TILE = 512
 SMALLEST_TILE = 32
-
-
-@dataclass(frozen=True)
-class Band:
-    """Which keys a query sees: offset - left <= j - i <= offset + right, None for no limit."""
-
-    seqlen_q: int
-    seqlen_k: int
-    left: int | None
-    right: int | None
-
-    @property
-    def offset(self) -> int:
-        return self.seqlen_k - self.seqlen_q
-
-    def keys(self, first: int, last: int) -> tuple[int, int]:
-        """The range of keys that queries first..last-1 see between them."""
-        low = 0 if self.left is None else max(0, first + self.offset - self.left)
-        high = self.seqlen_k
-        if self.right is not None:
-            high = min(high, last + self.offset + self.right)
-        return low, high
-
-    def hidden(self, rows: tuple[int, int], cols: tuple[int, int], like: Tensor) -> Tensor | None:
-        """True where a query of the tile does not see a key; None if it sees them all."""
-        low, high = rows[0] + self.offset, rows[1] - 1 + self.offset
-        left_open = self.left is None or cols[0] >= high - self.left
-        right_open = self.right is None or cols[1] - 1 <= low + self.right
-        if left_open and right_open:
-            return None
-        distance = self.distance(rows, cols, like)
-        hidden = torch.zeros_like(distance, dtype=torch.bool)
-        if self.left is not None:
-            hidden |= distance < -self.left
-        if self.right is not None:
-            hidden |= distance > self.right
-        return hidden
-
-    def distance(self, rows: tuple[int, int], cols: tuple[int, int], like: Tensor) -> Tensor:
-        """j - (i + offset) for every pair of the tile."""
-        i = torch.arange(*rows, device=like.device) + self.offset
-        j = torch.arange(*cols, device=like.device)
-        return j[None, :] - i[:, None]
 
 
 @dataclass(frozen=True)
@@ -121,11 +78,6 @@ def _tile_size(q: Tensor) -> int:
     return max(SMALLEST_TILE, min(LARGEST_TILE, size))
 
 
-def _spans(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(first, last, size):
-        yield start, min(start + size, last)
-
-
 def _scores(
     queries: Tensor,
     keys: Tensor,
@@ -154,7 +106,7 @@ def _scores(
 def attend(streams: Streams, band: Band, scoring: Scoring) -> None:
     """Fill `streams.out` and `streams.lse`."""
     size = _tile_size(streams.q)
-    for rows in _spans(0, band.seqlen_q, size):
+    for rows in spans(0, band.seqlen_q, size):
         _attend_rows(streams, band, scoring, rows, size)
 
 
@@ -169,7 +121,7 @@ def _attend_rows(
     if scoring.sink is not None:
         top = top.copy_(scoring.sink)
         total += 1.0
-    for cols in _spans(*band.keys(*rows), size):
+    for cols in spans(*band.keys(*rows), size):
         keys, values = (x[..., cols[0] : cols[1], :].to(kept) for x in (streams.k, streams.v))
         scores, _ = _scores(queries, keys, band, scoring, rows, cols)
         new_top = torch.maximum(top, scores.amax(-1))
@@ -208,10 +160,10 @@ def probabilities(streams: Streams, band: Band, scoring: Scoring, square: Tensor
     """
     size = _tile_size(streams.q)
     kept = accumulator(streams.q.dtype)
-    for rows in _spans(0, band.seqlen_q, size):
+    for rows in spans(0, band.seqlen_q, size):
         queries = streams.q[..., slice(*rows), :].to(kept) * scoring.scale
         lse = streams.lse[..., slice(*rows), None].to(kept)
-        for cols in _spans(*band.keys(*rows), size):
+        for cols in spans(*band.keys(*rows), size):
             keys = streams.k[..., slice(*cols), :].to(kept)
             scores, _ = _scores(queries, keys, band, scoring, rows, cols)
             weights = torch.exp(scores - lse)
@@ -232,7 +184,7 @@ def attend_backward(
     kept = accumulator(streams.q.dtype)
     size = _tile_size(streams.q)
     dk_sum, dv_sum = (torch.zeros(x.shape, dtype=kept, device=x.device) for x in (dk, dv))
-    for rows in _spans(0, band.seqlen_q, size):
+    for rows in spans(0, band.seqlen_q, size):
         douts = dout[..., slice(*rows), :].to(kept)
         delta = (douts * streams.out[..., slice(*rows), :].to(kept)).sum(-1)
         lse = streams.lse[..., slice(*rows)].to(kept)
@@ -258,7 +210,7 @@ def _backward_rows(
     """Yield, tile by tile, the key range and its parts of dq, dk and dv."""
     douts, delta, lse = saved
     queries = streams.q[..., slice(*rows), :].to(douts.dtype) * scoring.scale
-    for cols in _spans(*band.keys(*rows), size):
+    for cols in spans(*band.keys(*rows), size):
         keys, values = (x[..., slice(*cols), :].to(douts.dtype) for x in (streams.k, streams.v))
         scores, bent = _scores(queries, keys, band, scoring, rows, cols)
         weights = torch.exp(scores - lse[..., None])

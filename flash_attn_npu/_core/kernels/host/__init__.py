@@ -1,0 +1,1 @@
+"""Torch's own kernels for a CPU, under flash-attn's rules."""

@@ -1,0 +1,156 @@
+"""Torch's own flash attention for a CPU: dense, and over packed sequences without padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ground.second_derivatives import once, watch
+from ...problems.attention import Problem
+from ...problems.results import Forward, Inputs, Saved, accumulator
+from ..bands import Band
+from ..groups import Group, groups
+from ..kernel import Kernel
+from ..sinks import with_sink
+from .flash import (
+    COPIED_BYTES,
+    Rule,
+    attend,
+    attend_backward,
+    dense,
+    launch,
+    shares_heads,
+    with_silence,
+)
+from .steps import Step, forward_steps
+
+__all__ = ["KERNEL", "shares_heads"]
+
+COPIED_NUMBERS = 1 << 16
+"""Of one tensor: so few are copied to compute sequences together that lie apart."""
+
+
+def direct(problem: Problem) -> Any:
+    """A differentiable function (q, k, v, ...) -> what the public function returns, by one launch.
+
+    None where it takes several, or its own backward would be off by more than upstream's bound.
+    """
+    launched, wide = _launched(problem), accumulator(problem.dtype)
+    if launched is None or (problem.needs_grad and problem.dtype != wide):
+        return None
+    told = problem.ask.options.return_attn_probs
+    mark = once(problem.function) if problem.needs_grad else None
+    scale, causal = problem.softmax_scale, launched.causal
+    split = (problem.batch, -1) if problem.varlen else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Any:
+        if split is not None:
+            q, k, v = q.unflatten(0, split), k.unflatten(0, split), v.unflatten(0, split)
+        queries, keys, values = (dense(x.transpose(1, 2).to(wide)) for x in (q, k, v))
+        out, lse = launch(queries, keys, values, scale, causal)
+        if mark is not None:
+            watch(out, mark)
+        out = out.transpose(1, 2).to(q.dtype)
+        out = out.flatten(0, 1) if split is not None else out
+        if not told:
+            return out.contiguous()
+        lse = with_silence(lse.detach(), (queries.detach(), keys.detach()), launched, scale)
+        lse = lse.transpose(0, 1).flatten(1, 2) if split is not None else lse
+        return out.contiguous(), lse.contiguous(), q.new_empty(0)
+
+    return run
+
+
+def _launched(problem: Problem) -> Step | None:
+    """The one launch that serves a problem; None if there are several, or things around them."""
+    ask = problem.ask
+    extras = problem.alibi or problem.sink or problem.tail_q or problem.tail_k
+    if extras or ask.backward or problem.pages is not None or len(problem.sequences) > 1:
+        return None
+    ((seqlen_q, seqlen_k),) = problem.sequences
+    steps = forward_steps(Band(seqlen_q, seqlen_k, problem.left, problem.right), 0)
+    copied = problem.dtype != accumulator(problem.dtype)
+    numbers = problem.headdim * max(problem.rows_q * problem.nheads, problem.rows_k)
+    whole = (0, seqlen_q), (0, seqlen_k)
+    if len(steps) != 1 or steps[0][:2] != whole or steps[0].biased:
+        return None
+    return None if copied and numbers > COPIED_BYTES // 4 else steps[0]
+
+
+def forward(problem: Problem, inputs: Inputs) -> Forward:
+    """Attention without autograd; rows of no sequence give 0 and +inf."""
+    q, k, v, slopes, sink = inputs[:5]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    shape = (problem.rows_q,) if problem.varlen else (problem.batch, q.shape[1])
+    lse = torch.empty(
+        (*shape[:-1], problem.nheads, shape[-1]), dtype=accumulator(q.dtype), device=q.device
+    )
+    if problem.tail_q:
+        out[problem.total_q :] = 0
+        lse[:, problem.total_q :] = math.inf
+    for group in _groups(problem):
+        part, part_lse = group.q.space(out), group.q.space_of_rows(lse)
+        attend(
+            (_heads(group.q.taken(q)), _heads(group.k.taken(k)), _heads(group.k.taken(v))),
+            _heads(part),
+            part_lse,
+            _rule(problem, group, slopes),
+        )
+        group.q.write(out, part)
+        group.q.write_rows(lse, part_lse)
+    if sink is not None:
+        out, lse = with_sink(out, lse, sink)
+    return Forward(out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device="cpu"))
+
+
+def backward(
+    problem: Problem, dout: Tensor, saved: Saved, grads: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Write dq, dk, dv into `grads`, where they lie."""
+    dq, dk, dv = grads
+    if problem.varlen:
+        dq[problem.total_q :] = 0
+        dk[problem.total_k :] = 0
+        dv[problem.total_k :] = 0
+    for group in _groups(problem):
+        q, k, v, out, lse = saved[:5]
+        sides = (group.q, group.k, group.k)
+        parts = [side.space(grad) for side, grad in zip(sides, grads, strict=True)]
+        douts, outs = (_heads(group.q.taken(x)) for x in (dout, out))
+        attend_backward(
+            (_heads(group.q.taken(q)), _heads(group.k.taken(k)), _heads(group.k.taken(v))),
+            (douts, outs, group.q.taken_rows(lse)),
+            (_heads(parts[0]), _heads(parts[1]), _heads(parts[2])),
+            _rule(problem, group, saved.alibi_slopes),
+        )
+        for side, grad, part in zip(sides, grads, parts, strict=True):
+            side.write(grad, part)
+
+
+def _groups(problem: Problem) -> Iterator[Group]:
+    width = problem.nheads * max(problem.headdim, 1)
+
+    def copied(seqlen_q: int, seqlen_k: int) -> int:
+        return COPIED_NUMBERS // (width * max(seqlen_q, seqlen_k, 1))
+
+    def together(*_: int) -> int:
+        return problem.batch
+
+    return groups(problem, together, copied)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """(batch, nheads, seqlen, headdim), as the kernel has it."""
+    return x.transpose(1, 2)
+
+
+def _rule(problem: Problem, group: Group, slopes: Tensor | None) -> Rule:
+    slopes = None if slopes is None else group.slopes(slopes.detach())
+    return Rule(group.band, problem.softmax_scale, slopes, problem.uses_lse)
+
+
+KERNEL = Kernel(forward, backward, direct)
