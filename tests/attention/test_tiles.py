@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash_attn_npu._core.kernels.bands import Band
+from flash_attn_npu._core.kernels.composed import tiles
 from tests.helpers.composed_only import composed_only
 from tests.helpers.property_harness import EFFORTS
 from tests.helpers.strategies import Problem, dense_problems, varlen_problems
@@ -31,7 +33,8 @@ def test_tiles_are_as_small_as_asked():
     case = Case(Problem(((16, 24),), headdim=8), packed=False)
     with tiles_of(4), torch.autograd.profiler.profile() as profile:
         solve(case, CPU)
-    products = sum(event.count for event in profile.key_averages() if event.key == "aten::bmm")
+    names = ("aten::bmm", "aten::baddbmm_")
+    products = sum(event.count for event in profile.key_averages() if event.key in names)
     # and five for their gradients
     assert products == (2 + 5) * 4 * 6
 
@@ -158,3 +161,22 @@ def test_every_sequence_and_head_has_a_mask_of_its_own(packed):
     blocks = kept.unflatten(2, (3, 8)).unflatten(4, (3, 8)).transpose(3, 4).flatten(0, 3)
     assert blocks.shape == (70 * 2 * 9, 8, 8)
     assert len({tuple(block.flatten().tolist()) for block in blocks}) == len(blocks)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_launches_of_a_tile(softcap):
+    """What a card would be asked for, tile by tile, in the forward: at most 12."""
+    q, out = torch.randn(1, 2, 1, 64, 8), torch.empty(1, 2, 1, 64, 8)
+    streams = tiles.Streams(q, q, q, out, torch.empty(1, 2, 1, 64), place=0)
+    scoring = tiles.Scoring(0.3, softcap)
+
+    def launched(keys: int) -> int:
+        seen = tiles.Streams(q, q[..., :keys, :], q[..., :keys, :], out, streams.lse, place=0)
+        with tiles_of(16), torch.autograd.profiler.profile() as profile:
+            tiles.attend(seen, Band(64, keys, None, None), scoring)
+        views = ("view", "slice", "transpose", "as_strided", "empty", "resolve")
+        events = [e for e in profile.function_events if e.cpu_parent is None]
+        return sum(not any(view in event.name for view in views) for event in events)
+
+    # four rows of tiles, of four tiles and of two
+    assert (launched(64) - launched(32)) / 8 <= 12

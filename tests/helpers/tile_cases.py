@@ -32,6 +32,7 @@ def tiles_of(side: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "SMALLEST_TILE", side)
         patch.setattr(tiles, "LARGEST_TILE", side)
+        patch.setattr(tiles, "LARGEST_TILE_ON_CPU", side)
         yield
 
 

@@ -16,12 +16,12 @@ from ...problems.results import Forward, Inputs, Saved, accumulator, rounded_up
 from ..groups import Group, groups
 from ..kernel import Kernel
 from .tiles import (
-    TILE_ELEMENTS_ON_CPU,
     Scoring,
     Streams,
     attend,
     attend_backward,
     probabilities,
+    tile_elements,
 )
 
 __all__ = ["KERNEL"]
@@ -131,7 +131,7 @@ def _at_once(problem: Problem, seqlen_q: int, seqlen_k: int) -> int:
     """How many sequences share tiles: as many short ones as fill one, with their rows."""
     pairs = max(seqlen_q, 1) * max(seqlen_k, 1)
     numbers = max(seqlen_q, seqlen_k, 1) * max(problem.headdim, 1)
-    short = TILE_ELEMENTS_ON_CPU // (problem.nheads * max(pairs, numbers))
+    short = tile_elements(problem.device) // (problem.nheads * max(pairs, numbers))
     # packed ones that do not lie side by side are copied, so they are few if they are long
     return max(1, short, 1 if problem.varlen else STREAMS_AT_ONCE // problem.nheads)
 

@@ -24,14 +24,24 @@ __all__ = [
     "attend",
     "attend_backward",
     "probabilities",
+    "tile_elements",
 ]
 
-TILE_ELEMENTS = 1 << 22
+TILE_ELEMENTS = 1 << 27
 TILE_ELEMENTS_ON_CPU = 1 << 20
-"""Scores of one tile: a few MiB where launches cost, what caches hold where they do not."""
+"""Scores of one tile: 512 MiB where launches cost, what caches hold where they do not."""
 
-LARGEST_TILE = 512
+LARGEST_TILE = 2048
+LARGEST_TILE_ON_CPU = 512
 SMALLEST_TILE = 32
+
+BIASES_KEPT = 4
+"""Of a group: those of the tiles on the diagonal, and at the rims of a window."""
+
+HIGHEST_CAP = 64.0
+"""Scores up to this, and sums of exp of them, stay far inside float32 without a maximum taken off.
+
+exp(64) is 6e27 and exp(-64) 2e-28, in a range of 1e-38 to 3e38."""
 
 
 @dataclass(frozen=True)
@@ -71,86 +81,143 @@ class Streams:
     place: int
 
 
+def tile_elements(device: torch.device) -> int:
+    """How many scores a tile holds, at most."""
+    return TILE_ELEMENTS_ON_CPU if device.type == "cpu" else TILE_ELEMENTS
+
+
 def _tile_size(q: Tensor) -> int:
     streams = max(1, math.prod(q.shape[:3]))
-    elements = TILE_ELEMENTS_ON_CPU if q.device.type == "cpu" else TILE_ELEMENTS
-    size = math.isqrt(elements // streams)
-    return max(SMALLEST_TILE, min(LARGEST_TILE, size))
+    largest = LARGEST_TILE_ON_CPU if q.device.type == "cpu" else LARGEST_TILE
+    size = math.isqrt(tile_elements(q.device) // streams)
+    return max(SMALLEST_TILE, min(largest, size))
 
 
-def _scores(
-    queries: Tensor,
-    keys: Tensor,
-    band: Band,
-    scoring: Scoring,
-    rows: tuple[int, int],
-    cols: tuple[int, int],
-) -> tuple[Tensor, Tensor | None]:
-    """Scores of one tile, -inf where hidden, and tanh of the capped ones for the backward."""
-    group, count = queries.shape[2:4]
-    scores = queries.flatten(2, 3) @ keys.squeeze(2).transpose(-1, -2)
-    scores = scores.unflatten(2, (group, count))
-    bent = None
-    if scoring.softcap:
-        bent = torch.tanh(scores / scoring.softcap)
-        scores = bent * scoring.softcap
-    if scoring.slopes is not None:
-        distance = band.distance(rows, cols, scores).abs().to(scores.dtype)
-        scores = scores - scoring.slopes.to(scores.dtype) * distance
-    hidden = band.hidden(rows, cols, scores)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -math.inf)
-    return scores, bent
+class _Tiles:
+    """The tiles of a group: what is computed once for all of them, and the scores of each.
+
+    Tensors are (batch * nheads_k, group * rows, ...), so that one product serves the heads that
+    share keys.
+    """
+
+    def __init__(self, streams: Streams, band: Band, scoring: Scoring) -> None:
+        self.band, self.scoring, self._streams = band, scoring, streams
+        self.kept = accumulator(streams.q.dtype)
+        self._size = _tile_size(streams.q)
+        self.k, self.v = self.flat(streams.k), self.flat(streams.v)
+        self._biases: dict[tuple[int, ...], Tensor | None] = {}
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(batch, nheads_k, group, rows, headdim) as rows of a product, in float32."""
+        return x.to(self.kept).flatten(2, 3).flatten(0, 1)
+
+    def split(self, flat: Tensor) -> Tensor:
+        """(batch, nheads_k, group, rows, ...) of (batch * nheads_k, group * rows, ...)."""
+        batch, heads, group = self._streams.q.shape[:3]
+        return flat.view(batch, heads, group, -1, flat.shape[-1])
+
+    def statistics(self, lse: Tensor, rows: tuple[int, int]) -> Tensor:
+        """softmax_lse of a block of rows, to be taken off its scores."""
+        return self.flat(lse[..., slice(*rows), None])
+
+    def rows(self) -> Iterator[tuple[int, int]]:
+        """Blocks of the queries that see a key."""
+        return spans(self.band.blind, self.band.seqlen_q, self._size)
+
+    def cols(self, rows: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        return spans(*self.band.keys(*rows), self._size)
+
+    def queries(self, rows: tuple[int, int]) -> Tensor:
+        """Scaled, and over the softcap, if there is one."""
+        queries = self.flat(self._streams.q[..., slice(*rows), :])
+        return queries * (self.scoring.scale / (self.scoring.softcap or 1.0))
+
+    def drop(self, weights: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """Weights with some dropped, in place, and the others larger for it."""
+        if self.scoring.dropout_p:
+            split = self.split(weights)
+            place = (self._streams.place, rows[0], cols[0])
+            split.mul_(self.scoring.keep(split.shape, place, split))
+        return weights
+
+    def products(self, queries: Tensor, cols: tuple[int, int]) -> Tensor:
+        """q.k of one tile, bent by tanh where there is a softcap, which is not yet put back."""
+        products = torch.bmm(queries, self.k[:, slice(*cols)].transpose(1, 2))
+        return products.tanh_() if self.scoring.softcap else products
+
+    def biased(self, scores: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """Scores with -inf where hidden, and ALiBi, in place; tiles that lie alike share both."""
+        place = (rows[1] - rows[0], cols[1] - cols[0], cols[0] - rows[0])
+        if place not in self._biases:
+            if len(self._biases) >= BIASES_KEPT:
+                self._biases.clear()
+            self._biases[place] = self._bias(rows, cols)
+        bias = self._biases[place]
+        if bias is not None:
+            self.split(scores).add_(bias)
+        return scores
+
+    def _bias(self, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor | None:
+        slopes = self.scoring.slopes
+        if slopes is not None:
+            slopes = slopes.to(self.kept)
+        return self.band.bias(rows, cols, slopes, self.k)
 
 
 def attend(streams: Streams, band: Band, scoring: Scoring) -> None:
     """Fill `streams.out` and `streams.lse`."""
-    size = _tile_size(streams.q)
-    for rows in spans(0, band.seqlen_q, size):
-        _attend_rows(streams, band, scoring, rows, size)
+    streams.out[..., : band.blind, :] = 0
+    streams.lse[..., : band.blind] = math.inf
+    tiles = _Tiles(streams, band, scoring)
+    bounded = 0 < scoring.softcap <= HIGHEST_CAP
+    # nor may a bias push all scores of a row far below
+    sums = _sums if scoring.slopes is not None or scoring.sink is not None else _bounded_sums
+    for rows in tiles.rows():
+        out, top, total = (sums if bounded else _sums)(tiles, rows)
+        silent = total == 0
+        total.masked_fill_(silent, 1.0)
+        streams.out[..., slice(*rows), :].copy_(tiles.split(out.div_(total)))
+        lse = total.log_() if top is None else total.log_().add_(top)
+        lse = tiles.split(lse.masked_fill_(silent, math.inf)).squeeze(-1)
+        streams.lse[..., slice(*rows)].copy_(lse)
 
 
-def _attend_rows(
-    streams: Streams, band: Band, scoring: Scoring, rows: tuple[int, int], size: int
-) -> None:
-    kept = accumulator(streams.q.dtype)
-    queries = streams.q[..., rows[0] : rows[1], :].to(kept) * scoring.scale
+def _sums(tiles: _Tiles, rows: tuple[int, int]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What a block of rows adds up to, under its running maximum: out, the maximum, the total."""
+    scoring, queries = tiles.scoring, tiles.queries(rows)
     out = torch.zeros_like(queries)
-    top = torch.full(queries.shape[:-1], -math.inf, dtype=kept, device=queries.device)
+    # not -inf, as -inf - -inf is NaN
+    top = queries.new_full((*queries.shape[:2], 1), torch.finfo(tiles.kept).min)
     total = torch.zeros_like(top)
     if scoring.sink is not None:
-        top = top.copy_(scoring.sink)
-        total += 1.0
-    for cols in spans(*band.keys(*rows), size):
-        keys, values = (x[..., cols[0] : cols[1], :].to(kept) for x in (streams.k, streams.v))
-        scores, _ = _scores(queries, keys, band, scoring, rows, cols)
-        new_top = torch.maximum(top, scores.amax(-1))
-        # a row that has seen nothing yet has a top of -inf, and -inf - -inf is NaN
-        safe = new_top.masked_fill(new_top == -math.inf, 0.0)
-        weights = torch.exp(scores - safe[..., None])
-        fade = torch.exp(top - safe)
-        total = total * fade + weights.sum(-1)
-        if scoring.dropout_p:
-            place = (streams.place, rows[0], cols[0])
-            weights = weights * scoring.keep(weights.shape, place, weights)
-        gain = (weights.flatten(2, 3) @ values.squeeze(2)).unflatten(2, weights.shape[2:4])
-        out = out * fade[..., None] + gain
+        tiles.split(top).copy_(scoring.sink[..., None])
+        total.fill_(1.0)
+    for cols in tiles.cols(rows):
+        scores = tiles.products(queries, cols)
+        if scoring.softcap:
+            scores.mul_(scoring.softcap)
+        tiles.biased(scores, rows, cols)
+        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+        fade = top.sub_(new_top).exp_()
+        weights = scores.sub_(new_top).exp_()
+        total.mul_(fade).add_(weights.sum(-1, keepdim=True))
+        tiles.drop(weights, rows, cols)
+        out.mul_(fade).baddbmm_(weights, tiles.v[:, slice(*cols)])
         top = new_top
-    blind = _blind(band, rows, total) | (total == 0)
-    total = total.masked_fill(blind, 1.0)
-    streams.out[..., rows[0] : rows[1], :] = (out / total[..., None]).to(streams.out.dtype)
-    lse = (top + torch.log(total)).masked_fill(blind, math.inf)
-    streams.lse[..., rows[0] : rows[1]] = lse.to(streams.lse.dtype)
+    return out, top, total
 
 
-def _blind(band: Band, rows: tuple[int, int], like: Tensor) -> Tensor:
-    """True for the rows that see no key."""
-    if band.seqlen_k == 0:
-        return torch.ones_like(like, dtype=torch.bool)
-    if band.right is None:
-        return torch.zeros_like(like, dtype=torch.bool)
-    last_key = torch.arange(*rows, device=like.device) + band.offset + band.right
-    return (last_key < 0).expand(like.shape)
+def _bounded_sums(tiles: _Tiles, rows: tuple[int, int]) -> tuple[Tensor, None, Tensor]:
+    """`_sums` where no score is so high that a maximum need be taken off."""
+    queries = tiles.queries(rows)
+    out, total = torch.zeros_like(queries), queries.new_zeros(*queries.shape[:2], 1)
+    for cols in tiles.cols(rows):
+        scores = tiles.products(queries, cols).mul_(tiles.scoring.softcap)
+        weights = tiles.biased(scores, rows, cols).exp_()
+        total.add_(weights.sum(-1, keepdim=True))
+        tiles.drop(weights, rows, cols)
+        out.baddbmm_(weights, tiles.v[:, slice(*cols)])
+    return out, None, total
 
 
 def probabilities(streams: Streams, band: Band, scoring: Scoring, square: Tensor) -> None:
@@ -158,18 +225,14 @@ def probabilities(streams: Streams, band: Band, scoring: Scoring, square: Tensor
 
     The tiles are those of `attend`, so the dropout mask is too.
     """
-    size = _tile_size(streams.q)
-    kept = accumulator(streams.q.dtype)
-    for rows in spans(0, band.seqlen_q, size):
-        queries = streams.q[..., slice(*rows), :].to(kept) * scoring.scale
-        lse = streams.lse[..., slice(*rows), None].to(kept)
-        for cols in spans(*band.keys(*rows), size):
-            keys = streams.k[..., slice(*cols), :].to(kept)
-            scores, _ = _scores(queries, keys, band, scoring, rows, cols)
-            weights = torch.exp(scores - lse)
-            kept_ones = scoring.keep(weights.shape, (streams.place, rows[0], cols[0]), weights)
-            signed = torch.where(kept_ones > 0, weights, -weights)
-            square[..., slice(*rows), slice(*cols)] = signed.to(square.dtype)
+    tiles = _Tiles(streams, band, scoring)
+    for rows in tiles.rows():
+        queries, lse = tiles.queries(rows), tiles.statistics(streams.lse, rows)
+        for cols in tiles.cols(rows):
+            weights, _ = _weights(tiles, queries, lse, rows, cols)
+            kept = tiles.drop(torch.ones_like(weights), rows, cols)
+            signed = torch.where(kept > 0, weights, -weights)
+            square[..., slice(*rows), slice(*cols)] = tiles.split(signed).to(square.dtype)
 
 
 def attend_backward(
@@ -181,51 +244,55 @@ def attend_backward(
     over several blocks of keys or count a sink.
     """
     dq, dk, dv = grads
-    kept = accumulator(streams.q.dtype)
-    size = _tile_size(streams.q)
-    dk_sum, dv_sum = (torch.zeros(x.shape, dtype=kept, device=x.device) for x in (dk, dv))
-    for rows in spans(0, band.seqlen_q, size):
-        douts = dout[..., slice(*rows), :].to(kept)
-        delta = (douts * streams.out[..., slice(*rows), :].to(kept)).sum(-1)
-        lse = streams.lse[..., slice(*rows)].to(kept)
-        dq_sum = torch.zeros_like(douts)
-        row_grads = _backward_rows(streams, band, scoring, rows, size, (douts, delta, lse))
-        for cols, dq_part, dk_part, dv_part in row_grads:
-            dq_sum += dq_part
-            dk_sum[..., slice(*cols), :] += dk_part
-            dv_sum[..., slice(*cols), :] += dv_part
-        dq[..., slice(*rows), :] = dq_sum.to(dq.dtype)
-    dk.copy_(dk_sum)
-    dv.copy_(dv_sum)
+    tiles = _Tiles(streams, band, scoring)
+    dq[..., : band.blind, :] = 0
+    sums = torch.zeros_like(tiles.k), torch.zeros_like(tiles.v)
+    for rows in tiles.rows():
+        douts = tiles.flat(dout[..., slice(*rows), :])
+        outs = tiles.flat(streams.out[..., slice(*rows), :])
+        delta = (douts * outs).sum(-1, keepdim=True)
+        lse = tiles.statistics(streams.lse, rows)
+        found = _backward_rows(tiles, rows, (douts, delta, lse), sums)
+        dq[..., slice(*rows), :].copy_(tiles.split(found))
+    for grad, total in zip((dk, dv), sums, strict=True):
+        grad.copy_(total.view_as(grad))
+
+
+def _weights(
+    tiles: _Tiles, queries: Tensor, lse: Tensor, rows: tuple[int, int], cols: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities of a tile before dropout, and tanh of the capped scores."""
+    bent, scores = None, tiles.products(queries, cols)
+    if tiles.scoring.softcap:
+        bent, scores = scores, scores * tiles.scoring.softcap
+    return tiles.biased(scores, rows, cols).sub_(lse).exp_(), bent
 
 
 def _backward_rows(
-    streams: Streams,
-    band: Band,
-    scoring: Scoring,
+    tiles: _Tiles,
     rows: tuple[int, int],
-    size: int,
     saved: tuple[Tensor, Tensor, Tensor],
-) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, Tensor]]:
-    """Yield, tile by tile, the key range and its parts of dq, dk and dv."""
+    sums: tuple[Tensor, Tensor],
+) -> Tensor:
+    """dq of a block of rows; what it gives to dk and dv is added to `sums`."""
     douts, delta, lse = saved
-    queries = streams.q[..., slice(*rows), :].to(douts.dtype) * scoring.scale
-    for cols in spans(*band.keys(*rows), size):
-        keys, values = (x[..., slice(*cols), :].to(douts.dtype) for x in (streams.k, streams.v))
-        scores, bent = _scores(queries, keys, band, scoring, rows, cols)
-        weights = torch.exp(scores - lse[..., None])
-        dweights = douts.flatten(2, 3) @ values.squeeze(2).transpose(-1, -2)
-        dweights = dweights.unflatten(2, weights.shape[2:4])
+    scoring, queries = tiles.scoring, tiles.queries(rows)
+    dq = torch.zeros_like(queries)
+    for cols in tiles.cols(rows):
+        keys, values = tiles.k[:, slice(*cols)], tiles.v[:, slice(*cols)]
+        weights, bent = _weights(tiles, queries, lse, rows, cols)
+        dscores = torch.bmm(douts, values.transpose(1, 2))
         dropped = weights
         if scoring.dropout_p:
-            keep = scoring.keep(weights.shape, (streams.place, rows[0], cols[0]), weights)
-            dropped, dweights = weights * keep, dweights * keep
-        dv = dropped.flatten(2, 3).transpose(-1, -2) @ douts.flatten(2, 3)
-        dscores = weights * (dweights - delta[..., None])
+            keep = tiles.drop(torch.ones_like(weights), rows, cols)
+            dropped = weights * keep
+            dscores.mul_(keep)
+        sums[1][:, slice(*cols)].baddbmm_(dropped.transpose(1, 2), douts)
+        dscores.sub_(delta).mul_(weights)
         if bent is not None:
-            dscores = dscores * (1.0 - bent * bent)
-        dscores = dscores.flatten(2, 3)
-        dq = (dscores @ keys.squeeze(2)).unflatten(2, weights.shape[2:4]) * scoring.scale
-        # the queries already carry the scale
-        dk = dscores.transpose(-1, -2) @ queries.flatten(2, 3)
-        yield cols, dq, dk.unsqueeze(2), dv.unsqueeze(2)
+            dscores.addcmul_(dscores, bent.square_(), value=-1.0)
+        dq.baddbmm_(dscores, keys)
+        # the queries already carry the scale, and are over the softcap
+        scale = scoring.softcap or 1.0
+        sums[0][:, slice(*cols)].baddbmm_(dscores.transpose(1, 2), queries, alpha=scale)
+    return dq.mul_(scoring.scale)
