@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from _flash_attn_npu_startup import PROVIDER
-
 from ._commands import COMMANDS
 from ._commands.starting import SCRIPT
+from ._startup import PROVIDER
 from ._version import FLASH_ATTN_VERSION
 
 _EPILOG = """\

@@ -1,6 +1,6 @@
 """The level of flash-attention's API that this package mirrors, and what it runs on."""
 
-from _flash_attn_npu_startup import FLASH_ATTN_VERSION
+from ._startup import FLASH_ATTN_VERSION
 
 __all__ = ["FLASH_ATTN_VERSION", "OLDEST_TORCH_NPU"]
 

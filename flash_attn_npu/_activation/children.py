@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Collection
 
-from _flash_attn_npu_startup import VARIABLE, WORDS
+from .._startup import VARIABLE, WORDS
 
 __all__ = ["followed", "take_back", "tell"]
 

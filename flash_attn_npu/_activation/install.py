@@ -12,11 +12,10 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import cast
 
-import _flash_attn_npu_startup as startup
-from _flash_attn_npu_startup import ALIAS, PACKAGE, PROVIDER
-
+from .. import _startup as startup
 from .._core.ground.locks import Lock
 from .._integrations import transformers
+from .._startup import ALIAS, PACKAGE, PROVIDER
 from .._version import FLASH_ATTN_VERSION
 from ..errors import ActivationError
 from . import children as offspring

@@ -8,8 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from _flash_attn_npu_startup import ALIASES_3, FLASH_ATTN_3_VERSION, PACKAGE, PROVIDER
-
+from .._startup import ALIASES_3, FLASH_ATTN_3_VERSION, PACKAGE, PROVIDER
 from ..errors import ActivationError
 from . import occupant
 from .distribution import VirtualDistribution

@@ -22,8 +22,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
-import _flash_attn_npu_startup as startup
-
+from .. import _startup as startup
 from ..errors import ActivationError
 
 __all__ = ["Place", "activate", "activated", "deactivate", "facts", "reported"]
@@ -32,13 +31,14 @@ NAME = "flash-attn"
 RIVAL = "flash-attn-npu"
 STUBS = f"{startup.ALIAS}-stubs"
 START = "_zz_flash_attn_npu_activated"
+STARTER = "_flash_attn_npu_startup"
 HOOK = "_zz_flash_attn_npu.pth"
 ASIDE = ".flash_attn_npu_"
 """How the folders begin in which things are made ready, or taken away."""
 
 PTH = (
-    f'import os; exec("try:\\n import {startup.__name__}\\nexcept ImportError: pass\\n'
-    f'else: {startup.__name__}.start_activated()")\n'
+    f'import os; exec("try:\\n import {STARTER}\\nexcept ImportError: pass\\n'
+    f'else: {STARTER}.start_activated()")\n'
 )
 METADATA = f"""\
 Metadata-Version: 2.1
@@ -226,7 +226,7 @@ def _version(found: metadata.Distribution | None) -> str:
 
 
 def _entry_point() -> str:
-    return f"{startup.__name__}:start_activated\n"
+    return f"{STARTER}:start_activated\n"
 
 
 def _stubs() -> dict[str, str]:

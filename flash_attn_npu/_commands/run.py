@@ -13,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from _flash_attn_npu_startup import VARIABLE
-
+from .._startup import VARIABLE
 from ..errors import ActivationError
 from .simulation import MARK, simulate
 from .starting import complete

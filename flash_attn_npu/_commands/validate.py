@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from _flash_attn_npu_startup import PROVIDER
+from .._startup import PROVIDER
 
 _EPILOG = """\
 Exit status 0 if everything asked was right, 1 if something was wrong, 2 if nothing could be asked,

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import NamedTuple
 
-from _flash_attn_npu_startup import PACKAGE, PROVIDER
-
+from .._startup import PACKAGE, PROVIDER
 from .._version import OLDEST_TORCH_NPU
 from . import installed, settings
 from .probe import Probed

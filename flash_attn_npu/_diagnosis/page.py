@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from _flash_attn_npu_startup import PROVIDER
-
 from .._core.ground import confirmed
 from .._core.ground.confirmed import Combination
+from .._startup import PROVIDER
 from .._version import FLASH_ATTN_VERSION
 from . import installed, settings
 from .clashes import Clash, clashes

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-import _flash_attn_npu_startup as startup
+from flash_attn_npu import _startup as startup
 from flash_attn_npu._activation.install import MIRRORED
 from flash_attn_npu._activation.names import NAMES
 from flash_attn_npu._commands import environment as command
 from flash_attn_npu._commands.environment import Place
 from flash_attn_npu.errors import ActivationError
-from tests.helpers.environments import Environment, build_wheel
+from tests.helpers.environments import START_FILES, Environment, build_wheel
 
 
 def tree(site: Path) -> dict[str, bytes | None]:
@@ -276,6 +276,8 @@ def test_pip_and_python_see_it(tmp_path: Path) -> None:
     environment.unpack(build_wheel(tmp_path))
     here = Place(environment.site, (str(environment.site),))
     before = tree(environment.site)
+    assert before.keys() >= {*START_FILES, "flash_attn_npu/_startup.py"}
+    assert "flash_attn_npu/_packaging" not in before
     command.activate(here)
     wheel = str(consumer(tmp_path))
     # our own requirements are not here, and pip looks nowhere

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-import _flash_attn_npu_startup as hook
+from flash_attn_npu import _startup as hook
+from flash_attn_npu._commands.environment import STARTER
 from flash_attn_npu._integrations import transformers
-from tests.helpers.environments import ROOT, START_FILES, Environment, pythons
+from tests.helpers.environments import PACKAGING, ROOT, START_FILES, Environment, pythons
 
 PYTHONS = pythons()
 
 STAND_IN = """
 import sys
-import _flash_attn_npu_startup as hook
+from . import _startup as hook
 sys.meta_path.remove(hook.waiting())
 sys.modules["flash_attn"] = sys.modules[__name__]
 flash_attn_func = "ours"
@@ -66,11 +67,10 @@ def lay(environment: Environment) -> None:
     package = environment.site / "flash_attn_npu"
     (package / "_activation").mkdir(parents=True)
     (package / "__init__.py").write_text(STAND_IN)
-    for name in ("_version.py", "_activation/distribution.py"):
+    for name in ("_startup.py", "_activation/distribution.py"):
         shutil.copy(ROOT / "flash_attn_npu" / name, package / name)
-    shutil.copy(ROOT / "_flash_attn_npu_startup.py", environment.site)
     for name in START_FILES:
-        shutil.copy(ROOT / "build_backend" / name, environment.site)
+        shutil.copy(ROOT / PACKAGING / name, environment.site)
 
 
 @pytest.fixture(scope="module", params=PYTHONS)
@@ -100,13 +100,13 @@ def test_it_waits_where_the_variable_is_set(anywhere: Environment) -> None:
 def test_nothing_is_loaded_without_it(anywhere: Environment) -> None:
     code = "import sys; print(sorted(sys.modules), [type(f).__name__ for f in sys.meta_path])"
     bare = anywhere.says("-S", "-c", code)
-    assert "_flash_attn_npu_startup" not in anywhere.says("-c", code)
+    assert "flash_attn_npu" not in anywhere.says("-c", code)
     for value in ("", "0"):
         assert "Waiting" not in anywhere.says("-c", code, variable=value)
-    # one module of ours, and nothing that Python has not loaded itself
+    # two modules of ours, and nothing that Python has not loaded itself
     loaded = set(eval(anywhere.says("-c", code, variable="1").partition("] [")[0] + "]"))
     plain = set(eval(anywhere.says("-c", code).partition("] [")[0] + "]"))
-    assert loaded - plain <= {"_flash_attn_npu_startup", "__future__"}
+    assert loaded - plain <= {STARTER, hook.__name__, "__future__"}
     assert "Waiting" not in bare
 
 
@@ -130,7 +130,7 @@ def test_a_removed_package_is_not_missed(here: Environment) -> None:
     shutil.rmtree(here.site / "flash_attn_npu")
     gone = "None None None\nno distribution\nnot imported\nNo module named 'flash_attn'\n"
     assert here.says("-c", ASKS, variable="1,force") == gone
-    (here.site / "_flash_attn_npu_startup.py").unlink()
+    (here.site / START_FILES[0]).unlink()
     assert here.says("-c", ASKS, variable="1") == gone
 
 
@@ -155,7 +155,7 @@ def test_a_real_flash_attn_keeps_its_name_unless_told(here: Environment) -> None
 
 def test_a_thousand_starts_do_not_add_up(here: Environment) -> None:
     """The line of the `.pth` file calls nothing but a look into the environment."""
-    line = (ROOT / "build_backend" / START_FILES[0]).read_text()
+    line = (ROOT / PACKAGING / START_FILES[1]).read_text()
     code = textwrap.dedent(
         f"""
         import sys
@@ -171,4 +171,4 @@ def test_a_thousand_starts_do_not_add_up(here: Environment) -> None:
 
 def test_the_hook_knows_what_the_package_does() -> None:
     assert {name.partition(".")[0] for name in transformers.HOOKS} == set(hook.CLIENTS)
-    assert (ROOT / "build_backend" / START_FILES[1]).read_text() == f"{hook.__name__}:start\n"
+    assert (ROOT / PACKAGING / START_FILES[2]).read_text() == f"{STARTER}:start\n"

@@ -11,7 +11,10 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-START_FILES = ("_zz_flash_attn_npu.pth", "_zz_flash_attn_npu.start")
+PACKAGING = "flash_attn_npu/_packaging"
+START_FILES = ("_flash_attn_npu_startup.py", "_zz_flash_attn_npu.pth", "_zz_flash_attn_npu.start")
+"""What a wheel has at its root, and where it lies in the sources."""
+BACKEND = f"import sys; sys.path.insert(0, {PACKAGING!r}); import backend"
 
 
 def pythons() -> dict[str, str]:
@@ -74,13 +77,11 @@ def build_wheel(folder: Path) -> Path:
     """The wheel of the working tree, from a copy: setuptools leaves things where it builds."""
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "_flash_attn_npu_startup.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("flash_attn_npu", "build_backend"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = (
-        "import sys; sys.path.insert(0, 'build_backend'); import backend; backend.build_wheel('.')"
-    )
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    package = "flash_attn_npu"
+    shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-c", f"{BACKEND}; backend.build_wheel('.')"]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
     (wheel,) = source.glob("*.whl")
     return wheel

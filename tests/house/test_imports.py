@@ -26,6 +26,8 @@ NPU = (
 )
 CARD = "_virtual_ascend/"
 COMMANDS = ("__main__.py", "_commands/")
+ALONE = ("_startup.py", "_packaging/")
+"""Run without the package: at a start of Python, and to build it."""
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -72,6 +74,7 @@ def mirrored(file: str) -> bool:
         "_commands/",
         "_diagnosis/",
         "_integrations/",
+        "_packaging/",
         "_surface/",
         "_validation/",
         "__main__.py",
@@ -80,7 +83,7 @@ def mirrored(file: str) -> bool:
     return not file.startswith(apart)
 
 
-ABOVE = ("errors.py", "_version.py")
+ABOVE = ("errors.py", "_startup.py", "_version.py")
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if floor(file) is not None])
@@ -113,6 +116,12 @@ def test_the_simulated_card_and_we_do_not_know_each_other(file: str) -> None:
             assert target.startswith(CARD), f"{file} imports {name}"
         elif not file.startswith(COMMANDS):
             assert not target.startswith(CARD), f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith(ALONE)])
+def test_what_runs_without_the_package_imports_nothing_of_it(file: str) -> None:
+    assert not [name for name, _ in ours(file)]
+    assert not [name for name in imported(file) if name.startswith("flash_attn_npu")]
 
 
 def test_no_circles() -> None:

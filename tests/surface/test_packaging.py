@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.environments import BACKEND, ROOT
+
 MADE = ("__pycache__", "*.pyc", "*.egg-info", "_build", ".*", "build", "dist", "*.so")
 TEXT = (".md", ".toml", ".ini", ".py")
-HANDED_OUT = ("flash_attn_npu", "tests", "benchmarks", "docs", "examples", "build_backend")
+HANDED_OUT = ("flash_attn_npu", "tests", "benchmarks", "docs", "examples")
 
 IN_A_ZIP = """
 import sys
@@ -56,7 +57,6 @@ def test_a_zip_is_imported_like_a_folder(tmp_path: Path) -> None:
         for path in sorted((ROOT / "flash_attn_npu").rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 packed.write(path, path.relative_to(ROOT))
-        packed.write(ROOT / "_flash_attn_npu_startup.py", "_flash_attn_npu_startup.py")
     done = child("-c", IN_A_ZIP, str(archive), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 1000
@@ -69,10 +69,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     copy = folder / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*MADE))
-    build = (
-        "import sys; sys.path.insert(0, 'build_backend'); import backend; backend.build_sdist('.')"
-    )
-    done = child("-c", build, cwd=copy)
+    done = child("-c", f"{BACKEND}; backend.build_sdist('.')", cwd=copy)
     assert done.returncode == 0, done.stderr
     (archive,) = copy.glob("*.tar.gz")
     with tarfile.open(archive) as packed:

@@ -1,7 +1,8 @@
-"""The build backend: setuptools, and two files that Python reads at its start.
+"""The build backend: setuptools, and what Python reads and runs at its start.
 
 setuptools has no way to place files at the root of site-packages, where `.pth` and `.start` files
-must lie. So the wheel that it built, editable or not, gets them here, and a RECORD that lists them.
+must lie, with the module that they name. So the wheel that it built, editable or not, gets them
+here, and a RECORD that lists them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-START_FILES = tuple(sorted(Path(__file__).parent.glob("_zz_*")))
+HERE = Path(__file__).parent
+START_FILES = (HERE / "_flash_attn_npu_startup.py", *sorted(HERE.glob("_zz_*")))
 
 
 def build_wheel(

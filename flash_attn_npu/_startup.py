@@ -5,7 +5,8 @@ in site-packages call `start()`, which puts one finder into `sys.meta_path` wher
 finder imports flash_attn_npu, and torch with it, when the program imports flash_attn, or a module
 of a client that would decide without asking for it.
 
-It lies beside the package and not in it, as importing anything of the package imports torch.
+Importing anything of the package imports torch, so a module at the root of site-packages loads
+this without it, under the name by which the package finds it later. It imports nothing of ours.
 """
 
 from __future__ import annotations
