@@ -1,6 +1,6 @@
 """What a call costs on the host, beside the fused kernel called directly. Simulated, no Ascend.
 
-    python benchmarks/overhead.py [--rounds 60] [--calls 300] [--quick]
+    python benchmarks/overhead.py [--rounds 60] [--calls 300] [--quick] [-o FILE]
 
 The real torch_npu wheel runs over stub CANN libraries without arithmetic, so a call is all host
 work: Python, torch's dispatcher, torch_npu's preparation of the launch. Nothing here says how
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import random
 import statistics
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 # torch must not load torch_npu before the stubs are there
@@ -133,7 +135,7 @@ def mindiesd_function() -> Callable[..., Any] | None:
     if importlib.util.find_spec("mindiesd") is None:
         print("not compared: mindiesd is not installed")
         return None
-    from tests.helpers.mindie_function import load
+    from mindie_function import load
 
     function: Callable[..., Any] = load()[0].attention_forward_varlen
     return function
@@ -169,6 +171,11 @@ def ratio(times: list[float], to: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(times, to, strict=True))
 
 
+def ratios(times: dict[str, list[float]]) -> dict[str, float]:
+    """Of each row to the call with keywords."""
+    return {name: ratio(values, times[KEYWORDS]) for name, values in times.items()}
+
+
 def print_table(title: str, times: dict[str, list[float]]) -> None:
     print(f"\n{title}")
     print(
@@ -183,27 +190,34 @@ def print_table(title: str, times: dict[str, list[float]]) -> None:
         )
 
 
-def asked(description: str, rounds: int) -> tuple[int, int]:
-    """Rounds, and calls of each row in a round, from the command line of a benchmark."""
+def asked(description: str, rounds: int) -> tuple[int, int, Path | None]:
+    """Rounds, calls of each row in a round and a file, from a benchmark's command line."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--calls", type=int, default=300, help="calls of each row in a round")
     parser.add_argument("--quick", action="store_true", help="a few calls, to see that it runs")
+    parser.add_argument("-o", "--output", type=Path, help="write the ratios to keywords as JSON")
     options = parser.parse_args()
     if REASON is not None:
         sys.exit(f"the virtual Ascend is not running: {REASON}")
     torch.set_num_threads(1)
-    return (3, 5) if options.quick else (options.rounds, options.calls)
+    rounds, count = (3, 5) if options.quick else (options.rounds, options.calls)
+    return rounds, count, options.output
 
 
 def main() -> None:
-    rounds, count = asked(__doc__.splitlines()[0], 60)
+    rounds, count, output = asked(__doc__.splitlines()[0], 60)
     print("simulated Ascend without arithmetic: host overhead only")
     print(f"{rounds} rounds of {count} calls, causal, {BATCH} sequences of {SEQLEN}")
+    tables = {}
     with torch.no_grad():
-        print_table("packed, inference", measure(packed_calls(grad=False), rounds, count))
-        print_table("dense, inference", measure(dense_calls(), rounds, count))
-    print_table("packed, forward of training", measure(packed_calls(grad=True), rounds, count))
+        tables["packed, inference"] = measure(packed_calls(grad=False), rounds, count)
+        tables["dense, inference"] = measure(dense_calls(), rounds, count)
+    tables["packed, forward of training"] = measure(packed_calls(grad=True), rounds, count)
+    for title, times in tables.items():
+        print_table(title, times)
+    if output is not None:
+        output.write_text(json.dumps({title: ratios(times) for title, times in tables.items()}))
 
 
 if __name__ == "__main__":

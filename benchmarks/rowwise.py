@@ -62,7 +62,7 @@ def pairs() -> dict[str, Pair]:
 
 
 def main() -> None:
-    rounds, count = asked(__doc__.splitlines()[0], 40)
+    rounds, count, _ = asked(__doc__.splitlines()[0], 40)
     print("simulated Ascend without arithmetic: host overhead only, forward of training")
     print(f"  {'microseconds per call':28} {'direct':>8} {'ours':>8} {'ratio':>8}")
     for name, (direct, ours) in pairs().items():
