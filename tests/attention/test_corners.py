@@ -114,3 +114,15 @@ def test_lengths_on_the_host_are_read_at_every_call() -> None:
     cu.numpy()[1] = 2  # a write that PyTorch does not see
     after = flash_attn_varlen_func(q, q, q, cu, cu, longest, longest)
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"dropout_p": 0.5}], ids=str)
+@pytest.mark.parametrize(("heads", "headdim"), [((4, 2), 0), ((0, 0), 8)])
+def test_heads_without_numbers(
+    device: torch.device, heads: tuple[int, int], headdim: int, options: dict[str, float]
+) -> None:
+    q, k = (torch.ones(2, 6, count, headdim).to(device).requires_grad_() for count in heads)
+    out = flash_attn_func(q, k, k, causal=True, **options)
+    out.sum().backward()
+    assert out.shape == q.shape
+    assert q.grad is not None

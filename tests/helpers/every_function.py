@@ -13,7 +13,7 @@ import flash_attn_npu
 from flash_attn_npu import flash_attn_interface
 
 OPERATORS = torch.ops.flash_attn_npu_shim
-NAMESPACE = "flash_attn_npu::"
+NAMESPACE = "flash_attn_npu_shim::"
 EXTENSION = flash_attn_interface.flash_attn_gpu
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

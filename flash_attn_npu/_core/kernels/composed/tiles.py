@@ -114,7 +114,8 @@ class _Tiles:
     def split(self, flat: Tensor) -> Tensor:
         """(batch, nheads_k, group, rows, ...) of (batch * nheads_k, group * rows, ...)."""
         batch, heads, group = self._streams.q.shape[:3]
-        return flat.view(batch, heads, group, -1, flat.shape[-1])
+        # not -1, which a headdim of 0 leaves open
+        return flat.view(batch, heads, group, flat.shape[1] // max(group, 1), flat.shape[-1])
 
     def statistics(self, lse: Tensor, rows: tuple[int, int]) -> Tensor:
         """softmax_lse of a block of rows, to be taken off its scores."""
