@@ -87,16 +87,20 @@ class Clock:
             call()
         return (self.now() - start) / count
 
+    def warm(self, call: Call) -> float:
+        """Seconds of one call, about: the first one counts where it is long."""
+        first = self.once(call)
+        return first if first > 0.2 else self.once(call)
+
     def pair(self, ours: Call, theirs: Call) -> tuple[float, float, float]:
         """(median of ours / theirs over the pairs, median seconds of ours, of theirs)."""
-        for call in (ours, theirs):
-            call()
-        both = [max(self.once(call), 1e-7) for call in (ours, theirs)]
+        both = [max(self.warm(call), 1e-7) for call in (ours, theirs)]
         counts = [max(1, int(0.01 / taken)) for taken in both]
         each = sum(count * taken for count, taken in zip(counts, both, strict=True))
+        fewest = 1 if each > 4 * self.seconds else self.fewest
         pairs = []
         gc.collect()
-        for turn in range(max(self.fewest, min(self.most, int(self.seconds / each)))):
+        for turn in range(max(fewest, min(self.most, int(self.seconds / each)))):
             taken = {}
             for place in (0, 1) if turn % 2 else (1, 0):
                 taken[place] = self.once((ours, theirs)[place], counts[place])
