@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .._core.ground.autocast import has_autocast
 from .._core.ground.dense_arguments import require_group, whole
 from .._core.rowwise.gates import require_floating
 from ..errors import ArgumentError, UnsupportedError
@@ -187,7 +188,7 @@ def cast(**tensors: Any) -> tuple[list[Any], list[torch.dtype | None], bool]:
         raise ArgumentError("x", "a scalar", "(..., in_features)", "pass x[None]")
     dtypes = [None if tensor is None else tensor.dtype for tensor in tensors.values()]
     device_type = x.device.type
-    if not _knows_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+    if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return list(tensors.values()), dtypes, False
     dtype = torch.get_autocast_dtype(device_type)
     computed = [
@@ -199,13 +200,9 @@ def cast(**tensors: Any) -> tuple[list[Any], list[torch.dtype | None], bool]:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """What was cast by `cast` is computed as it is; a backward may run in or out of autocast."""
-    if not _knows_autocast(x.device.type):
+    if not has_autocast(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _knows_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
 
 
 def differentiated_again() -> bool:

@@ -203,7 +203,8 @@ def _gelu_gradient(g: Tensor, x: Tensor) -> Tensor:
 
 def _check_bias(y: Tensor, bias: Tensor) -> None:
     require_floating(y=y, bias=bias)
-    aligned = zip(reversed(bias.shape), reversed(y.shape), strict=False)
+    # torch 2.6 and 2.8 trace strict=False as True
+    aligned = zip(bias.shape[::-1], y.shape[::-1][: bias.dim()], strict=True)
     if bias.dim() > y.dim() or any(b not in (1, n) for b, n in aligned):
         raise ArgumentError(
             "bias",

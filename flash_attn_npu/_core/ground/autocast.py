@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["custom_amp_decorator", "custom_bwd", "custom_fwd"]
+__all__ = ["custom_amp_decorator", "custom_bwd", "custom_fwd", "has_autocast"]
 
 _DEVICE_TYPES = ("cpu", "npu", "cuda")
 """Where torch.compile may trace what is decorated; every other device serves too."""
@@ -65,5 +65,13 @@ custom_bwd = custom_amp_decorator(torch.amp.custom_bwd, True)
 def _device_type(*values: Any) -> str:
     types = [value.device.type for value in values if isinstance(value, Tensor)]
     # meta, for one, has no autocast
-    known = (k for k in types if k != "cpu" and torch.amp.is_autocast_available(k))
-    return next(known, "cpu")
+    known = [kind for kind in types if kind != "cpu" and has_autocast(kind)]
+    return known[0] if known else "cpu"
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether a device has autocast: those that torch.compile is for are known, others asked.
+
+    torch.compile of torch 2.6 and 2.8 cannot trace the asking.
+    """
+    return device_type in _DEVICE_TYPES or torch.amp.is_autocast_available(device_type)

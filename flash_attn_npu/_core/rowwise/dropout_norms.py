@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..ground.dense_arguments import number, refuse_transforms, require_dense, whole
+from ..ground.records import replaced
 from ..ground.second_derivatives import first_order
 from ..kernels.composed import norm_checks, norms
 from ..kernels.composed.norms import Saved
@@ -183,7 +184,7 @@ class DropoutAddLayerNormSubsetFn(torch.autograd.Function):
         x = x0.reshape(-1, x0.shape[-1]) if x0_subset is None else _spread(x0, x0_subset)
         ctx.residual_shape = None if residual is None else residual.shape
         added = None if residual is None else residual.reshape(x.shape)
-        call = given._replace(x=x, residual=added)
+        call = replaced(given, x=x, residual=added)
         compose("DropoutAddLayerNormSubsetFn", call)
         mask, _ = norms.draw_masks(given)
         spread = mask
@@ -192,7 +193,7 @@ class DropoutAddLayerNormSubsetFn(torch.autograd.Function):
         normed = norms.forward(call, spread, None)
         if prenorm:
             # before it is saved, so that autograd notices a change of what is returned
-            normed = normed._replace(total=_like_x0(normed.total, x0.shape))
+            normed = replaced(normed, total=_like_x0(normed.total, x0.shape))
         keep(ctx, call, normed, (spread, None), x0_subset, out_subset)
         ctx.prenorm, ctx.x0_shape = prenorm, x0.shape
         z = normed.y if out_subset is None else _gathered(normed.y, out_subset, out_numrows)
@@ -215,12 +216,12 @@ def _subset_gradients(
     *tensors, x0_subset, out_subset = saved_tensors
     saved = Saved(*tensors)
     hidden = saved.weight.shape[0]
-    saved = saved._replace(total=saved.total.view(-1, hidden))
+    saved = replaced(saved, total=saved.total.view(-1, hidden))
     dz = dz.reshape(-1, hidden)
     dtotal = None if dtotal is None else dtotal.reshape(-1, hidden)
     dy = dz if out_subset is None else _spread(dz, out_subset)
     order = ("x", "residual", "weight", "bias", "layerscale")
-    needs = zip(order, ctx.needs_input_grad, strict=False)
+    needs = zip(order, ctx.needs_input_grad[: len(order)], strict=True)
     wanted = [field for field, needed in needs if needed]
     grads = norms.backward(saved, ctx.terms, wanted, dy, None, dtotal)
     if "x" in grads and x0_subset is not None:
@@ -299,7 +300,8 @@ def _check_subset_call(call: NormCall, subsets: Subsets, renamed: Mapping[str, s
     # what the others are compared with has the shape that is computed in, and no memory
     shape = (rows, x0.shape[-1])
     stand_in = None if residual is None else residual.new_empty(()).expand(shape)
-    norm_checks.check(call._replace(x=x0.new_empty(()).expand(shape), residual=stand_in), renamed)
+    compared = replaced(call, x=x0.new_empty(()).expand(shape), residual=stand_in)
+    norm_checks.check(compared, renamed)
 
 
 def _check_subsets(x0: Tensor, residual: Tensor | None, subsets: Subsets) -> int:

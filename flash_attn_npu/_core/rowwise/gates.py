@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..ground.dense_arguments import require_dense
+from ..ground.records import replaced
 from ..problems.rowwise import Gate
 from ..table.choice import choose, plan
 
@@ -56,7 +57,7 @@ def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check(x=x, y=y, g=g)
     # neither counted nor told: the forward has been
-    found = plan(_problem(x, y)._replace(grad_dtype=g.dtype))
+    found = plan(replaced(_problem(x, y), grad_dtype=g.dtype))
     dx, dy = found.kernel.backward(found.problem, g, x, y)
     return dx, dy
 
@@ -69,7 +70,7 @@ def require_floating(**tensors: Tensor) -> None:
         if tensor.device != x.device:
             allowed = f"{x.device}, as {first}"
             raise ArgumentError(name, tensor.device, allowed, f"pass {name}.to(...)")
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise ArgumentError(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")
 
 

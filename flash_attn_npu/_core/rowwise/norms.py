@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from ..ground.autocast import custom_bwd, custom_fwd
-from ..ground.dense_arguments import refuse_transforms, require_dense
+from ..ground.dense_arguments import refuse_transforms
+from ..ground.records import replaced
 from ..ground.second_derivatives import first_order
 from ..kernels.composed import norm_checks, norms
 from ..kernels.composed.norms import Normed, Saved
@@ -24,9 +23,9 @@ from ..table.choice import Plan, begin, choose, recall
 from ..verification.kinds import Refuted
 
 __all__ = [
+    "RENAMED",
     "Answer",
     "LayerNormFn",
-    "LayerNormLinearFn",
     "arranged",
     "compose",
     "gradients",
@@ -84,11 +83,10 @@ def normalize(function: str, call: NormCall) -> Answer:
     written = _without_gradient(call)
     if written is not None:
         return written
-    inner = unaliased(call)._replace(
-        out=None, residual_out=None, prenorm=call.prenorm or call.residual_out is not None
-    )
-    answer = Answer(*_Normalize.apply(*inner))  # type: ignore[no-untyped-call]
-    return in_buffers(call, answer)
+    prenorm = call.prenorm or call.residual_out is not None
+    inner = replaced(unaliased(call), out=None, residual_out=None, prenorm=prenorm)
+    results = _Normalize.apply(*inner)  # type: ignore[no-untyped-call]
+    return in_buffers(call, _answered(inner, results))
 
 
 def _without_gradient(call: NormCall) -> Answer | None:
@@ -115,9 +113,11 @@ def unaliased(call: NormCall) -> NormCall:
 
 def _key(function: str, call: NormCall) -> Hashable:
     """What the checks and the table look at; None for calls with more than the usual tensors."""
+    if torch.compiler.is_compiling():
+        return None
     given, others, options = call[:4], call[4:11], call[11:]
     plain = type(call.eps) is float and type(call.dropout_p) is float
-    if torch.compiler.is_compiling() or not plain or any(one is not None for one in others):
+    if not plain or any(one is not None for one in others):
         return None
     facts: list[Any] = [function, torch.is_grad_enabled()]
     for tensor in given:
@@ -134,7 +134,7 @@ def _key(function: str, call: NormCall) -> Hashable:
 
 def compose(function: str, call: NormCall) -> None:
     """Ask the table about a norm in a function with a backward of its own: it will be composed."""
-    choose(norms.problem_of(function, call)._replace(within=True))
+    choose(replaced(norms.problem_of(function, call), within=True))
 
 
 def _fused(found: Plan, call: NormCall) -> Answer:
@@ -148,15 +148,32 @@ def _fused(found: Plan, call: NormCall) -> Answer:
 
 
 class _Normalize(torch.autograd.Function):
-    """Autograd of `normalize`; its arguments are the fields of NormCall, without buffers."""
+    """Autograd of `normalize`; its arguments are the fields of NormCall, without buffers.
+
+    The results are those of Answer that there are: torch 2.6 cannot trace a None among them, nor
+    2.8 a NamedTuple.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *fields: Any) -> Answer:
-        return serve(ctx, NormCall(*fields))
+    def forward(ctx: Any, *fields: Any) -> tuple[Tensor, ...]:
+        call = NormCall(*fields)
+        ctx.two, ctx.prenorm = call.weight1 is not None, call.prenorm
+        answer = serve(ctx, call)
+        return tuple([result for result in tuple(answer) if result is not None])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dy1: Any, dtotal: Any, *masks: Any) -> Any:
+    def backward(ctx: Any, dy: Tensor, *others: Any) -> Any:
+        dy1 = others[0] if ctx.two else None
+        dtotal = others[int(ctx.two)] if ctx.prenorm else None
         return gradients(ctx, ctx.saved_tensors, norms.TENSORS, dy, dy1, dtotal)
+
+
+def _answered(call: NormCall, results: tuple[Tensor, ...]) -> Answer:
+    """The results of `_Normalize` for `call`, each in its place."""
+    drawn = call.dropout_p != 0
+    there = (call.weight1 is not None, call.prenorm, drawn, drawn and call.x1 is not None)
+    left = list(results[1:])
+    return Answer(results[0], *[left.pop(0) if one else None for one in there])
 
 
 def serve(ctx: Any, call: NormCall, *others: Tensor | None) -> Answer:
@@ -205,7 +222,9 @@ def gradients(
         order: the fields of NormCall that are the first arguments of `forward`.
     """
     needed = ctx.needs_input_grad
-    wanted = [field for field, needs in zip(order, needed, strict=False) if needs]
+    # torch 2.6 and 2.8 trace strict=False as True
+    pairs = zip(order, needed[: len(order)], strict=True)
+    wanted = [field for field, needs in pairs if needs]
     with torch.no_grad():
         saved = Saved(*saved_tensors[: len(Saved._fields)])
         grads = norms.backward(saved, ctx.terms, wanted, dy, dy1, dtotal)
@@ -220,7 +239,7 @@ def in_buffers(call: NormCall, answer: Answer) -> Answer:
         return answer
     y = in_buffer(call.out, answer.y)
     total = in_buffer(call.residual_out, answer.total)
-    return answer._replace(y=y, total=total if call.prenorm else None)
+    return replaced(answer, y=y, total=total if call.prenorm else None)
 
 
 def in_buffer(buffer: Tensor | None, value: OptionalTensor) -> OptionalTensor:
@@ -307,82 +326,3 @@ class LayerNormFn(torch.autograd.Function):
         dtotal = args[int(ctx.two)] if ctx.prenorm else None
         order = ("x", "weight", "bias", "residual", "x1", "weight1", "bias1")
         return gradients(ctx, ctx.saved_tensors, order, dy, dy1, dtotal)
-
-
-class LayerNormLinearFn(torch.autograd.Function):
-    """Autograd of `layer_norm_linear_fn`, with its arguments and results."""
-
-    @staticmethod
-    @custom_fwd
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor | None,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        residual: Tensor | None = None,
-        eps: float = 1e-6,
-        prenorm: bool = False,
-        residual_in_fp32: bool = False,
-        is_rms_norm: bool = False,
-    ) -> Any:
-        """Add, normalise and project."""
-        # fmt: off
-        call = NormCall(
-            x, norm_weight, norm_bias, residual, eps=eps, prenorm=prenorm,
-            residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm,
-        )
-        # fmt: on
-        norm_checks.check(call, RENAMED["layer_norm_linear_fn"])
-        _check_linear(x, linear_weight, linear_bias)
-        compose("layer_norm_linear_fn", call)
-        kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        call = call._replace(out_dtype=torch.get_autocast_dtype(kind) if autocast else x.dtype)
-        answer = serve(ctx, call, norm_bias, linear_weight)
-        ctx.prenorm, ctx.out_dtype = prenorm, call.out_dtype
-        ctx.linear_bias_dtype = None if linear_bias is None else linear_bias.dtype
-        bias = None if linear_bias is None else linear_bias.to(call.out_dtype)
-        # linear may return a view, and what a Function returns as a view cannot be written to
-        out = linear(answer.y, linear_weight.to(call.out_dtype), bias).detach()
-        return (out, answer.total) if prenorm else out
-
-    @staticmethod
-    @custom_bwd
-    def backward(ctx: Any, dout: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        """The gradients of the tensors; y is computed again."""
-        saved_tensors = ctx.saved_tensors
-        dtotal = args[0] if ctx.prenorm else None
-        with torch.no_grad():
-            grads = _linear_gradients(ctx, saved_tensors, dout, dtotal)
-        return first_order("layer_norm_linear_fn", grads, dout, dtotal, *saved_tensors)
-
-
-def _linear_gradients(
-    ctx: Any, saved_tensors: tuple[Tensor, ...], dout: Tensor, dtotal: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    *saved, norm_bias, linear_weight = saved_tensors
-    total, mean, rstd, norm_weight = saved[:4]
-    rows = dout.flatten(0, -2) if dout.dim() > 1 else dout[None]
-    dy = (rows @ linear_weight.to(dout.dtype)).view(total.shape)
-    order = ("x", "weight", "bias", "linear_weight", "linear_bias", "residual")
-    needs = dict(zip(order, ctx.needs_input_grad, strict=False))
-    grads = gradients(ctx, saved_tensors, order, dy, None, dtotal)
-    wide = ctx.terms.wide
-    dweight = dbias = None
-    if needs["linear_weight"]:
-        normal = norms.standardised(total.to(wide), mean, rstd)
-        y = norms.affine(normal, norm_weight, norm_bias, False).to(ctx.out_dtype)
-        dweight = (rows.t() @ y.reshape(-1, y.shape[-1])).to(linear_weight.dtype)
-    if needs["linear_bias"]:
-        dbias = rows.sum(0, dtype=wide).to(ctx.linear_bias_dtype)
-    return *grads[:3], dweight, dbias, *grads[5:]
-
-
-def _check_linear(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    require_dense(linear_weight=linear_weight)
-    features = linear_weight.shape[0] if linear_weight.dim() else 1
-    norm_checks.check_tensor("linear_weight", linear_weight, (features, x.shape[-1]), x)
-    if linear_bias is not None:
-        norm_checks.check_tensor("linear_bias", linear_bias, (features,), x)

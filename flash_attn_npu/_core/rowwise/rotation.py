@@ -184,7 +184,7 @@ def _check_rank(x: Tensor, least: int) -> None:
 
 def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise ArgumentError(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")
         if tensor.device != x.device:
             raise ArgumentError(

@@ -14,7 +14,8 @@ from torch.nn.functional import dropout, layer_norm
 
 from ..._core.ground.dense_arguments import refuse_transforms
 from ..._core.problems.norms import NormCall
-from ..._core.rowwise.norms import LayerNormFn, LayerNormLinearFn, arranged, normalize
+from ..._core.rowwise.norm_linear import LayerNormLinearFn
+from ..._core.rowwise.norms import LayerNormFn, arranged, normalize
 from ...utils.library import triton_op
 from ...utils.torch import custom_bwd, custom_fwd
 
@@ -82,9 +83,12 @@ def layer_norm_ref(
 
     Contract: flash-attention 2.8, `layer_norm_ref`.
     """
-    call = NormCall(x, weight, bias, residual, x1, weight1, bias1, rowscale)
-    call = call._replace(eps=eps, dropout_p=dropout_p, prenorm=prenorm)
-    call = call._replace(zero_centered_weight=zero_centered_weight)
+    # fmt: off
+    call = NormCall(
+        x, weight, bias, residual, x1, weight1, bias1, rowscale, eps=eps, dropout_p=dropout_p,
+        prenorm=prenorm, zero_centered_weight=zero_centered_weight,
+    )
+    # fmt: on
     return _reference(call, (dropout_mask, dropout_mask1), upcast)
 
 
@@ -109,9 +113,12 @@ def rms_norm_ref(
 
     Contract: flash-attention 2.8, `rms_norm_ref`.
     """
-    call = NormCall(x, weight, bias, residual, x1, weight1, bias1, rowscale)
-    call = call._replace(eps=eps, dropout_p=dropout_p, prenorm=prenorm, is_rms_norm=True)
-    call = call._replace(zero_centered_weight=zero_centered_weight)
+    # fmt: off
+    call = NormCall(
+        x, weight, bias, residual, x1, weight1, bias1, rowscale, eps=eps, dropout_p=dropout_p,
+        prenorm=prenorm, zero_centered_weight=zero_centered_weight, is_rms_norm=True,
+    )
+    # fmt: on
     return _reference(call, (dropout_mask, dropout_mask1), upcast)
 
 

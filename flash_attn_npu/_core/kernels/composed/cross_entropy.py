@@ -51,7 +51,7 @@ def check(
     require_dense(logits=logits, labels=labels)
     _check_logits(logits)
     _check_rows("labels", labels, logits)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ArgumentError("labels", labels.dtype, "an integer dtype", "pass labels.long()")
     if precomputed_lse is not None:
         require_dense(precomputed_lse=precomputed_lse)
@@ -251,7 +251,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _check_floating(argument: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
+    if not tensor.dtype.is_floating_point:
         raise ArgumentError(argument, tensor.dtype, "a floating dtype", f"pass {argument}.float()")
 
 

@@ -65,7 +65,7 @@ def check_tensor(
     if tensor.shape != shape:
         allowed = f"{tuple(shape)}, to fit {of_x} of shape {tuple(x.shape)}"
         _refuse(name, f"shape {tuple(tensor.shape)}", allowed, f"reshape or expand {name}")
-    if not tensor.is_floating_point():
+    if not tensor.dtype.is_floating_point:
         _refuse(name, tensor.dtype, "a floating dtype", f"convert {name}, e.g. by .float()")
     if tensor.device != x.device:
         allowed = f"{x.device}, as {of_x}"
