@@ -55,13 +55,17 @@ def enable() -> None:
     if _enabled:
         return
     import torch
-    import torch_npu  # noqa: F401
+    import torch_npu
 
     from . import operators
     from .machine import arithmetic, registering
 
     # memory here knows the plain formats only; torch_npu before 2.9 packs weights unless told
     torch.npu.config.allow_internal_format = False
+    if tuple(map(int, torch_npu.__version__.split(".")[:2])) < (2, 9):
+        # as on Atlas A2; these versions ask it of a library that is a stub here, and then send
+        # rotations to operators that are compiled just in time
+        torch.npu.set_compile_mode(jit_compile=False)
     libraries: dict[str, torch.library.Library] = {}
     for name, kernel in {**arithmetic.kernels(), **operators.kernels()}.items():
         namespace = name.partition("::")[0]
