@@ -181,7 +181,10 @@ def _wait(words: Iterable[str]) -> Waiting:
 
 def _found_by(finders: Iterable[Any], name: str, path: Any) -> Any:
     for finder in list(finders):
-        spec = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
+        # pip 26.3 has one that counts a look as an import, which it forbids while it installs
+        if type(finder).__module__.partition(".")[0] == "pip" or not hasattr(finder, "find_spec"):
+            continue
+        spec = finder.find_spec(name, path)
         if spec is not None:
             return spec
     return None
@@ -189,9 +192,8 @@ def _found_by(finders: Iterable[Any], name: str, path: Any) -> Any:
 
 def _folder() -> str:
     """Where the package lies, found without importing it; empty if it is gone."""
-    from importlib.util import find_spec
-
-    spec = find_spec(PACKAGE)
+    finders = [finder for finder in sys.meta_path if not isinstance(finder, Waiting)]
+    spec = _found_by(finders, PACKAGE, None)
     return os.path.dirname(spec.origin) if spec is not None and spec.origin else ""
 
 

@@ -41,6 +41,8 @@ NOT_ASKED = {
     "no query sees a key": "no kernel is asked",
     "no element": "no kernel is asked",
     "tensors outside an Ascend NPU": "asked by a report of a CPU",
+    "tensors outside a CPU": "asked by a report of a card",
+    "GQA and MQA, in a torch that does not share heads on a CPU": "this torch is what it is",
     "Ascend 310P and 200I": "this card is what it is",
     "sink, Ascend 950": "asked by the sink's row on such a card",
     f"varlen, more than {table.MAX_TOKENS} tokens": "exact arithmetic would take hours",

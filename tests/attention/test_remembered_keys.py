@@ -175,6 +175,8 @@ STATE = {
     "_core.ground.absent.arguments",
     "_core.ground.confirmed.refuted",
     "_core.ground.confirmed.reports",
+    "_core.kernels.host.flash.shares_heads",
+    "_startup._said",
     "_activation.notebooks._claims",
     "_integrations.torch_attention._claims",
     "_integrations.torch_attention._libraries",

@@ -140,11 +140,11 @@ def test_a_run_survives_its_cases_and_an_interrupt(
     assert [case["status"] for case in found.values()] == (
         ["right", "crash", "error", "wrong", "right"]
     )
-    assert (found["two"]["note"], found["two"]["kernel"]) == ("SIGSEGV", "blockwise")
+    assert (found["two"]["note"], found["two"]["kernel"]) == ("SIGSEGV", attention.HOST)
     assert found["three"]["note"] == "RuntimeError: no kernel in (path)"
     assert found["four"]["figures"] == {"out": {"error": None, "allowed": 1.0}}
     told = capsys.readouterr()
-    assert "[  2/5] crash   two (blockwise)" in told.err
+    assert f"[  2/5] crash   two ({attention.HOST})" in told.err
     assert "crash: two" in told.out
     assert str(tmp_path) not in file.read_text()
 
