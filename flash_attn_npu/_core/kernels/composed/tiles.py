@@ -93,6 +93,10 @@ def _tile_size(q: Tensor) -> int:
     return max(SMALLEST_TILE, min(largest, size))
 
 
+Bias = tuple[Tensor | None, Tensor | None]
+"""What is added to the scores of a tile, and which of them are hidden."""
+
+
 class _Tiles:
     """The tiles of a group: what is computed once for all of them, and the scores of each.
 
@@ -105,7 +109,7 @@ class _Tiles:
         self.kept = accumulator(streams.q.dtype)
         self._size = _tile_size(streams.q)
         self.k, self.v = self.flat(streams.k), self.flat(streams.v)
-        self._biases: dict[tuple[int, ...], Tensor | None] = {}
+        self._biases: dict[tuple[int, ...], Bias] = {}
 
     def flat(self, x: Tensor) -> Tensor:
         """(batch, nheads_k, group, rows, headdim) as rows of a product, in float32."""
@@ -153,16 +157,20 @@ class _Tiles:
             if len(self._biases) >= BIASES_KEPT:
                 self._biases.clear()
             self._biases[place] = self._bias(rows, cols)
-        bias = self._biases[place]
+        bias, hidden = self._biases[place]
         if bias is not None:
             self.split(scores).add_(bias)
+        if hidden is not None:
+            # not added: NaN, or inf, of a key that is not seen would stay
+            self.split(scores).masked_fill_(hidden, -math.inf)
         return scores
 
-    def _bias(self, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor | None:
-        slopes = self.scoring.slopes
-        if slopes is not None:
-            slopes = slopes.to(self.kept)
-        return self.band.bias(rows, cols, slopes, self.k)
+    def _bias(self, rows: tuple[int, int], cols: tuple[int, int]) -> Bias:
+        slopes, hidden = self.scoring.slopes, self.band.hidden(rows, cols, self.k)
+        if slopes is None:
+            return None, hidden
+        distance = self.band.distance(rows, cols, self.k).abs_().to(self.kept)
+        return distance * -slopes.to(self.kept), hidden
 
 
 def attend(streams: Streams, band: Band, scoring: Scoring) -> None:

@@ -36,6 +36,9 @@ __all__ = [
 COPIED_BYTES = 1 << 24
 """Of the float32 copy of one tensor, unless one head takes more."""
 
+FEWEST_KEYS = 16
+"""With fewer the kernel's maximum passes over NaN, and a row of them counts as one without keys."""
+
 BIAS_BYTES = 1 << 23
 """Of the bias of one launch, unless one head takes more."""
 
@@ -59,8 +62,15 @@ class Rule(NamedTuple):
 
 
 def dense(x: Tensor) -> Tensor:
-    """The kernel reads whole rows: it assumes that the last dimension lies together."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """The kernel reads whole rows: it assumes that the last dimension lies together, and that rows
+    and heads, which may be rows to it, do not reach into each other."""
+    width = x.shape[-1]
+    together = x.stride(-1) == 1 or width == 1
+    apart = all(
+        stride == 0 or stride >= width or size == 1
+        for stride, size in zip(x.stride()[1:3], x.shape[1:3], strict=True)
+    )
+    return x if together and apart else x.contiguous()
 
 
 def launch(
@@ -71,9 +81,21 @@ def launch(
         # of one query the heads that share keys are the rows of one product
         rows = q.squeeze(2).unflatten(1, (k.shape[1], -1))
         out, lse = _forward(rows, k, v, 0.0, False, scale=scale)
-        return out.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
-    answer: tuple[Tensor, Tensor] = _forward(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-    return answer
+        out, lse = out.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
+    else:
+        out, lse = _forward(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if k.shape[2] < FEWEST_KEYS and (lse == 0).any():
+        lost = _lost(q.detach(), k.detach(), causal, bias) & (lse == 0)
+        return out.masked_fill(lost[..., None], math.nan), lse.masked_fill(lost, math.nan)
+    return out, lse
+
+
+def _lost(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
+    """(batch, nheads, seqlen_q), True where the score of a visible key is NaN."""
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    if bias is not None:
+        scores = scores.masked_fill(bias == -math.inf, 0.0)
+    return (scores.tril() if causal else scores).isnan().any(-1)
 
 
 @cache

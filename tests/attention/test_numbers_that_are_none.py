@@ -1,0 +1,52 @@
+"""NaN and infinity in q, k and v: where a query sees them, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("keys", [3, 15, 16, 40])
+@pytest.mark.parametrize("heads_k", [2, 1])
+def test_a_row_of_nan_is_nan(dtype: torch.dtype, keys: int, heads_k: int) -> None:
+    q = torch.randn(1, keys, 2, 64, dtype=dtype)
+    q[0, -1] = NAN
+    k, v = torch.randn(2, 1, keys, heads_k, 64, dtype=dtype)
+    for options in ({}, {"causal": True}, {"window_size": (2, 0)}):
+        out = flash_attn_func(q, k, v, **options)
+        assert out[0, -1].isnan().all()
+        assert out[0, :-1].isfinite().all()
+    out = flash_attn_func(q.requires_grad_(), k, v)
+    assert out[0, -1].isnan().all()
+    assert flash_attn_with_kvcache(q[:, -1:].detach(), k, v, cache_seqlens=keys).isnan().all()
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 20.0}, {"dropout_p": 1e-3}, {"softcap": 20.0, "alibi_slopes": torch.ones(1)}],
+    ids=["softcap", "dropout", "ALiBi"],
+)
+def test_a_key_that_is_not_seen_spoils_nothing(options: dict[str, Any], bad: float) -> None:
+    q, k, v = torch.randn(3, 1, 4, 1, 8)
+    k[0, 3, 0, 0] = bad
+    out = flash_attn_func(q, k, v, causal=True, **options)
+    assert out[0, :3].isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
+def test_rows_that_reach_into_each_other(heads: tuple[int, int]) -> None:
+    memory = torch.randn(300)
+    q = memory.as_strided((9, heads[0], 64), (1, 5, 1))
+    k = torch.randn(9, heads[1], 64)
+    for ends_q, rows in (([0, 9], 9), ([0, 1], 1)):
+        ours = flash_attn_varlen_func(q[:rows], k, k, ends_q, [0, 9], rows, 9)
+        plain = flash_attn_varlen_func(q[:rows].contiguous(), k, k, ends_q, [0, 9], rows, 9)
+        torch.testing.assert_close(ours, plain)
