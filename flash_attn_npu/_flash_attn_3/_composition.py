@@ -30,6 +30,7 @@ __all__ = [
     "narrowed",
     "packed",
     "refuse",
+    "told",
     "widened",
 ]
 
@@ -169,7 +170,12 @@ def combined(out_partial: Tensor, lse_partial: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.exp(seen - lse.masked_fill(none, 0.0)).unsqueeze(-1)
     # what a part holds for a query without keys may be anything
     out = out_partial.masked_fill(weights == 0, 0.0).mul_(weights).sum(0)
-    return out, lse.masked_fill(none, float("inf"))
+    return out, lse
+
+
+def told(lse: Tensor) -> Tensor:
+    """softmax_lse as FlashAttention 3 has it: -inf for a row without keys, where 2 says +inf."""
+    return lse.masked_fill(lse == float("inf"), float("-inf"))
 
 
 def looks_ahead(options: Options) -> bool:

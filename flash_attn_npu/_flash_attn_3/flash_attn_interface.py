@@ -81,7 +81,7 @@ def flash_attn_varlen_func(
 
     Args:
         seqused_q, seqused_k: int32 (batch,), how many rows of each sequence count, from its first
-            one on. The other rows of q give zeros, and +inf in softmax_lse.
+            one on. The other rows of q give zeros, and -inf in softmax_lse.
         return_attn_probs: also return softmax_lse (nheads, total_q).
 
     Contract: FlashAttention 3, `flash_attn_varlen_func`.
@@ -165,7 +165,7 @@ def flash_attn_with_kvcache(
         return out
     assert lse is not None
     # upstream's partial results, which it has where it splits the keys
-    return out, lse, lse.new_empty(0), lse.new_empty(0)
+    return out, _composition.told(lse), lse.new_empty(0), lse.new_empty(0)
 
 
 def get_scheduler_metadata(
@@ -203,7 +203,7 @@ def flash_attn_combine(
 
     Returns:
         out (batch, seqlen, nheads, headdim_v) and softmax_lse (batch, seqlen, nheads); zeros and
-        +inf where no part has a key.
+        -inf where no part has a key.
 
     Contract: FlashAttention 3, `flash_attn_combine`.
     """
@@ -241,4 +241,4 @@ def _unpacked(qkv: Tensor, num_heads_q: int | None) -> Sequence[Tensor]:
 
 def _answer(found: tuple[Tensor, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
     out, lse = found
-    return out if lse is None else (out, lse)
+    return out if lse is None else (out, _composition.told(lse))

@@ -40,7 +40,7 @@ def attention(
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     out = torch.einsum("hij,jhd->ihd", weights, v)
-    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+    return out, lse
 
 
 def dense(
@@ -63,9 +63,9 @@ def varlen(
     qv: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Of packed sequences; rows that are not used are zero, and +inf in the lse."""
+    """Of packed sequences; rows that are not used are zero, and -inf in the lse."""
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    lse = q.new_full((q.shape[1], q.shape[0]), torch.inf)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf)
     for i in range(len(cu_seqlens_q) - 1):
         (a, b), (c, d) = cu_seqlens_q[i : i + 2].tolist(), cu_seqlens_k[i : i + 2].tolist()
         b = b if seqused_q is None else a + int(seqused_q[i])

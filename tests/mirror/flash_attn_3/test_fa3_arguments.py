@@ -316,7 +316,7 @@ def test_parts_are_combined_to_the_whole() -> None:
         torch.testing.assert_close(found, lse.transpose(1, 2))
         nothing = interface.flash_attn_combine(outs[-1:], lses[-1][None])
         assert torch.equal(nothing[0], torch.zeros_like(whole))
-        assert torch.equal(nothing[1], torch.full_like(found, torch.inf))
+        assert torch.equal(nothing[1], torch.full_like(found, -torch.inf))
 
 
 def test_new_keys_are_refused_where_they_cannot_be_written() -> None:
@@ -383,3 +383,17 @@ def test_metadata_of_the_scheduler_is_taken(npu: torch.device) -> None:
     assert (made.numel(), made.dtype, made.device) == (0, torch.int32, lengths.device)
     plain = interface.flash_attn_with_kvcache(**call)
     assert torch.equal(interface.flash_attn_with_kvcache(**call, scheduler_metadata=made), plain)
+
+
+def test_rows_without_keys_merge_as_nothing() -> None:
+    """FlashAttention 3 says -inf there (hopper/softmax.h, finalize), where 2 says +inf."""
+    q, k, other = torch.randn(1, 3, 1, 8), torch.randn(1, 1, 1, 8), torch.randn(1, 4, 1, 8)
+    parts = [
+        interface.flash_attn_func(q, k, k, causal=True, return_attn_probs=True),
+        interface.flash_attn_func(q, other, other, return_attn_probs=True),
+    ]
+    assert parts[0][1][0, 0].isneginf().tolist() == [True, True, False]
+    weights = torch.stack([lse for _, lse in parts]).softmax(0).transpose(2, 3).unsqueeze(-1)
+    merged = (weights * torch.stack([out for out, _ in parts])).sum(0)
+    assert merged.isfinite().all()
+    torch.testing.assert_close(merged[:, :2], parts[1][0][:, :2])
