@@ -36,7 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(ours)
     if words and words[0] in COMMANDS and words[0] != "run":
         options = parser.parse_args([words[0], *ours, *words[1:]])
-        return int(_command(words[0]).run(options))
+        try:
+            return int(_command(words[0]).run(options))
+        except BrokenPipeError:
+            # `| head` has seen enough; Python would complain once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
     if words and words[0] == "run":
         more, words = split(words[1:])
         ours += more
