@@ -249,7 +249,9 @@ def test_two_at_once(place: Place) -> None:
 
 def pip(environment: Environment, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", "--python", str(environment.python), *arguments]
-    quiet = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONPATH": ""}
+    # Python's own caches of what a start loads are nobody's to take away
+    quiet = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    quiet["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=quiet, cwd=environment.folder
     )
