@@ -17,7 +17,7 @@ from flash_attn_npu._core.kernels.bands import Band
 from flash_attn_npu._core.kernels.host import flash, steps
 from flash_attn_npu._core.table.attention import HOST
 from tests.helpers.peak_bytes import PeakBytes
-from tests.helpers.property_harness import EFFORTS
+from tests.helpers.property_harness import LOUD_EFFORTS
 from tests.helpers.strategies import Problem, dense_problems, varlen_problems
 from tests.helpers.tile_cases import Case, assert_case
 
@@ -93,7 +93,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("effort", LOUD_EFFORTS)
 def test_any_options_by_many_steps(effort):
     @settings(max_examples=100 * effort)
     @given(case=cases(), rows=st.sampled_from((2, 5, 16)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flash_attn_npu._core.kernels.bands import Band
 from flash_attn_npu._core.kernels.composed import tiles
 from tests.helpers.composed_only import composed_only
-from tests.helpers.property_harness import EFFORTS
+from tests.helpers.property_harness import LOUD_EFFORTS
 from tests.helpers.strategies import Problem, dense_problems, varlen_problems
 from tests.helpers.tile_cases import Case, assert_case, masks, solve, tiles_of
 
@@ -53,7 +53,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("effort", LOUD_EFFORTS)
 def test_any_options_over_many_tiles(effort):
     @settings(max_examples=100 * effort)
     @given(case=cases(), side=st.sampled_from((4, 7, 16)))

@@ -84,7 +84,9 @@ def _launched(problem: Problem) -> Step | None:
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """Attention without autograd; rows of no sequence give 0 and +inf."""
     q, k, v, slopes, sink = inputs[:5]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # a sink takes its share before the answer is rounded, once
+    kept = q.dtype if sink is None else accumulator(q.dtype)
+    out = torch.empty(q.shape, dtype=kept, device=q.device)
     shape = (problem.rows_q,) if problem.varlen else (problem.batch, q.shape[1])
     lse = torch.empty(
         (*shape[:-1], problem.nheads, shape[-1]), dtype=accumulator(q.dtype), device=q.device
@@ -104,6 +106,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         group.q.write_rows(lse, part_lse)
     if sink is not None:
         out, lse = with_sink(out, lse, sink)
+        out = out.to(q.dtype)
     return Forward(out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device="cpu"))
 
 
