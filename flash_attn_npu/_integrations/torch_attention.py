@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import flash_attn_interface
 from .._core.ground.locks import Lock
+from .._core.problems.attention import default_scale
 from ..errors import UnsupportedError
 
 __all__ = ["Registration", "register_torch"]
@@ -125,13 +126,9 @@ def _forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shared: dict[str, Any] = {
+    shared = _options(query, scale, window_size_left, window_size_right) | {
         "dropout_p": dropout_p,
-        "softmax_scale": query.shape[-1] ** -0.5 if scale is None else scale,
         "causal": is_causal,
-        "window_size_left": -1 if window_size_left is None else window_size_left,
-        "window_size_right": -1 if window_size_right is None else window_size_right,
-        "softcap": 0.0,
         "alibi_slopes": alibi_slopes,
         "return_softmax": return_debug_mask,
     }
@@ -188,13 +185,9 @@ def _backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # torch's varlen_attn hands over a state of its own making where there is no dropout
-    shared: dict[str, Any] = {
+    shared = _options(query, scale, window_size_left, window_size_right) | {
         "dropout_p": dropout_p,
-        "softmax_scale": query.shape[-1] ** -0.5 if scale is None else scale,
         "causal": is_causal,
-        "window_size_left": -1 if window_size_left is None else window_size_left,
-        "window_size_right": -1 if window_size_right is None else window_size_right,
-        "softcap": 0.0,
         "alibi_slopes": None,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "rng_state": rng_state if dropout_p > 0 else None,
@@ -207,6 +200,18 @@ def _backward(
         ends = cum_seq_q, _key_ends(cum_seq_k, None)
         flash_attn_interface._flash_attn_varlen_backward(*given, *ends, max_q, max_k, **shared)
     return gradients
+
+
+def _options(
+    query: Tensor, scale: float | None, left: int | None, right: int | None
+) -> dict[str, Any]:
+    """What torch leaves out, or says otherwise, in both directions."""
+    return {
+        "softmax_scale": default_scale(query.shape[-1]) if scale is None else scale,
+        "window_size_left": -1 if left is None else left,
+        "window_size_right": -1 if right is None else right,
+        "softcap": 0.0,
+    }
 
 
 def _key_ends(cum_seq_k: Tensor | None, seqused_k: Tensor | None) -> Tensor:

@@ -66,6 +66,10 @@ class Band:
         j = torch.arange(*cols, device=like.device)
         return j[None, :] - i[:, None]
 
+    def alibi(self, rows: tuple[int, int], cols: tuple[int, int], slopes: Tensor) -> Tensor:
+        """What ALiBi adds to the scores of a tile, for slopes (..., 1, 1) and of their dtype."""
+        return self.distance(rows, cols, slopes).abs_().to(slopes.dtype) * -slopes
+
     def bias(
         self, rows: tuple[int, int], cols: tuple[int, int], slopes: Tensor | None, like: Tensor
     ) -> Tensor | None:
@@ -76,7 +80,7 @@ class Band:
         """
         hidden = self.hidden(rows, cols, like)
         if slopes is not None:
-            biased = self.distance(rows, cols, like).abs_().to(slopes.dtype) * -slopes
+            biased = self.alibi(rows, cols, slopes)
             return biased if hidden is None else biased.masked_fill_(hidden, -math.inf)
         if hidden is None:
             return None

@@ -167,10 +167,8 @@ class _Tiles:
 
     def _bias(self, rows: tuple[int, int], cols: tuple[int, int]) -> Bias:
         slopes, hidden = self.scoring.slopes, self.band.hidden(rows, cols, self.k)
-        if slopes is None:
-            return None, hidden
-        distance = self.band.distance(rows, cols, self.k).abs_().to(self.kept)
-        return distance * -slopes.to(self.kept), hidden
+        bias = None if slopes is None else self.band.alibi(rows, cols, slopes.to(self.kept))
+        return bias, hidden
 
 
 def attend(streams: Streams, band: Band, scoring: Scoring) -> None:

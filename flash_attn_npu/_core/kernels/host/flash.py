@@ -228,7 +228,7 @@ class _Biases:
     """The biases of the steps of a part; steps of one shape share theirs."""
 
     def __init__(self, rule: Rule, part: _Part, like: Tensor) -> None:
-        self._band, self._like = rule.band, like
+        self._band = rule.band
         self._slopes, self.streams = None, 0
         # the kernel adds a bias in float32 to whatever is narrower
         dtype = accumulator(like.dtype)
