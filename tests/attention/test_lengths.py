@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +19,7 @@ from flash_attn_npu import (
 from flash_attn_npu._core.ground.lengths import MEMO_SIZE, host_ends, host_lengths, remember_lengths
 from flash_attn_npu._core.ground.memory import PerTensorMemo, forget_lengths, memos
 from flash_attn_npu.errors import ArgumentError
+from tests.helpers.forked import exit_code_of
 
 Change = Callable[[Tensor], Any]
 
@@ -329,19 +327,3 @@ def test_a_forked_child_has_its_parents_lengths_and_its_own(npu: torch.device) -
 
     assert exit_code_of(child) == 0
     assert read(other) == (0, 5, 9)
-
-
-def exit_code_of(child: Callable[[], bool]) -> int:
-    """0 if `child`, run in a forked process, returns True."""
-    with warnings.catch_warnings():
-        # Python 3.12 warns of forking beside threads, which is what is tried here
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process = os.fork()
-    if process == 0:
-        signal.alarm(60)
-        code = 1
-        try:
-            code = 0 if child() else 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
@@ -22,6 +20,7 @@ from flash_attn_npu._core.ground import usage
 from flash_attn_npu._core.ground.locks import Lock
 from flash_attn_npu._core.ground.memory import Memo, PerTensorMemo, snapshot
 from flash_attn_npu._core.kernels.ascend import determinism
+from tests.helpers.forked import exit_code_of
 
 NUMBERS = count()
 
@@ -160,7 +159,7 @@ def test_a_child_takes_what_another_thread_holds(
     thread.start()
     try:
         assert held.wait(60)
-        assert exit_code_of(use) == 0
+        assert exit_code_of(use, seconds=20) == 0
     finally:
         release.set()
         thread.join()
@@ -175,7 +174,7 @@ def test_a_child_keeps_what_the_thread_that_forked_holds() -> None:
 
     lock = Lock()
     with lock:
-        assert exit_code_of(releases_it) == 0
+        assert exit_code_of(releases_it, seconds=20) == 0
     assert use_in_thread(lock)
 
 
@@ -190,19 +189,3 @@ def use_in_thread(lock: Lock) -> bool:
     thread.start()
     thread.join(30)
     return bool(used)
-
-
-def exit_code_of(child: Callable[[], bool]) -> int:
-    """0 if `child`, run in a forked process, returns True; -SIGALRM if it hangs."""
-    with warnings.catch_warnings():
-        # Python 3.12 warns of forking beside threads, which is what is tried here
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process = os.fork()
-    if process == 0:
-        signal.alarm(20)
-        code = 1
-        try:
-            code = 0 if child() else 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
