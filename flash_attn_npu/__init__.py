@@ -12,6 +12,9 @@ from ._commands.starting import command_line_starts
 from ._version import FLASH_ATTN_VERSION
 from .errors import ActivationError, ArgumentError, ArgumentTypeError, UnsupportedError
 
+if TYPE_CHECKING:
+    from ._diagnosis.page import doctor
+
 # the command line says what it can without torch, and asks for the rest when it runs a program
 if not command_line_starts():
     from . import _activation, bert_padding, flash_attn_interface
@@ -20,7 +23,6 @@ if not command_line_starts():
     from ._core.ground.memory import forget_lengths
     from ._core.ground.settings import fallback
     from ._core.ground.usage import report, reporting
-    from ._diagnosis.page import doctor
     from ._integrations.torch_attention import register_torch
     from .flash_attn_interface import (
         flash_attn_func,
@@ -77,4 +79,9 @@ if not TYPE_CHECKING:
         # the command line has imported this package without its parts, if it has not asked for all
         if name.startswith("__") or "_activation" not in globals():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "doctor":
+            # it reads what is installed, which most programs never ask
+            from ._diagnosis.page import doctor
+
+            return doctor
         return _activation.attribute(name)

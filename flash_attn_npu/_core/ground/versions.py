@@ -6,7 +6,6 @@ import sys
 from importlib import metadata
 
 import torch
-from packaging.version import InvalidVersion, Version
 
 from ..._version import OLDEST_TORCH_NPU
 from .absent import Absent
@@ -29,11 +28,10 @@ def torch_npu_version() -> str | None:
 
 def too_old(device: torch.device | Absent) -> bool:
     """Whether tensors on an NPU are served by a torch_npu older than the oldest supported."""
-    if isinstance(device, Absent):
-        return Version(device.torch_npu) < Version(OLDEST_TORCH_NPU)
-    version = torch_npu_version() if device.type == "npu" else None
-    parsed = None if version is None else _parsed(version)
-    return parsed is not None and parsed < Version(OLDEST_TORCH_NPU)
+    if device.type != "npu":
+        return False
+    version = device.torch_npu if isinstance(device, Absent) else torch_npu_version()
+    return version is not None and _older(version, OLDEST_TORCH_NPU)
 
 
 # as for `chip.soc_name`
@@ -52,8 +50,12 @@ def _on_disk() -> str | None:
         return None
 
 
-def _parsed(version: str) -> Version | None:
+def _older(version: str, oldest: str) -> bool:
+    """Whether it is; False of a version that cannot be read."""
+    # the module costs more than many of ours, and nothing is asked of it on a CPU
+    from packaging.version import InvalidVersion, Version
+
     try:
-        return Version(version)
+        return Version(version) < Version(oldest)
     except InvalidVersion:
-        return None
+        return False

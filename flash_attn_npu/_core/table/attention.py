@@ -17,7 +17,7 @@ from ..kernels.composed import attention as composed
 from ..kernels.host import attention as host
 from ..problems.attention import FEW_SINGLES, Problem
 from ..problems.cache import MAX_PAGE
-from ..verification.attention import CHECK
+from ..verification.checks import ATTENTION as CHECK
 from . import installed
 from .installed import FUSION, INFER
 from .rule import Candidate, Rule, Table

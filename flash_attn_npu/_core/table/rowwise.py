@@ -27,7 +27,7 @@ from ..problems.rowwise import (
     Problem,
     Rotation,
 )
-from ..verification.rowwise import CHECK
+from ..verification.checks import ROWWISE as CHECK
 from . import installed
 from .rule import Candidate, Rule, Table
 
