@@ -40,6 +40,19 @@ def test_memory():
     assert torch.npu.max_memory_allocated() == before
     torch.npu.empty_cache()
 
+def test_a_full_card(monkeypatch):
+    free, total = torch.npu.mem_get_info()
+    assert 0 < free <= total
+    monkeypatch.setenv("VIRTUAL_ASCEND_MEMORY", str(2**28))
+    x = torch.empty(2**25, device="npu")
+    free, total = torch.npu.mem_get_info()
+    assert total == 2**28 and free < 2**27
+    with pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):
+        torch.empty(2**29, device="npu")
+    del x
+    torch.npu.empty_cache()
+    assert torch.npu.mem_get_info()[0] > 2**27
+
 def test_streams_and_events():
     stream, start, end = torch.npu.Stream(), *(torch.npu.Event(enable_timing=True) for _ in "12")
     start.record()
@@ -116,7 +129,7 @@ def test_a_users_tests_from_an_installed_wheel(npu: object, environment: Environ
     arguments = ("-m", "flash_attn_npu", "--simulate", "-m", "pytest", "-q", "test_program.py")
     done = environment.run(*arguments, TORCH_DEVICE_BACKEND_AUTOLOAD="1", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 passed" in done.stdout
+    assert "9 passed" in done.stdout
     said = [line for line in done.stderr.splitlines() if line.startswith(MARK)]
     assert "no card has confirmed it" in said[0]
     assert f"{MARK}flash_attn_func: npu_fusion_attention x1" in said

@@ -2,20 +2,45 @@
  * without an NPU: device memory is host memory, streams and events are always complete, operators
  * compute nothing. Only CANN entry points live here; arithmetic is Python's business.
  * operators.inc, generated from the installed wheel, names the aclnn operators it may look up. */
+#include <malloc.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define ALIGNMENT 512
-#define MEMORY_TOTAL ((size_t)64 << 30)
+#define LARGEST_MEMORY ((size_t)64 << 30)
+#define OUT_OF_MEMORY 207001 /* ACL_ERROR_RT_MEMORY_ALLOCATION */
 
 static char handle;
 static __thread int32_t current_device;
+static size_t taken; /* bytes of the device that are allocated */
 
 static int allocate(void **pointer, size_t size) {
     size_t rounded = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     *pointer = aligned_alloc(ALIGNMENT, rounded ? rounded : ALIGNMENT);
-    return *pointer ? 0 : 207001; /* ACL_ERROR_RT_MEMORY_ALLOCATION */
+    return *pointer ? 0 : OUT_OF_MEMORY;
+}
+
+/* VIRTUAL_ASCEND_MEMORY in bytes, or half of what the host has, or its container may use: whoever
+ * asks a card for its size and takes most of it must not take the host's last byte. */
+static size_t memory_total(void) {
+    const char *told = getenv("VIRTUAL_ASCEND_MEMORY");
+    if (told && *told) return strtoull(told, NULL, 10);
+    size_t total = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+    unsigned long long limit;
+    FILE *file = fopen("/sys/fs/cgroup/memory.max", "r");
+    if (file && fscanf(file, "%llu", &limit) == 1 && limit < total) total = limit;
+    if (file) fclose(file);
+    return total / 2 < LARGEST_MEMORY ? total / 2 : LARGEST_MEMORY;
+}
+
+static int allocate_device(void **pointer, size_t size) {
+    if (__atomic_load_n(&taken, __ATOMIC_RELAXED) + size > memory_total()) return OUT_OF_MEMORY;
+    int failed = allocate(pointer, size);
+    if (!failed) __atomic_fetch_add(&taken, malloc_usable_size(*pointer), __ATOMIC_RELAXED);
+    return failed;
 }
 
 static int new_handle(void **out) {
@@ -46,21 +71,26 @@ int aclrtGetPrimaryCtxState(int32_t device, uint32_t *flags, int32_t *active) {
 
 /* Memory */
 int aclrtMalloc(void **pointer, size_t size, int policy) {
-    (void)policy; return allocate(pointer, size);
+    (void)policy; return allocate_device(pointer, size);
 }
 int aclrtMallocAlign32(void **pointer, size_t size, int policy) {
-    (void)policy; return allocate(pointer, size);
+    (void)policy; return allocate_device(pointer, size);
 }
 int aclrtMallocHost(void **pointer, size_t size) { return allocate(pointer, size); }
 int aclrtMallocHostWithCfg(void **pointer, uint64_t size, void *config) {
     (void)config; return allocate(pointer, size);
 }
-int aclrtFree(void *pointer) { free(pointer); return 0; }
+int aclrtFree(void *pointer) {
+    __atomic_fetch_sub(&taken, malloc_usable_size(pointer), __ATOMIC_RELAXED);
+    free(pointer);
+    return 0;
+}
 int aclrtFreeHost(void *pointer) { free(pointer); return 0; }
 int aclrtGetMemInfo(int attribute, size_t *available, size_t *total) {
     (void)attribute;
-    *available = MEMORY_TOTAL;
-    *total = MEMORY_TOTAL;
+    size_t used = __atomic_load_n(&taken, __ATOMIC_RELAXED);
+    *total = memory_total();
+    *available = used < *total ? *total - used : 0;
     return 0;
 }
 int aclrtMemcpy(void *to, size_t room, const void *from, size_t count, int kind) {
