@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import json
 import logging
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 from .._startup import VARIABLE
 from ..errors import ActivationError
+from . import COMMANDS
 from .simulation import MARK, simulate
 from .starting import complete
 
@@ -118,7 +120,9 @@ def _run(program: list[str]) -> None:
 
 def _run_script(path: str, args: list[str]) -> None:
     if not os.path.exists(path):
-        _stop(f"can't open {path!r}: there is no such file")
+        meant = difflib.get_close_matches(path, COMMANDS, n=1)
+        hint = f"; the command is called {meant[0]}" if meant else ""
+        _stop(f"can't open {path!r}: there is no such file{hint}")
     sys.argv = [path, *args]
     _first_on_path(os.path.dirname(os.path.realpath(path)))
     runpy.run_path(path, run_name="__main__")

@@ -92,7 +92,8 @@ def test_exit_status_and_exceptions_of_the_program_come_through(command: Run) ->
         (("-c",), "-c needs an argument"),
         (("-m", "no_such_module"), "no module named no_such_module"),
         (("-m", "no_such.module"), "No module named 'no_such'"),
-        (("no_such_script.py",), "can't open 'no_such_script.py'"),
+        (("no_such_script.py",), "can't open 'no_such_script.py': there is no such file\n"),
+        (("docter",), "can't open 'docter': there is no such file; the command is called doctor"),
         (("--fast", "script.py"), "unrecognized arguments: --fast"),
     ],
 )
