@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..ground.lengths import Lengths
 from ..problems.attention import Problem
+from ..problems.cache import Cache
+from ..problems.places import Span
 from .bands import Band
 
-__all__ = ["Group", "Side", "groups"]
+__all__ = ["Group", "Side", "groups", "groups_in_place"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class Side:
     def write_rows(self, lse: Tensor, part: Tensor) -> None:
         if not isinstance(self.at, slice):
             lse.index_copy_(1, self.at, part.transpose(0, 1).flatten(1, 2))
+
+
+@dataclass(frozen=True)
+class _Rows(Side):
+    """Keys in rows of a cache, all at the same positions."""
+
+    positions: slice
+
+    def taken(self, x: Tensor) -> Tensor:
+        return x[self.at, self.positions]
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,37 @@ def groups(
                 side_q = _packed(problem, these, problem.lengths_q, seqlen_q)
                 side_k = _packed(problem, these, problem.lengths_k, seqlen_k)
             yield Group(band, these[0], where, side_q, side_k)
+
+
+def groups_in_place(
+    problem: Problem, cache: Cache | None, spans: Sequence[Span]
+) -> Iterator[Group]:
+    """The groups of a forward over keys where they lie: nothing is copied.
+
+    Args:
+        cache: with a row for each sequence; None where k and v are packed, with gaps.
+        spans: where the keys of each sequence lie, in its row or in the packed tensors.
+    """
+    lengths_q = problem.lengths_q
+    if lengths_q is None or not problem.nheads:
+        return
+
+    def alike(sequence: int) -> tuple[int, ...]:
+        place = sequence if cache is None or cache.rows is None else cache.rows[sequence] - sequence
+        return lengths_q.seqlens[sequence], *spans[sequence], place
+
+    for key, run in groupby(range(len(spans)), alike):
+        seqlen_q, start, end, _ = key
+        these = list(run)
+        first, last = these[0], these[-1] + 1
+        if cache is None or cache.rows is None:
+            side_k = Side(1, end - start, slice(start, end), packed=True)
+        else:
+            rows = slice(cache.rows[first], cache.rows[first] + len(these))
+            side_k = _Rows(len(these), end - start, rows, False, slice(start, end))
+        band = Band(seqlen_q, end - start, problem.left, problem.right)
+        side_q = _packed(problem, these, lengths_q, seqlen_q)
+        yield Group(band, first, slice(first, last), side_q, side_k)
 
 
 def _cut(sequences: Sequence[int], together: int, copied: int) -> Iterator[Sequence[int]]:

@@ -13,7 +13,7 @@ from ...ground.second_derivatives import once, watch
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved, accumulator
 from ..bands import Band
-from ..groups import Group, groups
+from ..groups import Group, groups, groups_in_place
 from ..kernel import Kernel
 from ..sinks import with_sink
 from .flash import (
@@ -84,6 +84,11 @@ def _launched(problem: Problem) -> Step | None:
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """Attention without autograd; rows of no sequence give 0 and +inf."""
     q, k, v, slopes, sink = inputs[:5]
+    laid = _groups(problem)
+    if inputs.cache is not None and inputs.cache.rows is None:
+        k, v = inputs.cache.gather(inputs.spans)
+    elif inputs.spans:
+        laid = groups_in_place(problem, inputs.cache, inputs.spans)
     # a sink takes its share before the answer is rounded, once
     kept = q.dtype if sink is None else accumulator(q.dtype)
     out = torch.empty(q.shape, dtype=kept, device=q.device)
@@ -94,7 +99,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     if problem.tail_q:
         out[problem.total_q :] = 0
         lse[:, problem.total_q :] = math.inf
-    for group in _groups(problem):
+    for group in laid:
         part, part_lse = group.q.space(out), group.q.space_of_rows(lse)
         attend(
             (_heads(group.q.taken(q)), _heads(group.k.taken(k)), _heads(group.k.taken(v))),
@@ -156,4 +161,4 @@ def _rule(problem: Problem, group: Group, slopes: Tensor | None) -> Rule:
     return Rule(group.band, problem.softmax_scale, slopes, problem.uses_lse)
 
 
-KERNEL = Kernel(forward, backward, direct)
+KERNEL = Kernel(forward, backward, direct, reads_pages=True)

@@ -18,8 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...ground.processor import multiplies_bf16
 from ...problems.results import accumulator
 from ..bands import Band
+from .decoding import many_keys, one_query
 from .steps import SMALLEST_BLOCK, Step, backward_steps, forward_steps
 
 __all__ = [
@@ -33,8 +35,8 @@ __all__ = [
     "with_silence",
 ]
 
-COPIED_BYTES = 1 << 24
-"""Of the float32 copy of one tensor, unless one head takes more."""
+COPIED_BYTES = 1 << 22
+"""Of the float32 copy of one tensor, unless one head for each thread takes more."""
 
 FEWEST_KEYS = 16
 """With fewer the kernel's maximum passes over NaN, and a row of them counts as one without keys."""
@@ -135,18 +137,36 @@ def attend(inputs: Triple, out: Tensor, lse: Tensor, rule: Rule) -> None:
     if blind:
         out[:, :, :blind] = 0
         lse[:, :, :blind] = math.inf
-    dtype = accumulator(out.dtype)
+    dtype = _forward_dtype(inputs, out, rule)
     for part in _parts(inputs[0], inputs[1], rule, dtype):
         q, k, v = part.inputs(inputs, dtype)
         biases = _Biases(rule, part, q)
         for step in forward_steps(band, biases.streams):
             rows, keys, bias = slice(*step.rows), slice(*step.keys), biases.of(step)
-            given = (q[:, :, rows], k[:, :, keys])
-            found, total = launch(*given, v[:, :, keys], rule.scale, step.causal, bias)
+            given, values = (q[:, :, rows], k[:, :, keys]), v[:, :, keys]
+            if q.shape[2] == 1 and bias is None and many_keys(given[1]):
+                found, total = one_query(*given, values, rule.scale)
+            else:
+                found, total = launch(*given, values, rule.scale, step.causal, bias)
             part.q(out)[:, :, rows].copy_(found)
             if rule.told:
                 total = with_silence(total, given, step, rule.scale, bias)
             part.q(lse)[:, :, rows].copy_(total)
+
+
+def _forward_dtype(inputs: Triple, out: Tensor, rule: Rule) -> torch.dtype:
+    """What a forward is computed in: bfloat16 as it is, where copies would cost much.
+
+    Not if a sink is to come: it rescales the output, which is rounded once. Nor if softmax_lse is
+    told: of bfloat16 the kernel takes a quicker exp, and the sum is off by 5e-5 of itself.
+    """
+    q, k = inputs[:2]
+    wide, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
+    numbers = max(group * q.shape[2], k.shape[2]) * q.shape[3]
+    costs = q.shape[2] == 1 or numbers * wide.itemsize > COPIED_BYTES
+    taken = q.dtype == torch.bfloat16 and out.dtype == q.dtype and multiplies_bf16()
+    plain = rule.slopes is None and not rule.told
+    return q.dtype if taken and costs and plain else wide
 
 
 def attend_backward(
@@ -209,7 +229,9 @@ def _parts(q: Tensor, k: Tensor, rule: Rule, dtype: torch.dtype) -> Iterator[_Pa
     room = batch * heads_k
     if q.dtype != dtype:
         numbers = max(group * q.shape[2], seqlen_k) * headdim
-        room = min(room, COPIED_BYTES // (dtype.itemsize * max(numbers, 1)))
+        # the backward shares out nothing but heads among threads
+        few = max(torch.get_num_threads(), COPIED_BYTES // (dtype.itemsize * max(numbers, 1)))
+        room = min(room, few)
     if rule.slopes is not None:
         numbers = group * min(SMALLEST_BLOCK, q.shape[2]) * seqlen_k
         room = min(room, BIAS_BYTES // (dtype.itemsize * max(numbers, 1)))

@@ -1,0 +1,106 @@
+"""On a CPU: keys of a cache are read where they lie, and one query of many keys is right."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attn_npu import flash_attn_with_kvcache
+from flash_attn_npu._core.kernels.host import decoding
+from flash_attn_npu._core.kernels.host.decoding import one_query
+from tests.helpers import reference
+from tests.helpers.peak_bytes import PeakBytes
+
+NAN, INF = float("nan"), float("inf")
+USED, CAPACITY, HEADDIM = 700, 1024, 64
+
+
+def expected(
+    q: Tensor, k: Tensor, v: Tensor, used: list[int], rows: list[int], **options
+) -> Tensor:
+    """Sequence by sequence, exact or in the precision of the tensors."""
+    attend = options.pop("attend", reference.attention)
+    found = [
+        attend(q[i], k[row, :length], v[row, :length], causal=True, **options).out
+        for i, (row, length) in enumerate(zip(rows, used, strict=True))
+    ]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("used", "rows"),
+    [([USED] * 3, [0, 1, 2]), ([USED, 3, 0], [2, 0, 1]), ([USED, 5, 5], [1, 2, 3])],
+    ids=["alike", "scattered", "run"],
+)
+def test_keys_in_rows_of_a_cache(used, rows, dtype, seqlen_q):
+    q = torch.randn(3, seqlen_q, 8, HEADDIM).to(dtype)
+    k, v = torch.full((2, 4, CAPACITY, 2, HEADDIM), NAN)
+    for row, length in zip(rows, used, strict=True):
+        k[row, :length], v[row, :length] = torch.randn(2, length, 2, HEADDIM)
+    k, v = k.to(dtype), v.to(dtype)
+    index = None if rows == [0, 1, 2] else torch.tensor(rows, dtype=torch.int32)
+    lengths = torch.tensor(used, dtype=torch.int32)
+    out = flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=lengths, cache_batch_idx=index, causal=True
+    )
+    exact = expected(q, k, v, used, rows)
+    plain = expected(q, k, v, used, rows, attend=reference.same_precision)
+    reference.assert_close_to_reference(out, exact, plain, "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decode_step_copies_no_keys(dtype):
+    q = torch.randn(2, 1, 8, HEADDIM).to(dtype)
+    k, v = torch.randn(2, 4, CAPACITY, 2, HEADDIM).to(dtype)
+    index = torch.tensor([3, 1], dtype=torch.int32)
+    with PeakBytes() as peak:
+        flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=[USED, 900], cache_batch_idx=index, causal=True
+        )
+    # scores of 8 heads, and some outputs
+    assert peak.peak < k.nbytes // 8
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_query_of_many_keys(group, dtype):
+    q, k, v = torch.randn(2, 2 * group, 1, HEADDIM), *torch.randn(2, 2, 2, USED, HEADDIM)
+    q, k, v = q.to(dtype), k.to(dtype) * 20, v.to(dtype)
+    out, lse = one_query(q, k, v, 0.2)
+    for i in range(2):
+        laid = [x[i].transpose(0, 1) for x in (q, k, v)]
+        exact = reference.attention(*laid, softmax_scale=0.2)
+        plain = reference.same_precision(*laid, softmax_scale=0.2)
+        found = out[i].transpose(0, 1)
+        reference.assert_close_to_reference(found, exact.out, plain.out, "out")
+        reference.assert_lse_close(lse[i].float(), exact.softmax_lse)
+
+
+def test_numbers_that_are_none_in_one_query():
+    """As the kernel: NaN where a score is, and nothing where all scores are -inf."""
+    q, k, v = torch.ones(3, 2, 1, HEADDIM), *torch.randn(2, 3, 1, USED, HEADDIM)
+    q[0, 1] = NAN
+    k[1] = -INF
+    k[2, 0, :-1] = -INF
+    out, lse = one_query(q, k, v, 1.0)
+    assert out[0, 0].isfinite().all()
+    assert out[0, 1].isnan().all()
+    assert lse[0].isnan().tolist() == [[False], [True]]
+    assert not out[1].any()
+    assert lse[1].tolist() == [[0.0], [0.0]]
+    torch.testing.assert_close(out[2, 0, 0], v[2, 0, -1])
+
+
+def test_softmax_lse_of_a_cache_without_a_score(monkeypatch):
+    monkeypatch.setattr(decoding, "MANY_KEYS", 1)
+    q, k = torch.ones(1, 1, 2, 8), torch.full((1, 20, 1, 8), -INF)
+    out, lse = flash_attn_with_kvcache(
+        q, k, torch.ones_like(k), cache_seqlens=20, return_softmax_lse=True
+    )
+    assert not out.any()
+    assert (lse == math.inf).all()
