@@ -50,15 +50,14 @@ def run(options: Namespace) -> int:
 
 def _add(file: Path) -> int:
     from .._core.ground import confirmed
-    from .._core.table import attention, rowwise
+    from .._core.table import choice
     from .._validation.report import faults
 
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return _refused(file, [str(error)])
-    rows = frozenset(rule.name for rule in (*attention.TABLE, *rowwise.TABLE))
-    found = faults(report, rows, frozenset((*attention.NAMES, *rowwise.ALL, rowwise.TORCH)))
+    found = faults(report, choice.ROWS, choice.KERNELS)
     target = Path(str(confirmed.FOLDER)) / f"{_name(report)}.json" if not found else None
     if target is None:
         return _refused(file, found)

@@ -135,7 +135,7 @@ def packed(
         keys = paged.read_keys(
             k, v, host_lengths("cu_seqlens_k", cu_k), paged.Placement(None, used[1])
         )
-        (k, v), cu_k = paged.gather(keys), keys.lengths.cumulative
+        (k, v), cu_k = paged.gather(function, keys), keys.lengths.cumulative
     if looks_ahead(options):
         max_q = operators.number(max_q)
         max_k = max(max_q, operators.number(max_k))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from .._core.ground.confirmed import combination_of, counting, told
-from .._core.table import rowwise
+from .._core.table import cache, rowwise
 from .._core.table.attention import BLOCKWISE, FUSION, HOST, INFER, NAMES, TABLE
 from .._core.table.rule import Rule
 from .._version import FLASH_ATTN_VERSION
@@ -69,6 +69,18 @@ dtype; composed, and with a residual in float32, the norm sees the sum as it was
 | --- | --- | --- |
 """
 
+_CACHE = """\
+## Into a cache, and out of it
+
+What torch_npu's operators refuse that write new keys and values into a cache, and copy keys out of
+one, from the third table (`flash_attn_npu/_core/table/cache.py`). What no line names is one launch
+on Ascend for keys and values together; the rest is one for each, with the same bits, and is not
+reported.
+
+| a call with | refused by | because |
+| --- | --- | --- |
+"""
+
 _NAMESPACE = """\
 ## Namespace
 
@@ -125,15 +137,19 @@ def matrix() -> str:
         f"| --- |{' --- |' * len(NAMES)} --- |"
     )
     attention = f"## Attention\n\n{head}\n{rows}\n"
-    rowwise_rules = f"{_ROWWISE}{_rules()}\n"
-    parts = (_HEAD, attention, rowwise_rules, wheels.table(), namespace(), _DIFFERENCES)
+    rowwise_rules = f"{_ROWWISE}{_rules(rowwise.TABLE, rowwise.ALL)}\n"
+    cache_rules = f"{_CACHE}{_rules(cache.TABLE, cache.ALL)}\n"
+    kernels = (attention, rowwise_rules, cache_rules, wheels.table())
+    parts = (_HEAD, *kernels, namespace(), _DIFFERENCES)
     return "\n".join(parts)
 
 
-def _rules() -> str:
+def _rules(table: tuple[Rule, ...], operators: tuple[str, ...]) -> str:
     lines = []
-    for rule in rowwise.TABLE:
-        whose = "all" if tuple(rule.refused) == rowwise.ALL else _listed(rule.refused)
+    for rule in table:
+        if not rule.refused:
+            continue
+        whose = "all" if tuple(rule.refused) == operators else _listed(rule.refused)
         (why,) = set(rule.refused.values())
         lines.append(f"| {rule.name} | {whose} | {why} |")
     return "\n".join(lines)

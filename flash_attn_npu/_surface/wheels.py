@@ -8,7 +8,7 @@ from __future__ import annotations
 from packaging.version import Version
 
 from .._core.ground.absent import SCHEMAS, VERSIONS, arguments, schema
-from .._core.table.installed import ATTENTION, ROWWISE, Need
+from .._core.table.installed import NEEDS, Need
 from .._version import OLDEST_TORCH_NPU
 
 __all__ = ["SCHEMAS", "VERSIONS", "arguments", "groups", "schema", "table"]
@@ -28,7 +28,7 @@ def groups() -> dict[tuple[str, ...], list[str]]:
     """The versions of each column of the table: what becomes of every need -> the versions."""
     found: dict[tuple[str, ...], list[str]] = {}
     for version in VERSIONS:
-        outcomes = tuple(_outcome(version, need) for need in (*ATTENTION, *ROWWISE))
+        outcomes = tuple(_outcome(version, need) for need in NEEDS)
         found.setdefault(outcomes, []).append(version)
     return found
 
@@ -38,7 +38,7 @@ def table() -> str:
     columns = groups()
     head = ["a call with", *(", ".join(versions) for versions in columns.values())]
     lines = [head, ["---"] * len(head)]
-    for place, need in enumerate((*ATTENTION, *ROWWISE)):
+    for place, need in enumerate(NEEDS):
         lines.append([need.feature, *(outcomes[place] for outcomes in columns)])
     return _HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

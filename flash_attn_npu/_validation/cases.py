@@ -12,6 +12,7 @@ from .._core.ground.confirmed import EVERY_CALL
 from .._core.problems.attention import FEW_SINGLES
 from .._core.problems.cache import MAX_PAGE
 from .._core.table import attention as table
+from .._core.table import cache as cache_table
 from .._core.table import rowwise as rowwise_table
 from . import rowwise, statements
 from .attention import Question
@@ -65,6 +66,13 @@ NOT_ASKED = {
     "torch.compile": "the kernels are the same",
     "gradient of swiglu in another dtype": "composed of torch operations",
     "cross entropy over a process group": "needs several processes",
+    "no position": "no kernel is asked",
+    "2**31 numbers and more, in a cache or out of it": "needs many gigabytes",
+    "new keys and values neither of which is contiguous": "moved by torch's own indexing",
+    "keys that do not start at the first position (cache_leftpad)": (
+        "moved by torch's own indexing"
+    ),
+    "keys in a cache, with gradient": "moved by torch's own indexing",
 }
 """Rows without a case, and why. Those about another torch_npu are not here either."""
 
@@ -173,6 +181,19 @@ ROWWISE: dict[str, Any] = {
     "inplace_backward": rowwise.Loss(options={"inplace_backward": True}),
 }
 
+MOVED: dict[str, Any] = {
+    "new keys and values in a cache": CacheQuestion(new=3),
+    "keys and values copied out of a cache": CacheQuestion(headdim=528),
+    "a cache of float32 or float64": CacheQuestion(dtype=FP32, new=3),
+    "a cache that is not contiguous": CacheQuestion(strided=True, new=3),
+    f"positions of no multiple of {cache_table.COPY_UNIT} bytes": CacheQuestion(
+        heads=(2, 1), headdim=20, new=3
+    ),
+    f"positions of more than {cache_table.MAX_TOKEN_BYTES} bytes": CacheQuestion(
+        (5, 9), heads=(256, 256), headdim=300, page=16, new=3
+    ),
+}
+
 SERVED: dict[str, Any] = {
     "rotation by halves": rowwise.Rotation(dtype=BF16),
     "rotation by pairs": rowwise.Rotation(interleaved=True),
@@ -204,7 +225,7 @@ def find(name: str) -> Case:
 
 
 def _rows() -> Iterator[Case]:
-    for prefix, rows in (("attention", ATTENTION), ("rowwise", ROWWISE)):
+    for prefix, rows in (("attention", ATTENTION), ("rowwise", ROWWISE), ("cache", MOVED)):
         for row, question in rows.items():
             quick = not any(word in row for word in SLOW)
             yield Case(f"{prefix}: {row}", row, question, quick)

@@ -142,17 +142,18 @@ def _decided(row: str) -> Iterator[_Seen]:
 
 def _kernel(row: str, plans: list[Any]) -> str:
     """What served the case: the last plan for a problem that has its row, else the first."""
-    from .._core.table import attention, rowwise
-
-    rules = [rule for rule in (*attention.TABLE, *rowwise.TABLE) if rule.name == row]
-    served = [plan.name for plan in plans if any(_present(rule, plan) for rule in rules)]
+    served = [plan.name for plan in plans if _present(row, plan)]
     return str((served[-1:] or [plan.name for plan in plans[:1]] or [""])[0])
 
 
-def _present(rule: Any, plan: Any) -> bool:
+def _present(row: str, plan: Any) -> bool:
+    """Whether the problem of a plan has a row of the table that the plan was made from."""
+    from .._core.table import choice
+
+    rules = [rule for rule in choice.table_of(plan.problem).rules if rule.name == row]
     try:
-        return bool(rule.present(plan.problem))
-    except AttributeError:  # a row of the other table
+        return any(rule.present(plan.problem) for rule in rules)
+    except AttributeError:  # a row about problems of another type
         return False
 
 

@@ -80,6 +80,17 @@ def cached(argument: str, value: Tensor, **options: Any) -> Tensor:
     return flash_attn_with_kvcache(q, k, v, **given)
 
 
+def appended(argument: str, value: Tensor) -> Tensor:
+    """New keys, and all of them gathered, from pages of a table that names none where none is."""
+    q, new, k, v = (
+        states(seed, *shape).half().to(value.device)
+        for seed, shape in enumerate(((2, 2, 2, 64),) * 2 + ((4, 16, 2, 64),) * 2)
+    )
+    given = {"cache_seqlens": int32(9, 15), "block_table": int32([3, -1], [1, 2])}
+    given |= {argument: value}
+    return flash_attn_with_kvcache(q, k, v, new, new, softcap=3.0, **given)
+
+
 def pages(argument: str) -> Call:
     def call(value: Tensor) -> Tensor:
         q = states(0, 2, 2, 64).to(value.device)
@@ -99,6 +110,16 @@ CASES: dict[str, tuple[Call, Tensor, Tensor]] = {
     "cu_seqlens, Huawei's function": (huawei, int32(0, 4, 9), int32(0, 2, 9)),
     "cu_seqlens, rotation": (turned, int32(0, 4, 9), int32(0, 2, 9)),
     "cache_seqlens": (lambda x: cached("cache_seqlens", x), int32(3, 9), int32(7, 2)),
+    "cache_seqlens, new keys": (
+        lambda x: appended("cache_seqlens", x),
+        int32(9, 15),
+        int32(4, 16),
+    ),
+    "block_table, new keys": (
+        lambda x: appended("block_table", x),
+        int32([3, -1], [1, 2]),
+        int32([0, -1], [2, 1]),
+    ),
     "cache_leftpad": (lambda x: cached("cache_leftpad", x), int32(3, 1), int32(0, 2)),
     "cache_batch_idx": (lambda x: cached("cache_batch_idx", x), int32(3, 1), int32(0, 2)),
     "block_table": (lambda x: cached("block_table", x), int32([3], [1]), int32([0], [2])),

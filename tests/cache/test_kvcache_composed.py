@@ -75,7 +75,8 @@ def test_the_reason_is_counted_and_said_once(npu, caplog, problem, kernel, reaso
         check(problem, npu)
     # ALiBi is an argument of the second operator only
     operator = FUSION if problem.alibi == "none" else f"{FUSION}_v2"
-    assert [one.name for one in seen.launches] == ([operator] * 2 if kernel == FUSION else [])
+    launched = [one.name for one in seen.launches if "attention" in one.name]
+    assert launched == ([operator] * 2 if kernel == FUSION else [])
     (tally,) = region.tallies
     assert (tally.function, tally.kernel, tally.calls) == ("flash_attn_with_kvcache", kernel, 2)
     assert tally.reasons[0].startswith(f"{INFER}: ")

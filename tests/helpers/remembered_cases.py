@@ -105,6 +105,18 @@ def cached(make: Maker) -> Any:
     return flash_attn_npu.flash_attn_with_kvcache(q, k, v, **given, **make.options(causal=True))
 
 
+def appended(make: Maker) -> Any:
+    """New keys, and all of them gathered, from pages of a table that names none where none is."""
+    q, new_k, new_v = (make.tensor(name, 2, 2, 2, 64) for name in ("q", "new_k", "new_v"))
+    k, v = (make.tensor(name, 4, 16, 2, 64) for name in "kv")
+    given = {
+        "cache_seqlens": make.ints("cache_seqlens", [9, 15]),
+        "block_table": make.ints("table", [[3, -1], [1, 2]]),
+    }
+    options = make.options(causal=True, softcap=3.0)
+    return flash_attn_npu.flash_attn_with_kvcache(q, k, v, new_k, new_v, **given, **options), k, v
+
+
 def norm(make: Maker) -> Any:
     x, weight = make.tensor("x", 4, 64), make.tensor("weight", 64)
     options = make.options()
@@ -228,6 +240,14 @@ CACHE = COMMON | of_options(
     causal=False, window_size=(2, 1), softmax_scale=0.5, softcap=3.0, return_softmax_lse=True
 )
 CACHED = CACHE | {"other lengths": {"cache_seqlens": [4, 9]}, "other rows": {"rows": [0, 2]}}
+APPENDED = COMMON | of_options(causal=False, softcap=0.0) | {
+    "other lengths": {"cache_seqlens": [4, 16]},
+    "other pages": {"table": [[0, -1], [2, 1]]},
+    "ids of blocks alone": {"table": [[3, 0], [1, 2]]},
+    "strided keys": {"strided": ("new_k",)},
+    "strided keys and values": {"strided": ("new_k", "new_v")},
+    "a strided cache": {"strided": ("k",)},
+}  # fmt: skip
 PAGES = ATTENTION | {
     "other pages": {"table": [[0], [1]]},
     "other lengths": {"cu_k": [0, 4, 18]},
@@ -298,6 +318,15 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
     "pages": (pages, PAGES, ("lengths and block tables of a cache", "positions in caches")),
     "buffers": (buffers, BUFFERS, ("whether buffers share memory",)),
     "cache": (cached, CACHED, ("page tables of unpaged caches",)),
+    "new keys": (
+        appended,
+        APPENDED,
+        (
+            "slots of new keys in caches",
+            "lengths of keys that are gathered",
+            "block tables without foreign ids",
+        ),
+    ),
     "norm": (
         norm,
         NORMS,

@@ -21,9 +21,9 @@ def scatter(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
     arguments = {
         "key": random(3, 2, 8),
-        "value": random(3, 2, 4),
+        "value": random(3, 2, 16),
         "key_cache": torch.zeros(BLOCKS, SIZE, 2, 8).half(),
-        "value_cache": torch.zeros(BLOCKS, SIZE, 2, 4).half(),
+        "value_cache": torch.zeros(BLOCKS, SIZE, 2, 16).half(),
         "slot_mapping": torch.tensor([17, 0, 63], dtype=torch.int32),
         "cache_mode": "Norm",
         **given,
@@ -35,8 +35,8 @@ def scatter(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_scatter_writes_in_place_and_nothing_else(dtype: torch.dtype) -> None:
-    key, value = random(3, 2, 8), random(3, 2, 4)
-    caches = random(BLOCKS, SIZE, 2, 8), random(BLOCKS, SIZE, 2, 4)
+    key, value = random(3, 2, 8), random(3, 2, 16)
+    caches = random(BLOCKS, SIZE, 2, 8), random(BLOCKS, SIZE, 2, 16)
     before = [cache.flatten(0, 1).clone() for cache in caches]
     slots = torch.tensor([17, 0, 63], dtype=dtype)
     given = {"key": key.npu(), "value": value.npu(), "slot_mapping": slots.npu()}
@@ -65,13 +65,22 @@ NOT_SCATTERED: dict[str, tuple[str, dict[str, Any]]] = {
     "float slots": ("int32 or int64", {"slot_mapping": torch.tensor([0.0, 1.0, 2.0])}),
     "empty": (
         "must not be empty",
-        {"key": random(0, 2, 8), "value": random(0, 2, 4), **slots()},
+        {"key": random(0, 2, 8), "value": random(0, 2, 16), **slots()},
     ),
-    "another dtype": ("need one dtype", {"value": random(3, 2, 4).bfloat16()}),
+    "another dtype": ("need one dtype", {"value": random(3, 2, 16).bfloat16()}),
     "another D": ("same N and D", {"key": random(3, 2, 16)}),
-    "another T": ("may differ in D only", {"value": random(4, 2, 4)}),
+    "another T": ("may differ in D only", {"value": random(4, 2, 16)}),
     "flat cache": ("not simulated", {"key_cache": random(BLOCKS, SIZE, 16)}),
     "not contiguous": ("must be contiguous", {"key": random(2, 3, 8).transpose(0, 1)}),
+    "float32": (
+        "only int8, float16 and bfloat16",
+        {n: torch.zeros(3, 2, 8) for n in ("key", "value")}
+        | {f"{n}_cache": torch.zeros(BLOCKS, SIZE, 2, 8) for n in ("key", "value")},
+    ),
+    "cut": (
+        "units of 32 bytes",
+        {"value": random(3, 2, 4), "value_cache": torch.zeros(BLOCKS, SIZE, 2, 4).half()},
+    ),
     "compressed": ("seq_lens is not simulated", {"seq_lens": torch.tensor([3])}),
 }
 
@@ -116,11 +125,11 @@ def gather(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
     arguments = {
         "key_cache": random(BLOCKS, SIZE, 2, 8),
-        "value_cache": random(BLOCKS, SIZE, 2, 4),
+        "value_cache": random(BLOCKS, SIZE, 2, 16),
         "block_tables": index([[2, 0, 9], [3, 9, 9]]),
         "seq_lens": index([18, 3]),
         "key": torch.zeros(21, 2, 8).half(),
-        "value": torch.zeros(21, 2, 4).half(),
+        "value": torch.zeros(21, 2, 16).half(),
         **given,
     }
     placed = {n: x.npu() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
@@ -130,7 +139,7 @@ def gather(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("cumulative", [False, True])
 def test_gather(cumulative: bool) -> None:
-    caches = random(BLOCKS, SIZE, 2, 8), random(BLOCKS, SIZE, 2, 4)
+    caches = random(BLOCKS, SIZE, 2, 8), random(BLOCKS, SIZE, 2, 16)
     lengths = {"seq_lens": index([0, 18, 21]), "is_seq_lens_cumsum": True} if cumulative else {}
     got = gather(key_cache=caches[0], value_cache=caches[1], **lengths)
     for tokens, cache in zip(got, caches, strict=True):
@@ -150,14 +159,21 @@ NOT_GATHERED: dict[str, tuple[str, dict[str, Any]]] = {
     "int64 lengths": ("must be contiguous int32", {"seq_lens": torch.tensor([18, 3])}),
     "outside": ("outside the cache", {"block_tables": index([[2, 4, 9], [3, 9, 9]])}),
     "narrow table": ("outside the cache", {"block_tables": index([[2], [3]])}),
-    "sizes": ("a row for each of 21", {n: random(20, 2, d) for n, d in (("key", 8), ("value", 4))}),
+    "sizes": (
+        "a row for each of 21",
+        {n: random(20, 2, d) for n, d in (("key", 8), ("value", 16))},
+    ),
     "not cumulative": ("the first 0", {"is_seq_lens_cumsum": True}),
     "lengths of another batch": ("each of 2 sequences", {"seq_lens": index([21])}),
     "offsets of another batch": ("each sequence", {"seq_offset": index([0])}),
     "large token": (
         "148 KB",
-        {"key_cache": random(1, SIZE, 2, 40000), "value_cache": random(1, SIZE, 2, 4)}
+        {"key_cache": random(1, SIZE, 2, 40000), "value_cache": random(1, SIZE, 2, 16)}
         | {"key": random(21, 2, 40000)},
+    ),
+    "cut": (
+        "units of 32 bytes",
+        {"value": random(21, 2, 4), "value_cache": random(BLOCKS, SIZE, 2, 4)},
     ),
     "float": (
         "only int8, float16 and bfloat16",

@@ -16,20 +16,24 @@ from flash_attn_npu._commands import matrix as matrix_command
 from flash_attn_npu._commands import validate
 from flash_attn_npu._core.ground import chip, confirmed
 from flash_attn_npu._core.ground.memory import forget_all
-from flash_attn_npu._core.table import attention, rowwise
+from flash_attn_npu._core.table import attention, cache, rowwise
+from flash_attn_npu._core.table.choice import KERNELS, ROWS
 from flash_attn_npu._core.verification import kinds
 from flash_attn_npu._surface import matrix
 from flash_attn_npu._validation import cases, session, statements, worker
 from flash_attn_npu._validation.attention import Question
 from flash_attn_npu._validation.report import MismatchError, Report, faults, within
 
-ROWS = frozenset(rule.name for rule in (*attention.TABLE, *rowwise.TABLE))
-KERNELS = frozenset((*attention.NAMES, *rowwise.ALL, rowwise.TORCH))
+TABLES = (
+    (attention.TABLE, cases.ATTENTION),
+    (rowwise.TABLE, cases.ROWWISE),
+    (cache.TABLE, cases.MOVED),
+)
 QUICK = [case for case in cases.cases() if case.quick]
 
 
 def test_every_row_has_a_case_or_a_reason() -> None:
-    for rules, asked in ((attention.TABLE, cases.ATTENTION), (rowwise.TABLE, cases.ROWWISE)):
+    for rules, asked in TABLES:
         # of another torch_npu than this one there is nothing to ask
         names = {rule.name for rule in rules if "a torch_npu" not in rule.name}
         assert set(asked) <= names
@@ -39,13 +43,12 @@ def test_every_row_has_a_case_or_a_reason() -> None:
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_a_case_has_its_row_and_is_right(case: cases.Case, npu: torch.device) -> None:
-    rules = [rule for rule in (*attention.TABLE, *rowwise.TABLE) if rule.name == case.row]
     with worker._decided(case.row) as seen:
         answer = case.question.ask(npu)
     figures = answer[0] if isinstance(answer, tuple) else answer
     assert all(map(within, figures.values())), figures
-    if rules and not case.name.startswith(("open 1", "open 3")):
-        assert any(worker._present(rule, plan) for rule in rules for plan in seen.plans)
+    if case.row in ROWS and not case.name.startswith(("open 1", "open 3")):
+        assert any(worker._present(case.row, plan) for plan in seen.plans)
 
 
 LIES = {

@@ -16,8 +16,9 @@ from torch import Tensor
 from ...errors import ArgumentError, UnsupportedError
 from ..ground import arguments
 from ..ground.lengths import Lengths, host_lengths, recall_lengths
-from ..problems.ask import Ask, Facts, Options
+from ..problems.ask import Ask, Facts, Options, Packed
 from ..problems.results import Inputs
+from ..problems.validation import describe
 from ..table.choice import Plan, recall
 from ..verification.kinds import Refuted
 from . import operators, paged, serving
@@ -209,5 +210,19 @@ def attend_paged(
             function, inputs, lengths, plain, alibi_slopes, block_table=block_table
         )
     keys = paged.read_keys(k, v, packed[1], paged.Placement(block_table))
+    # what is refused is refused before anything is copied
+    describe(
+        Ask(
+            function,
+            Facts.of(q),
+            *keys.facts,
+            packed=Packed(packed[0], keys.lengths, *packed[2:]),
+            options=plain,
+            alibi_slopes=None if alibi_slopes is None else Facts.of(alibi_slopes),
+            sink=None,
+            needs_grad=needs_grad,
+            uses_lse=plain.return_attn_probs,
+        )
+    )
     gathered = (lengths[0], keys.lengths.cumulative, *packed[2:])
-    return attend(function, (q, *paged.gather(keys)), gathered, plain, alibi_slopes)
+    return attend(function, (q, *paged.gather(function, keys)), gathered, plain, alibi_slopes)

@@ -22,6 +22,7 @@ from ..problems.rowwise import Turn
 from ..rowwise.rotation import rotate
 from ..table.choice import Plan, begin
 from .asking import make_plan
+from .moving import append
 from .paged import Keys
 from .serving import run_over
 
@@ -179,13 +180,11 @@ def _append(step: _Step, new: tuple[Tensor, Tensor]) -> None:
     """Write the new keys behind the old ones."""
     (k, v), added = new, step.added
     kept = [span.end - span.start for span in step.written]
-    if all(count == added for count in kept):
-        step.cache.write(step.written, k.flatten(0, 1), v.flatten(0, 1))
-        return
-    parts = [(k[i, added - count :], v[i, added - count :]) for i, count in enumerate(kept)]
-    step.cache.write(
-        step.written, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    )
+    packed = (k.flatten(0, 1), v.flatten(0, 1))
+    if any(count != added for count in kept):
+        parts = [(k[i, added - count :], v[i, added - count :]) for i, count in enumerate(kept)]
+        packed = (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+    append(step.call.function, step.cache, step.written, packed)
 
 
 def _turns(found: Plan) -> bool:

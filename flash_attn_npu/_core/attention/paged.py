@@ -16,6 +16,7 @@ from ...errors import ArgumentError
 from ..ground.lengths import Lengths, interned
 from ..problems.ask import Facts, Pages
 from ..problems.cache import Cache, Span, cache_lengths, pages_of
+from . import moving
 
 __all__ = ["Keys", "Placement", "gather", "read_keys"]
 
@@ -100,10 +101,10 @@ def _check_packed(k: Tensor, v: Tensor, lengths_k: Lengths) -> None:
         )
 
 
-def gather(keys: Keys) -> tuple[Tensor, Tensor]:
+def gather(function: str, keys: Keys) -> tuple[Tensor, Tensor]:
     """Packed k and v (total, nheads_k, headdim); differentiable."""
     if keys.cache is not None:
-        return keys.cache.gather(keys.spans)
+        return moving.gather(function, keys.cache, keys.spans)
     rows = [torch.arange(span.start, span.end, device="cpu") for span in keys.spans]
     index = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *rows]).to(keys.k.device)
     return keys.k[index], keys.v[index]

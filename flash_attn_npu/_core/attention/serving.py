@@ -125,7 +125,7 @@ def run_over(
     if found.kernel.reads_pages:
         inputs = Inputs(q, keys.k, keys.v, alibi_slopes, sink, keys.cache, keys.spans)
     else:
-        inputs = Inputs(q, *paged.gather(keys), alibi_slopes, sink)
+        inputs = Inputs(q, *paged.gather(found.problem.function, keys), alibi_slopes, sink)
     return run(found, inputs)
 
 

@@ -138,13 +138,8 @@ class Cache:
     def write(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> None:
         """Write packed keys and values where the spans lie, and nowhere else."""
         where = positions(self.layout, spans, self.k.device)
-        # one of them may be a view of the caches
-        k, v = (x.clone() if share(x, self.k) or share(x, self.v) else x for x in (k, v))
         for cache, values in ((self.k, k), (self.v, v)):
-            # what was made in inference mode can be written there alone
-            inference = cache.is_inference() or torch.is_inference_mode_enabled()
-            with torch.inference_mode(inference), torch.no_grad():
-                cache.index_put_(where, values)
+            cache.index_put_(where, values)
 
 
 def pages_of(cache: Cache, spans: Sequence[Span]) -> Pages:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ground.memory import Memo
 
-__all__ = ["Layout", "Span", "positions", "wrong_block"]
+__all__ = ["Layout", "Span", "positions", "slots", "wrong_block"]
 
 
 class Span(NamedTuple):
@@ -40,6 +40,10 @@ class Layout(NamedTuple):
 
 _where: Memo[tuple[Layout, tuple[Span, ...], torch.device], tuple[Tensor, Tensor]] = Memo(
     "positions in caches", 16, nbytes=1 << 26, contents=True
+)
+
+_slots: Memo[tuple[Layout, tuple[Span, ...], torch.device], Tensor] = Memo(
+    "slots of new keys in caches", 16, nbytes=1 << 24, contents=True
 )
 
 
@@ -69,6 +73,20 @@ def positions(layout: Layout, spans: Sequence[Span], device: torch.device) -> tu
             position, page = _walk(layout, key[1])
             known = page.to(device), (position % max(layout.page, 1)).to(device)
         _where.put(key, known)
+    return known
+
+
+def slots(layout: Layout, spans: Sequence[Span], device: torch.device) -> Tensor:
+    """`positions` as one number each, int32: the page or row times its size, plus the offset."""
+    key = layout, tuple(spans), device
+    known = _slots.recall(key)
+    if known is None:
+        # it outlives this call
+        with torch.inference_mode(False):
+            position, page = _walk(layout, key[1])
+            flat = page * layout.page + position % max(layout.page, 1)
+            known = flat.to(torch.int32).to(device)
+        _slots.put(key, known)
     return known
 
 

@@ -35,14 +35,27 @@ from ..ground.memory import Memo
 from ..ground.settings import assumed, fallback_policy, verification
 from ..ground.traced import note
 from ..kernels.kernel import Kernel
-from ..problems import attention, rowwise
+from ..problems import attention, rowwise, transfer
+from ..problems.rowwise import TORCH
 from ..verification.kinds import MISSED, Case, found_wrong
 from . import attention as attention_table
+from . import cache as cache_table
 from . import rowwise as rowwise_table
 from .rule import Candidate, Table, disproved, reasons
 
-__all__ = ["Elsewhere", "Plan", "Verdict", "begin", "choose", "kinds", "on_ascend", "permit"]
-__all__ += ["plan", "recall", "refusals"]
+__all__ = [
+    "KERNELS",
+    "ROWS",
+    "Elsewhere",
+    "Plan",
+    "Verdict",
+    "begin",
+    "choose",
+    "kinds",
+    "on_ascend",
+    "permit",
+]
+__all__ += ["plan", "recall", "refusals", "table_of"]
 
 _plans: Memo[Hashable, Plan] = Memo("plans of calls", 512, nbytes=1 << 26)
 recall = _plans.recall
@@ -54,7 +67,18 @@ _TABLES: dict[type, Table] = {
     rowwise.Norm: rowwise_table.WHOLE,
     rowwise.Gate: rowwise_table.WHOLE,
     rowwise.Loss: rowwise_table.WHOLE,
+    transfer.Append: cache_table.WHOLE,
+    transfer.Gather: cache_table.WHOLE,
 }
+
+ROWS = frozenset(rule.name for table in _TABLES.values() for rule in table.rules)
+KERNELS = frozenset((*attention_table.NAMES, *rowwise_table.ALL, *cache_table.ALL, TORCH))
+"""By which reports name what they are about."""
+
+
+def table_of(problem: Any) -> Table:
+    """The table that is asked about a problem."""
+    return _TABLES[type(problem)]
 
 
 class Verdict(NamedTuple):

@@ -22,9 +22,10 @@ from ..problems.rowwise import (
     ROTARY_MUL,
     SWIGLU,
 )
+from ..problems.transfer import APPEND, GATHER, Append, Gather
 from .rule import Rule
 
-__all__ = ["ATTENTION", "FUSION", "INFER", "ROWWISE", "Need", "rows", "supported"]
+__all__ = ["ATTENTION", "CACHE", "FUSION", "INFER", "NEEDS", "ROWWISE", "Need", "rows", "supported"]
 
 INFER = "npu_fused_infer_attention_score"
 FUSION = "npu_fusion_attention"
@@ -139,6 +140,23 @@ ROWWISE = (
         ((CROSS_ENTROPY, "input", "target", "reduction", "label_smoothing"),),
     ),
 )
+
+CACHE = (
+    Need(
+        "new keys in a cache",
+        APPEND,
+        ((APPEND, "key", "value", "key_cache", "value_cache", "slot_mapping", "cache_mode"),),
+        lambda p: isinstance(p, Append),
+    ),
+    Need(
+        "keys gathered from a cache",
+        GATHER,
+        ((GATHER, "key_cache", "value_cache", "block_tables", "seq_lens", "key", "value"),),
+        lambda p: isinstance(p, Gather),
+    ),
+)
+
+NEEDS = (*ATTENTION, *ROWWISE, *CACHE)
 
 
 def supported(kernels: tuple[str, ...]) -> Rule:

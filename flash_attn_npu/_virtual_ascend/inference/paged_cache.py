@@ -1,5 +1,6 @@
 """npu_scatter_pa_kv_cache and npu_gather_pa_kv_cache: tokens into the pages of a cache and out of
-them. The real operators run first; the rules are the documents', never tried on a card.
+them. The real operators run first; the rules are those of the documents and of the kernels' source,
+which copies whole units of 32 bytes and drops the rest, never tried on a card.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from typing import Any
 
 import torch
 
+from ..machine.fused_call import is_ascend_310p
 from ..machine.memory import host_view
 from ..machine.refusal import require
 
 Kernel = Callable[..., Any]
 
 _LARGEST_TOKEN = 148 * 1024
-_GATHERED = (torch.int8, torch.float16, torch.bfloat16)
+_UNIT = 32
+_DTYPES = (torch.int8, torch.float16, torch.bfloat16)
+_INT32 = 1 << 31
 
 
 def scatter_kernel(real: Kernel) -> Kernel:
@@ -78,7 +82,9 @@ def _check_scatter(given: dict[str, Any]) -> None:
 
 def _check_caches(given: dict[str, Any]) -> None:
     """What both operators ask of key, value and their caches."""
+    require(not is_ascend_310p(), "the operator does not exist on a 310P")
     dtype = given["key"].dtype
+    require(dtype in _DTYPES, f"key is {dtype}: only int8, float16 and bfloat16 exist")
     for name in ("key", "value"):
         tokens, cache = given[name], given[f"{name}_cache"]
         require(
@@ -100,6 +106,12 @@ def _check_caches(given: dict[str, Any]) -> None:
             tokens.dtype == dtype and cache.dtype == dtype,
             f"key, value and their caches need one dtype, got {tokens.dtype} and {cache.dtype}",
         )
+        size = tokens[0].numel() * tokens.element_size()
+        require(size <= _LARGEST_TOKEN, f"a token of {name} must not exceed 148 KB, got {size}")
+        require(
+            size % _UNIT == 0,
+            f"a token of {name} is copied in units of {_UNIT} bytes and would be cut, got {size}",
+        )
     for name in ("", "_cache"):
         key, value = given[f"key{name}"], given[f"value{name}"]
         require(
@@ -112,12 +124,11 @@ def _check_caches(given: dict[str, Any]) -> None:
 def _gathered_slots(given: dict[str, Any]) -> torch.Tensor:
     """Where the tokens of all sequences lie in a cache without its blocks, in order."""
     _check_caches(given)
-    dtype, key = given["key"].dtype, given["key"]
-    require(dtype in _GATHERED, f"key is {dtype}: only int8, float16 and bfloat16 exist")
-    for name in ("key", "value"):
-        heads, width = given[name].shape[1:]
-        size = heads * width * given[name].element_size()
-        require(size <= _LARGEST_TOKEN, f"a token of {name} must not exceed 148 KB, got {size}")
+    key = given["key"]
+    for name in ("key", "value", "key_cache", "value_cache"):
+        require(
+            given[name].numel() < _INT32, f"{name} is counted in int32, got {given[name].numel()}"
+        )
     table = _index(given, "block_tables", 2)
     lengths = _lengths(given, table.shape[0])
     require(

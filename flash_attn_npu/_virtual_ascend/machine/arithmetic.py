@@ -173,6 +173,7 @@ class OnHost:
         self.mixes = schema.name.removeprefix("aten::") in _MIXED
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        journal.asked(self.op.name())
         with torch._C.DisableTorchFunction():
             call = _Call(self)
             host_args = [call.to_host(value) for value in args]

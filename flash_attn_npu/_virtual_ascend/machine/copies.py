@@ -61,6 +61,8 @@ def _move(target: torch.Tensor, source: torch.Tensor) -> None:
         journal.copied_to_device(source)
     elif from_device and not onto_device:
         journal.copied_to_host(source)
+    else:
+        journal.asked("aten::copy_")
     to = host_view(target) if onto_device else target.detach()
     to.copy_(host_view(source) if from_device else source.detach())
 

@@ -1,4 +1,4 @@
-"""What a stretch of code asked of the simulated card: launches of npu operators, copies, memory.
+"""What a stretch of code asked of the simulated card: operators, copies, memory.
 
 Only the counting lives here; whoever simulates an operator or a copy reports it.
 """
@@ -37,7 +37,12 @@ def _allocated() -> int:
 
 @dataclass
 class Record:
+    """launches: of npu operators. operators: the names of all that a card would launch, in order:
+    those of aten too, copies within the device among them, but neither views nor allocations.
+    """
+
     launches: list[Launch] = field(default_factory=list)
+    operators: list[str] = field(default_factory=list)
     device_to_host: list[Copy] = field(default_factory=list)
     host_to_device: list[Copy] = field(default_factory=list)
     device_to_device: list[Copy] = field(default_factory=list)
@@ -77,6 +82,12 @@ def record() -> Iterator[Record]:
 def launched(name: str, arguments: dict[str, Any]) -> None:
     for collected in _open:
         collected.launches.append(Launch(name, arguments))
+    asked(f"npu::{name}")
+
+
+def asked(operator: str) -> None:
+    for collected in _open:
+        collected.operators.append(operator)
 
 
 def copied_to_host(tensor: torch.Tensor) -> None:

@@ -140,6 +140,40 @@ def _first_slopes(given: Given) -> Given:
     return _with("pse", value=lambda pse: _changed(pse, change))(given)
 
 
+def _next_slots(given: Given) -> Given:
+    """Each token is written a position too late."""
+    blocks, size = given["key_cache"].shape[:2]
+
+    def change(slots: torch.Tensor) -> torch.Tensor:
+        return (slots + 1) % (blocks * size)
+
+    return _with("slot_mapping", value=lambda slots: _changed(slots, change))(given)
+
+
+def _first_blocks(given: Given) -> Given:
+    """The first token of each page goes to the page before it."""
+    blocks, size = given["key_cache"].shape[:2]
+
+    def change(slots: torch.Tensor) -> torch.Tensor:
+        return torch.where(slots % size == 0, (slots - size) % (blocks * size), slots)
+
+    return _with("slot_mapping", value=lambda slots: _changed(slots, change))(given)
+
+
+def _exchanged_pages(given: Given) -> Given:
+    """Of each sequence that has two pages the first two are exchanged."""
+    size = given["key_cache"].shape[1]
+    lengths = host_view(given["seq_lens"])
+
+    def change(table: torch.Tensor) -> torch.Tensor:
+        for row, length in zip(table, lengths, strict=True):
+            if length > size:
+                row[:2] = row[:2].flip(0)
+        return table
+
+    return _with("block_tables", value=lambda table: _changed(table, change))(given)
+
+
 def _exchanged_halves(given: Given) -> Given:
     def change(x: torch.Tensor) -> torch.Tensor:
         return torch.cat(x.chunk(2, -1)[::-1], -1)
@@ -151,6 +185,7 @@ _ATTENTION = ("npu_fusion_attention", "npu_fused_infer_attention_score")
 _TRAINING = ("npu_fusion_attention",)
 _INFERENCE = ("npu_fused_infer_attention_score",)
 _ROTARY = ("npu_rotary_mul",)
+_SCATTER, _GATHER = ("npu_scatter_pa_kv_cache",), ("npu_gather_pa_kv_cache",)
 _NORMS = ("npu_rms_norm", "npu_add_rms_norm", "npu_add_layer_norm")
 _LOSSES = ("npu_cross_entropy_loss",)
 
@@ -180,6 +215,10 @@ LIES: dict[str, tuple[tuple[str, ...], Bend | None]] = {
     "last tile of keys dropped": (_ATTENTION, None),
     "second sequence reads the keys of the first": (_ATTENTION, _confused),
     "pages in the wrong order": (_INFERENCE, _shuffled),
+    "new keys a position too late": (_SCATTER, _next_slots),
+    "new keys in the wrong page": (_SCATTER, _first_blocks),
+    "new values are the new keys": (_SCATTER, lambda given: {**given, "value": given["key"]}),
+    "keys gathered in the wrong order of pages": (_GATHER, _exchanged_pages),
     "averages": (_ATTENTION, _with("scale", "scale_value", value=lambda _: 0.0)),
     "gradients of q halved": (_TRAINING, None),
     "gradients of k halved": (_TRAINING, None),

@@ -21,7 +21,7 @@ from ..kernel import Kernel
 from ..sinks import with_sink
 from .fusion_attention import UNLIMITED, causal_mask
 
-__all__ = ["KERNEL", "PACKED_HEADDIMS", "packs_queries", "rows_for"]
+__all__ = ["KERNEL", "PACKED_HEADDIMS", "packs_queries", "page_table", "rows_for"]
 
 PACKED_HEADDIMS = (64, 128)
 """What every CANN takes for packed queries. Newer ones take more; from when is not documented."""
@@ -138,7 +138,7 @@ def _pages(problem: Problem, inputs: Inputs) -> dict[str, Any]:
     assert problem.pages.size is not None
     assert inputs.cache is not None
     size = problem.pages.size
-    return {"block_table": _table(inputs.cache, size), "block_size": size}
+    return {"block_table": page_table(inputs.cache, size), "block_size": size}
 
 
 def _sparsity(problem: Problem) -> dict[str, Any]:
@@ -158,7 +158,12 @@ def _sparsity(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _table(cache: Cache, size: int) -> Tensor:
+def page_table(cache: Cache, size: int) -> Tensor:
+    """The pages of each sequence, int32 on the device; rows of an unpaged cache are cut into them.
+
+    Args:
+        size: positions of a page.
+    """
     if cache.block_table is not None:
         return cache.block_table.to(cache.k.device).contiguous()
     assert cache.rows is not None
