@@ -31,6 +31,19 @@ def test_rowwise(npu: object, run_python: Callable[..., str]) -> None:
         assert RATIO.search(line), printed
 
 
+@pytest.mark.sweep
+def test_launches(npu: object, run_python: Callable[..., str], tmp_path: Path) -> None:
+    """Counted twice, the same, and told side by side."""
+    command = (str(BENCHMARKS / "launches.py"), "--only", "RMS", "-o", str(tmp_path / "a.json"))
+    run_python(*command)
+    printed = run_python(*command, "--before", str(tmp_path / "a.json"))
+    line = printed.strip().splitlines()[-1]
+    name, launches, copies, _ = (cell.strip() for cell in line.strip("|").split("|"))
+    assert "RMS norm" in name
+    assert re.fullmatch(r"(\d+) → \1", launches), launches
+    assert copies == "0 → 0"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.sweep
 def test_memory(run_python: Callable[..., str]) -> None:
