@@ -21,8 +21,10 @@ import torch
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu._core.ground.memory import forget_all
+from tests.helpers.accusations import Accusations
 
 REASON = virtual_ascend.start()
+ACCUSATIONS = Accusations()
 # The tensors are small, and waiting workers cost more than they bring
 torch.set_num_threads(1)
 if REASON is None:
@@ -64,6 +66,16 @@ def _fresh() -> None:
     """Every test draws the same numbers whenever it runs, and nothing is remembered or said yet."""
     forget_all()
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _believed() -> Iterator[None]:
+    """A card that tells no lie is never accused: see `tests.helpers.accusations`."""
+    ACCUSATIONS.taken()
+    yield
+    accused = ACCUSATIONS.taken()
+    if accused:
+        pytest.fail(f"an honest card was accused: {accused}", pytrace=False)
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from flash_attn_npu._core.table import attention, choice
 from flash_attn_npu._core.table.attention import BLOCKWISE, HOST, TABLE
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
 from tests.helpers import table_examples
+from tests.helpers.decided import is_fused, plans
 from tests.helpers.table_examples import EXAMPLES
 
 CPU = torch.device("cpu")
@@ -40,22 +39,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_all()
 
 
-def plans(row: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was decided while the example of a row ran, in order."""
-    decide, seen = choice._decide, []
-
-    def noted(problem: Any) -> Any:
-        seen.append(decide(problem))
-        return seen[-1]
-
-    with monkeypatch.context() as patched, flash_attn_npu.fallback("allow"):
-        patched.setattr(choice, "_decide", noted)
-        with contextlib.suppress(UnsupportedError):
-            EXAMPLES[row](device)
-    forget_all()
-    return seen
-
-
 @pytest.mark.parametrize("row", [rule.name for rule in TABLE if rule.name not in ELSEWHERE])
 def test_the_verdict_off_a_card_is_that_of_the_card(
     row: str, npu: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -63,13 +46,10 @@ def test_the_verdict_off_a_card_is_that_of_the_card(
     if "a torch_npu" in row:
         pytest.skip("another torch_npu than the simulated card's")
     there = Absent(torch.npu.get_device_name(), VERSIONS[-2])
-    on_card = [
-        (plan.name, bool(plan.reasons) and plan.candidate.detour is None)
-        for plan in plans(row, npu, monkeypatch)
-    ]
-    away = plans(row, CPU, monkeypatch)
+    on_card = [(plan.name, is_fused(plan)) for plan in plans(EXAMPLES[row], npu, monkeypatch)]
+    away = plans(EXAMPLES[row], CPU, monkeypatch)
     told = [choice.on_ascend(plan.problem, there) for plan in away]
-    assert [(one.kernel, not one.fused) for one in told][: len(on_card)] == on_card[: len(told)]
+    assert [(one.kernel, one.fused) for one in told][: len(on_card)] == on_card[: len(told)]
     # a mask that a card drew cannot be drawn again off it
     assert told or row in ("backward from softmax_lse", MASK_OF_A_CARD)
 

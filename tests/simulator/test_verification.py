@@ -275,6 +275,19 @@ def test_a_wrong_gradient_is_put_right_in_its_own_backward(
     assert len(errors(caplog)) == 1
 
 
+def test_single_tokens_alone_settle_nothing_else(
+    npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel is not given them: so it answers for nothing, its gradient neither."""
+    for lengths in ([1] * 20, [1] * 20 + [9]):
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        leaves = qkv(npu, sum(lengths), 2, 32, grad=True)
+        with virtual_ascend.lying("scale forgotten"):
+            out = flash_attn_varlen_func(*leaves, ends, ends, 9, 9)
+        assert all(grad is not None for grad in torch.autograd.grad(out.sum(), leaves))
+        assert len(errors(caplog)) == (1 if 9 in lengths else 0)
+
+
 def test_numbers_that_are_none_accuse_nobody(
     npu: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ Nothing of the call is disturbed: no random number is drawn, nothing is written,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,15 @@ from .judging import Finding, judge, judge_lse, rms
 from .reading import Drawn, Reader, dropout_bits
 from .samples import Spot, edges, spots
 
-__all__ = ["Lse", "Taken", "compare_forward", "compare_gradients", "tells"]
+__all__ = ["Lse", "Taken", "compare_forward", "compare_gradients", "compare_sink"]
 
 Lse = Callable[[Spot, Tensor, tuple[int, ...]], Tensor | None]
 """(heads, rows) of softmax_lse, on the host; None where the kernel was not given the sequence."""
 
 SMALLEST_SPREAD = 1e-3
 MOST_COLUMNS = 16
-MOST_COLUMN_SPOTS = 3
+LEAST_COLUMN_SPOTS = 2
+MOST_COLUMN_QUERIES = 1 << 15
 
 
 class Taken(NamedTuple):
@@ -55,7 +57,7 @@ def compare_forward(
         for spot in spots(problem):
             rows, columns = _index(spot.rows), _range(spot.seqlen_k)
             piece = reader.piece(spot, rows, columns, spot.heads)
-            telling = telling or tells(piece)
+            telling = telling or tells(piece, _key_heads(reader, spot.heads))
             actual = reader.rows(out, spot, rows, spot.heads)
             if drawn is None or mask is not None:
                 found.append(_judge_out(piece, actual, spot))
@@ -67,18 +69,32 @@ def compare_forward(
         return found if telling or not all(finding.agrees for finding in found) else []
 
 
-def tells(piece: truth.Piece) -> bool:
-    """Whether the values of a piece would show a mistake: not where all scores are alike."""
+def tells(piece: truth.Piece, key_heads: set[int]) -> bool:
+    """Whether the values of a piece would show a mistake.
+
+    They do not where all scores are alike, nor where heads are, whatever differs between heads, or
+    keys and values: what was taken from the wrong one would not be seen.
+    """
     scores = piece.scores(torch.float64)
     seen = scores.isfinite()
     if not seen.any() or scores.isnan().any() or not piece.v.isfinite().all():
         return False
+    of_heads: list[Tensor | None] = [piece.q.transpose(0, 1), piece.band.slopes, piece.sink]
+    if len(key_heads) > 1:
+        of_heads += [x.transpose(0, 1) for x in (piece.k, piece.v)]
+    if any(_alike(x) for x in of_heads if x is not None) or torch.equal(piece.k, piece.v):
+        return False
     spread = scores[seen].max() - scores[seen].min()
-    if scores.shape[-1] > 1 and piece.k.shape[1] > 1 and torch.equal(piece.k[:, 0], piece.k[:, -1]):
-        # the heads that share a key head are alike, those of several must not be
-        return piece.q.shape[1] > 1 and not torch.equal(piece.q[:, 0], piece.q[:, -1])
     alone = int(seen.sum()) == 1
     return bool(spread > SMALLEST_SPREAD or alone) and bool((piece.v != 0).any())
+
+
+def _alike(of_heads: Tensor) -> bool:
+    return of_heads.shape[0] > 1 and torch.equal(of_heads[0], of_heads[-1])
+
+
+def _key_heads(reader: Reader, heads: tuple[int, ...]) -> set[int]:
+    return {head // reader.group for head in heads}
 
 
 def _judge_out(piece: truth.Piece, actual: Tensor, spot: Spot) -> Finding:
@@ -123,9 +139,41 @@ def compare_gradients(
             heads = tuple(range(key_head * reader.group, (key_head + 1) * reader.group))
             rows = _range(spot.seqlen_q)[problem.blind(spot.seqlen_q, spot.seqlen_k) :]
             piece = reader.piece(spot, rows, columns, heads)
-            telling = telling or tells(piece)
+            telling = telling or tells(piece, _key_heads(reader, heads))
             found += _judge_columns(reader, taken, lse, spot, (piece, heads))
         return found if telling or not all(finding.agrees for finding in found) else []
+
+
+def compare_sink(sink: Tensor, dsink: Tensor, taken: Taken, lse: Tensor) -> Finding:
+    """The gradient of a sink, which every row has a share in: of the first heads, and the last.
+
+    Args:
+        lse: (batch, nheads, seqlen_q) or (nheads, total_q), of the rows of out.
+    """
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        nheads = sink.shape[0]
+        heads = _index(tuple(sorted({0, min(1, nheads - 1), nheads - 1})))
+        some = heads.to(lse.device)
+        # summed up there: what is copied is a number for each row
+        dout, out = (x.detach().index_select(-2, some).float() for x in (taken.dout, taken.out))
+        deltas = (dout * out).sum(-1).transpose(-1, -2).cpu()
+        known = lse.detach().index_select(-2, some).cpu()
+        sinks = sink.detach().cpu()[heads]
+        exact, plain = (
+            truth.sink_terms(sinks.to(dtype), deltas.to(dtype), known.to(dtype))
+            for dtype in (torch.float64, torch.float32)
+        )
+        others = [axis for axis in range(exact.dim()) if axis != exact.dim() - 2]
+        actual = dsink.detach().cpu()[heads]
+        unit = exact.abs().sum(others).max().item()
+        return judge(
+            "the gradient of the sink",
+            actual[:, None],
+            exact.sum(others)[:, None],
+            plain.sum(others)[:, None],
+            unit,
+            "(head, ) of the sample",
+        )
 
 
 def _judge_rows(reader: Reader, taken: Taken, lse: Lse, spot: Spot) -> Finding:
@@ -177,10 +225,25 @@ def _judge_columns(
 
 
 def _column_spots(problem: Problem, given: list[Spot]) -> list[tuple[Spot, int]]:
-    """The sequences, and the key head in each, whose keys are looked at."""
-    seen = [spot for spot in given if spot.seqlen_k][:MOST_COLUMN_SPOTS]
+    """The sequences, and the key head in each, whose keys are looked at.
+
+    The last sequence and the last head are among them; as every query of the head's group is read,
+    few are looked at where they are long.
+    """
+    seen = [spot for spot in given if spot.seqlen_k]
+    if not seen:
+        return []
     last = problem.nheads_k - 1
-    return [(spot, (0, last, min(1, last))[index]) for index, spot in enumerate(seen)]
+    chosen = dict.fromkeys((max(seen, key=lambda spot: spot.sequence), *seen[:2]))
+    pairs = zip(cycle(chosen), (last, 0, min(1, last)), strict=False)
+    group = problem.nheads // problem.nheads_k
+    found: dict[tuple[Spot, int], None] = {}
+    read = 0
+    for spot, head in pairs:
+        read += spot.seqlen_q * group
+        if len(found) < LEAST_COLUMN_SPOTS or read <= MOST_COLUMN_QUERIES:
+            found[spot, head] = None
+    return list(found)
 
 
 def _columns(seqlen_k: int) -> Tensor:

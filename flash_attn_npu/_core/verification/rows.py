@@ -6,12 +6,25 @@ PyTorch makes of them.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import torch
 from torch import Tensor
 
-__all__ = ["Picks", "cross_entropy", "norm", "picked", "rotated", "some", "swiglu"]
+__all__ = [
+    "Picks",
+    "cross_entropy",
+    "norm",
+    "picked",
+    "quietly",
+    "rotated",
+    "some",
+    "swiglu",
+    "waves",
+]
 
 Picks = tuple[Tensor, ...]
 """One index tensor for each leading dimension, of one length: the rows that are looked at."""
@@ -20,12 +33,26 @@ MOST_ROWS = 64
 
 
 def some(shape: tuple[int, ...]) -> Picks:
-    """Rows among leading dimensions of these sizes: the first, the second, the last, the middle."""
-    sides = [sorted({0, min(1, size - 1), size // 2, size - 1}) for size in shape]
-    # the last of every dimension comes first, so that it is in the sample in any case
-    rows = list(product(*(side[::-1] for side in sides)))[:MOST_ROWS]
+    """Rows among leading dimensions of these sizes: the first, the second, the last, the middle,
+    and the edges of tiles.
+    """
+    sides = [_places(size) for size in shape]
+    total = math.prod(map(len, sides))
+    # a step that has no divisor in common with the number of all comes past every place of each
+    step = max(1, total // MOST_ROWS)
+    while math.gcd(step, total) > 1:
+        step += 1
+    every = list(product(*sides))
+    rows = [every[-1 - step * i % total] for i in range(min(total, MOST_ROWS))]
     places = torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), len(shape))
     return tuple(places.unbind(1))
+
+
+def _places(size: int) -> list[int]:
+    # the last row of some tile, and the first of another, for tiles of every power of two
+    power = 1 << (size.bit_length() - 1) if size else 0
+    wanted = {0, 1, size // 2, power - 1, power, size - 1}
+    return sorted(place for place in wanted if 0 <= place < size)
 
 
 def picked(x: Tensor, picks: Picks) -> Tensor:
@@ -78,3 +105,16 @@ def cross_entropy(
         logits.to(dtype), classes, reduction="none", label_smoothing=smoothing
     )
     return loss.masked_fill(~known, torch.nan).masked_fill(labels == ignored, 0.0)
+
+
+def waves(like: Tensor) -> Tensor:
+    """Values for a probe, of all sizes and signs, without a random number."""
+    steps = torch.arange(like.numel(), dtype=torch.float32, device="cpu").view(like.shape)
+    return torch.cos(steps * 1.7 + 0.3).to(like)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing here is a part of the caller's graph, or of its autocast."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield

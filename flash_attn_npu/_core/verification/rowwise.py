@@ -6,8 +6,7 @@ rows that are looked at: norms and losses are differentiated by torch_npu's auto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +18,9 @@ from ..problems.rowwise import Gate, Loss, Norm, Rotation
 from . import rows
 from .judging import Finding, judge, rms
 from .kinds import MISSED, Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled
+from .norms import compare_norm
 
 __all__ = ["CHECK"]
-
-LEAST_PROBE = 2.0**-12
-"""The square root of an eps that float16 can show."""
 
 
 def _watched(case: Case, kernel: Kernel) -> tuple[Kernel, tuple[str, ...]]:
@@ -102,7 +99,7 @@ class _Rotation(_Watch):
         before = x.clone() if out is x else x
         sample = _Turn(problem, x, cos, sin)
         self.kernel.forward(problem, x, cos, sin, out)
-        with _quietly():
+        with rows.quietly():
             found = sample.judged(out)
         if not self.agrees(found, sample.tells):
             if out is x:
@@ -118,7 +115,7 @@ class _Rotation(_Watch):
             if self.idle(x):
                 return turned
             sample = _Turn(problem, x, cos, sin)
-            with _quietly():
+            with rows.quietly():
                 found = sample.judged(turned)
             if self.agrees(found, sample.tells):
                 return turned
@@ -133,12 +130,14 @@ class _Turn:
     """A sample of a rotation, read before it may be done in place."""
 
     def __init__(self, problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        with _quietly():
+        with rows.quietly():
             self.problem, self.picks = problem, rows.some(tuple(x.shape[:-1]))
             lead = (*x.shape[:-1], cos.shape[-1])
             self.x = rows.picked(x[..., : problem.rotary_dim], self.picks)
             self.cos, self.sin = (rows.picked(t.expand(lead), self.picks) for t in (cos, sin))
-            self.tells = bool((self.sin != 0).any()) and bool((self.x != 0).any())
+            # one table for all rows would hide that it is taken from another row
+            differ = bool((self.sin != self.sin[:1]).any())
+            self.tells = differ and bool((self.x != 0).any())
 
     def judged(self, turned: Tensor) -> list[Finding]:
         actual = rows.picked(turned[..., : self.problem.rotary_dim], self.picks)
@@ -168,120 +167,12 @@ class _Norm(_Watch):
                 again: tuple[Tensor, Tensor] = run(other, total_dtype, out_dtype)
                 return again
 
-            found, telling = _compare_norm(problem, call, (y, total), probe)
+            found, telling = compare_norm(problem, call, (y, total), probe)
             if not self.agrees(found, telling):
                 raise Refuted
             return y, total
 
         return observed
-
-
-def _compare_norm(
-    problem: Norm,
-    call: NormCall,
-    answer: tuple[Tensor, Tensor],
-    probe: Callable[[NormCall], tuple[Tensor, Tensor]],
-) -> tuple[list[Finding], bool]:
-    with _quietly():
-        picks = rows.some(tuple(call.x.shape[:-1]))
-        x = rows.picked(call.x, picks)
-        residual = None if call.residual is None else rows.picked(call.residual, picks)
-        weight, bias = (None if t is None else t.detach().cpu() for t in (call.weight, call.bias))
-        assert weight is not None
-        if call.zero_centered_weight:
-            weight = weight.double() + 1
-        actual = [rows.picked(part, picks) for part in answer]
-        found = _judge_norm(call, (x, weight, bias, residual), actual)
-        small = _small(call, x, residual)
-    if small is not None:
-        answered = _probed(call, small, probe, problem.needs_grad)
-        with _quietly():
-            sample = (small[0], weight, bias, small[1])
-            found += _judge_norm(call, sample, [part.detach().cpu() for part in answered[0]])
-            if problem.needs_grad:
-                found += _judge_norm_gradients(call, sample, answered)
-    return found, bool((x != x[:, :1]).any())
-
-
-_Sample = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""Rows of x, weight, bias, and rows of the residual."""
-
-
-def _judge_norm(
-    call: NormCall,
-    sample: _Sample,
-    actual: list[Tensor],
-) -> list[Finding]:
-    exact = rows.norm(sample, call.eps, call.is_rms_norm, torch.float64)
-    plain = rows.norm(sample, call.eps, call.is_rms_norm, call.x.dtype)
-    units = (rms(sample[1]) + (0.0 if sample[2] is None else rms(sample[2])), rms(exact[1]))
-    names = ("the norm", "the sum")
-    parts = zip(names, actual, exact, plain, units, strict=True)
-    return [judge(*part, WHERE) for part in parts]
-
-
-def _small(
-    call: NormCall, x: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None] | None:
-    """The rows again, so small that eps counts; None where that cannot be."""
-    size = rms(x if residual is None else x.double() + residual.double())
-    if call.eps < LEAST_PROBE**2 or not size > 0:
-        return None
-    shrink = call.eps**0.5 / size
-    return x * shrink, None if residual is None else residual * shrink
-
-
-def _probed(
-    call: NormCall,
-    small: tuple[Tensor, Tensor | None],
-    probe: Callable[[NormCall], tuple[Tensor, Tensor]],
-    needs_grad: bool,
-) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-    """(the norm, the sum) of other rows, and the gradients of x, weight and bias."""
-    device = call.x.device
-    with torch.inference_mode(False), torch.set_grad_enabled(needs_grad):
-        given = (small[0], call.weight.detach(), call.bias, small[1])
-        x, weight, bias, residual = (
-            None if t is None else t.detach().to(device).clone().requires_grad_(needs_grad)
-            for t in given
-        )
-        assert x is not None
-        assert weight is not None
-        changed = call._replace(x=x, weight=weight, bias=bias, residual=residual)
-        y, total = probe(changed)
-        if not needs_grad:
-            return (y, total), []
-        leaves = [t for t in (x, weight, bias) if t is not None]
-        return (y, total), list(torch.autograd.grad(y, leaves, _dy(y)))
-
-
-def _dy(y: Tensor) -> Tensor:
-    """A gradient for a probe, of all sizes and signs, without a random number."""
-    steps = torch.arange(y.numel(), dtype=torch.float32, device="cpu").view(y.shape)
-    return torch.cos(steps * 1.7 + 0.3).to(y)
-
-
-def _judge_norm_gradients(
-    call: NormCall,
-    sample: _Sample,
-    answered: tuple[tuple[Tensor, Tensor], list[Tensor]],
-) -> list[Finding]:
-    (y, _), gradients = answered
-    dy = _dy(y).cpu()
-
-    def solved(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            leaves = [t.detach().to(dtype).requires_grad_() for t in sample[:3] if t is not None]
-            parts = (*leaves, *(None,) * (3 - len(leaves)), sample[3])
-            out, _ = rows.norm(parts, call.eps, call.is_rms_norm, dtype)  # type: ignore[arg-type]
-            return torch.autograd.grad(out, leaves, dy.to(dtype))
-
-    exact, plain = solved(torch.float64), solved(call.x.dtype)
-    names = ("dx", "dweight", "dbias")
-    unit = 1 / max(rms(sample[0]), call.eps**0.5)
-    units = (rms(sample[1]) * unit, 1.0, 1.0)
-    parts = zip(names, gradients, exact, plain, units, strict=False)
-    return [judge(name, a.cpu(), e, p, u, WHERE) for name, a, e, p, u in parts]
 
 
 class _Gate(_Watch):
@@ -291,7 +182,7 @@ class _Gate(_Watch):
         gated: Tensor = self.kernel.forward(problem, x, y)
         if self.idle(x):
             return gated
-        with _quietly():
+        with rows.quietly():
             picks = rows.some(tuple(x.shape[:-1]))
             a, b, actual = (rows.picked(t, picks) for t in (x, y, gated))
             exact, plain = (rows.swiglu(a, b, d) for d in (torch.float64, actual.dtype))
@@ -305,7 +196,7 @@ class _Gate(_Watch):
         grads: tuple[Tensor, Tensor] = self.kernel.backward(problem, g, x, y)
         if self.idle(x):
             return grads
-        with _quietly():
+        with rows.quietly():
             picks = rows.some(tuple(x.shape[:-1]))
             a, b, dout = (rows.picked(t, picks) for t in (x, y, g))
             exact, plain = (_gate_gradients(a, b, dout, d) for d in (torch.float64, x.dtype))
@@ -338,8 +229,8 @@ class _Loss(_Watch):
             answer: tuple[Tensor, Tensor] = run(logits, labels, ignore_index)
             if self.idle(logits):
                 return answer
-            with _quietly():
-                picks = rows.some((logits.shape[0],))
+            with rows.quietly():
+                picks = _rows_with_labels(labels, ignore_index)
                 some, classes = (rows.picked(t, picks) for t in (logits, labels.long()))
                 actual = rows.picked(answer[0], picks)
                 exact, plain = (
@@ -352,11 +243,20 @@ class _Loss(_Watch):
                 found = [judge("the loss", actual[known], exact[known], plain[known], unit, WHERE)]
             if problem.needs_grad:
                 found += _probe_loss(run, some, classes, ignore_index, logits.device)
-            if not self.agrees(found, bool((some != some[:, :1]).any())):
+            told = (classes != ignore_index)[:, None] & (some != some[:, :1])
+            if not self.agrees(found, bool(told.any())):
                 raise Refuted
             return answer
 
         return observed
+
+
+def _rows_with_labels(labels: Tensor, ignored: int) -> rows.Picks:
+    """Rows that are looked at, and one that is ignored, whose neighbours often are too."""
+    there = labels.detach().cpu() != ignored
+    seen, others = there.nonzero()[:, 0], (~there).nonzero()[:1, 0]
+    (picks,) = rows.some((len(seen),))
+    return (torch.cat((seen[picks], others)),)
 
 
 def _probe_loss(
@@ -370,8 +270,8 @@ def _probe_loss(
     with torch.inference_mode(False), torch.enable_grad():
         leaf = logits.to(device).requires_grad_()
         loss, _ = run(leaf, labels.to(device), ignored)
-        (actual,) = torch.autograd.grad(loss, leaf, _dy(loss))
-        dy = _dy(loss).cpu()
+        (actual,) = torch.autograd.grad(loss, leaf, rows.waves(loss))
+        dy = rows.waves(loss).cpu()
 
         def solved(dtype: torch.dtype) -> Tensor:
             other = logits.detach().to(dtype).clone().requires_grad_()
@@ -380,13 +280,6 @@ def _probe_loss(
 
         exact, plain = solved(torch.float64), solved(logits.dtype)
     return [judge("dlogits", actual.cpu(), exact, plain, 1.0, WHERE)]
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Nothing here is a part of the caller's graph, or of its autocast."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        yield
 
 
 _WATCHES: dict[type, Any] = {Rotation: _Rotation, Norm: _Norm, Gate: _Gate, Loss: _Loss}

@@ -13,12 +13,12 @@ from ..problems.attention import Problem
 
 __all__ = ["Spot", "edges", "spots"]
 
-MOST_SEQUENCES = 8
-MOST_ROWS = 24
+MOST_SEQUENCES = 10
+MOST_ROWS = 32
 MOST_SCORES = 1 << 22
 """Scores of one sequence that are computed on the host: of very long ones, fewer rows."""
 
-TILES = (64, 128, 512, 2048)
+TILES = (16, 64, 128, 512, 2048)
 """What kernels cut sequences into, at whose edges they err."""
 
 
@@ -53,7 +53,9 @@ def _heads(problem: Problem) -> tuple[int, ...]:
 
 
 def _sequences(problem: Problem) -> list[int]:
-    """The longest, the second, the last, the first, and one of each relation of the lengths."""
+    """The longest, the second, the last, the first, one of each relation of the lengths, and the
+    one in the middle.
+    """
     pairs = {lengths: them for lengths, them in problem.sequences.items() if lengths[0]}
     if not pairs:
         return []
@@ -71,6 +73,9 @@ def _sequences(problem: Problem) -> list[int]:
         [them for (q, k), them in pairs.items() if k == 0],
     ):
         found += [them[0] for them in relation[:1]]
+    middle = problem.batch // 2
+    if problem.lengths_q is None or problem.lengths_q.seqlens[middle]:
+        found.append(middle)
     return list(dict.fromkeys(found))[:MOST_SEQUENCES]
 
 
@@ -94,9 +99,15 @@ def _rows(problem: Problem, seqlen_q: int, seqlen_k: int, most: int) -> tuple[in
         wanted += [problem.left - offset, problem.left - offset + 1]
     if problem.right is not None:
         wanted += [seqlen_q - 1 - problem.right, seqlen_q - 2 - problem.right]
-    wanted += [seqlen_q // 2, *edges(seqlen_q)]
+    wanted += [seqlen_q // 2, *_largest_power(seqlen_q), *edges(seqlen_q)]
     inside = dict.fromkeys(row for row in wanted if 0 <= row < seqlen_q)
     return tuple(sorted(list(inside)[:most]))
+
+
+def _largest_power(length: int) -> tuple[int, int]:
+    """The last row of some tile, and the first of another, for tiles of every power of two."""
+    power = 1 << (length.bit_length() - 1)
+    return power - 1, power
 
 
 def edges(length: int) -> Iterable[int]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Band", "Piece", "attention", "column_gradients", "row_gradients"]
+__all__ = ["Band", "Piece", "attention", "column_gradients", "row_gradients", "sink_terms"]
 
 
 class Band(NamedTuple):
@@ -111,6 +111,17 @@ def column_gradients(
     q, douts = (x.to(dtype).transpose(0, 1).flatten(0, 1) for x in (piece.q, dout))
     dk = dscores.flatten(0, 1).t() @ q * piece.band.scale
     return dk, weights.flatten(0, 1).t() @ douts
+
+
+def sink_terms(sink: Tensor, deltas: Tensor, lse: Tensor) -> Tensor:
+    """What each row adds to the gradient of a sink: minus its share of the row times its delta.
+
+    Args:
+        sink: (heads,). deltas: rowsum(dout * out), (..., heads, rows).
+        lse: as deltas; any number in a row without keys, whose out is 0.
+    """
+    share = torch.exp(sink[:, None] - lse)
+    return torch.where(deltas == 0, 0.0, -share * deltas)
 
 
 def _dscores(

@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from .memory import host_view, to_device
+from . import bends
+from .bends import Bend, Given, changing, replacing
+from .memory import host_view
 
 __all__ = [
     "LIES",
@@ -27,9 +30,6 @@ __all__ = [
     "summed_by_key_head",
     "told",
 ]
-
-Given = dict[str, Any]
-Bend = Callable[[Given], Given]
 
 _told: list[str] = []
 
@@ -60,187 +60,101 @@ def arguments(name: str, given: Given) -> Given:
     return given
 
 
-def _with(*names: str, value: Callable[[Any], Any]) -> Bend:
-    def bend(given: Given) -> Given:
-        for name in names:
-            if given.get(name) is not None:
-                given[name] = value(given[name])
-        return given
-
-    return bend
-
-
-def _band(side: str, by: int) -> Bend:
-    """A window that is wider or narrower; 2147483647 is none."""
-
-    def bend(given: Given) -> Given:
-        for name in (f"{side}_tokens", f"{side}_tockens"):
-            if name in given and given["sparse_mode"] == 4 and given[name] < 2147483647:
-                given[name] = given[name] + by
-        return given
-
-    return bend
-
-
-def _changed(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    return to_device(change(host_view(tensor).clone()), tensor.device)
-
-
-def _confused(given: Given) -> Given:
-    """The second sequence reads the keys of the first."""
-    if given.get("block_table") is not None:
-        given["block_table"] = _changed(given["block_table"], _first_pages_for_second)
-        return given
-    layout = given["input_layout"].upper()
-    ends = given.get("actual_seq_kvlen", given.get("actual_seq_lengths_kv"))
-
-    def change(x: torch.Tensor) -> torch.Tensor:
-        if layout == "TND":
-            if ends is None or len(ends) < 2 or not ends[0] or ends[1] <= ends[0]:
-                return x
-            places = torch.arange(int(ends[1]) - int(ends[0]), device="cpu") % int(ends[0])
-            x[int(ends[0]) : int(ends[1])] = x[places]
-        elif x.shape[0] > 1:
-            x[1] = x[0]
-        return x
-
-    return {**given, **{name: _changed(given[name], change) for name in ("key", "value")}}
-
-
-def _first_pages_for_second(table: torch.Tensor) -> torch.Tensor:
-    if table.shape[0] > 1:
-        table[1, 0] = table[0, 0]
-    return table
-
-
-def _shuffled(given: Given) -> Given:
-    """The first two pages of each sequence that has so many are exchanged."""
-    lengths = given.get("actual_seq_lengths_kv", given.get("actual_seq_kvlen"))
-
-    def change(table: torch.Tensor) -> torch.Tensor:
-        for row, length in zip(table, lengths, strict=True):
-            if length > given["block_size"]:
-                row[:2] = row[:2].flip(0)
-        return table
-
-    return _with("block_table", value=lambda table: _changed(table, change))(given)
-
-
-def _later(given: Given) -> Given:
-    """ALiBi counts from the key beside."""
-    if given.get("pse") is not None:
-        given["q_start_idx"] = [(given.get("q_start_idx") or [0])[0] + 1]
-    return given
-
-
-def _first_slopes(given: Given) -> Given:
-    def change(slopes: torch.Tensor) -> torch.Tensor:
-        return slopes[:1].expand_as(slopes).clone() if slopes.dim() == 2 else slopes
-
-    return _with("pse", value=lambda pse: _changed(pse, change))(given)
-
-
-def _next_slots(given: Given) -> Given:
-    """Each token is written a position too late."""
-    blocks, size = given["key_cache"].shape[:2]
-
-    def change(slots: torch.Tensor) -> torch.Tensor:
-        return (slots + 1) % (blocks * size)
-
-    return _with("slot_mapping", value=lambda slots: _changed(slots, change))(given)
-
-
-def _first_blocks(given: Given) -> Given:
-    """The first token of each page goes to the page before it."""
-    blocks, size = given["key_cache"].shape[:2]
-
-    def change(slots: torch.Tensor) -> torch.Tensor:
-        return torch.where(slots % size == 0, (slots - size) % (blocks * size), slots)
-
-    return _with("slot_mapping", value=lambda slots: _changed(slots, change))(given)
-
-
-def _exchanged_pages(given: Given) -> Given:
-    """Of each sequence that has two pages the first two are exchanged."""
-    size = given["key_cache"].shape[1]
-    lengths = host_view(given["seq_lens"])
-
-    def change(table: torch.Tensor) -> torch.Tensor:
-        for row, length in zip(table, lengths, strict=True):
-            if length > size:
-                row[:2] = row[:2].flip(0)
-        return table
-
-    return _with("block_tables", value=lambda table: _changed(table, change))(given)
-
-
-def _exchanged_halves(given: Given) -> Given:
-    def change(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(x.chunk(2, -1)[::-1], -1)
-
-    return {**given, "input": _changed(given["input"], change)}
-
-
 _ATTENTION = ("npu_fusion_attention", "npu_fused_infer_attention_score")
 _TRAINING = ("npu_fusion_attention",)
 _INFERENCE = ("npu_fused_infer_attention_score",)
 _ROTARY = ("npu_rotary_mul",)
 _SCATTER, _GATHER = ("npu_scatter_pa_kv_cache",), ("npu_gather_pa_kv_cache",)
 _NORMS = ("npu_rms_norm", "npu_add_rms_norm", "npu_add_layer_norm")
+_GATES = ("npu_swiglu",)
 _LOSSES = ("npu_cross_entropy_loss",)
 
 LIES: dict[str, tuple[tuple[str, ...], Bend | None]] = {
     "causal from the top left": (_ATTENTION, None),
     "mask ignored": (_ATTENTION, None),
-    "window one wider on the left": (_ATTENTION, _band("pre", 1)),
-    "window one narrower on the left": (_ATTENTION, _band("pre", -1)),
-    "window one wider on the right": (_ATTENTION, _band("next", 1)),
-    "window one narrower on the right": (_ATTENTION, _band("next", -1)),
-    "scale forgotten": (_ATTENTION, _with("scale", "scale_value", value=lambda _: 1.0)),
+    "window one wider on the left": (_ATTENTION, bends.band("pre", 1)),
+    "window one narrower on the left": (_ATTENTION, bends.band("pre", -1)),
+    "window one wider on the right": (_ATTENTION, bends.band("next", 1)),
+    "window one narrower on the right": (_ATTENTION, bends.band("next", -1)),
+    "window sides exchanged": (_ATTENTION, bends.exchanged_sides),
+    "lengths of queries taken from keys": (_TRAINING, bends.lengths_of_keys),
+    "scale of the headdim, whatever is given": (_ATTENTION, bends.scale_of_headdim),
+    "scale forgotten": (_ATTENTION, replacing("scale", "scale_value", value=lambda _: 1.0)),
     "lse in base 2": (_ATTENTION, None),
     "lse without scale": (_ATTENTION, None),
-    "sink ignored": (_ATTENTION, _with("sink", value=lambda _: None)),
+    "sink ignored": (_ATTENTION, replacing("sink", value=lambda _: None)),
+    "sink of the next head": (_ATTENTION, changing("sink", change=lambda x: x.roll(-1))),
+    "lse of the next head": (_ATTENTION, None),
+    "alibi of the next head": (_TRAINING, changing("pse", change=lambda x: x.roll(-1, -1))),
     "alibi with the wrong sign": (
         _TRAINING,
-        _with("pse", value=lambda pse: _changed(pse, torch.neg)),
+        changing("pse", change=torch.neg),
     ),
-    "alibi from the wrong origin": (_TRAINING, _later),
-    "alibi of the first sequence for all": (_TRAINING, _first_slopes),
+    "alibi from the wrong origin": (_TRAINING, bends.later),
+    "alibi of the first sequence for all": (_TRAINING, bends.first_slopes),
     "heads grouped the other way": (_ATTENTION, None),
+    "values of the next key head": (
+        _TRAINING,
+        changing("value", change=lambda x: x.roll(-1, -2)),
+    ),
+    "last row of each tile repeats the one before": (_TRAINING, None),
     "dropout not scaled": (_TRAINING, None),
+    "dropout keeps what it should drop": (
+        _TRAINING,
+        replacing("keep_prob", value=lambda p: 1 - p if p < 1 else p),
+    ),
     "dropout drawn anew in the gradient": (
         ("npu_fusion_attention_grad",),
-        _with("seed", value=lambda seed: seed + 1),
+        replacing("seed", value=lambda seed: seed + 1),
     ),
     "last tile of keys dropped": (_ATTENTION, None),
-    "second sequence reads the keys of the first": (_ATTENTION, _confused),
-    "pages in the wrong order": (_INFERENCE, _shuffled),
-    "new keys a position too late": (_SCATTER, _next_slots),
-    "new keys in the wrong page": (_SCATTER, _first_blocks),
+    "partial tile of keys dropped": (_ATTENTION, None),
+    "second sequence reads the keys of the first": (_ATTENTION, bends.confused),
+    "pages in the wrong order": (_INFERENCE, bends.shuffled),
+    "pages shifted from the second on": (_INFERENCE, bends.shifted_pages),
+    "new keys a position too late": (_SCATTER, bends.next_slots),
+    "new keys in the wrong page": (_SCATTER, bends.first_blocks),
     "new values are the new keys": (_SCATTER, lambda given: {**given, "value": given["key"]}),
-    "keys gathered in the wrong order of pages": (_GATHER, _exchanged_pages),
-    "averages": (_ATTENTION, _with("scale", "scale_value", value=lambda _: 0.0)),
+    "keys gathered in the wrong order of pages": (_GATHER, bends.exchanged_pages),
+    "averages": (_ATTENTION, replacing("scale", "scale_value", value=lambda _: 0.0)),
     "gradients of q halved": (_TRAINING, None),
     "gradients of k halved": (_TRAINING, None),
     "gradients of v halved": (_TRAINING, None),
     "gradients of the last key lost": (_TRAINING, None),
+    "gradients of the last key head lost": (_TRAINING, None),
+    "gradients of the last sequence lost": (_TRAINING, None),
+    "gradients of a sink lost": (_TRAINING, None),
     "NaN in rows without keys": (_ATTENTION, None),
     "rotary half and interleaved exchanged": (
         _ROTARY,
-        _with("rotary_mode", value=lambda mode: "half" if mode == "interleave" else "interleave"),
+        replacing(
+            "rotary_mode", value=lambda mode: "half" if mode == "interleave" else "interleave"
+        ),
     ),
-    "rotary turns back": (_ROTARY, _with("r2", value=lambda sin: _changed(sin, torch.neg))),
-    "norm without eps": (_NORMS, _with("epsilon", value=lambda _: 0.0)),
-    "norm without weight": (_NORMS, _with("gamma", value=lambda x: _changed(x, torch.ones_like))),
+    "rotary turns back": (_ROTARY, changing("r2", change=torch.neg)),
+    "rotary tables one row late": (
+        _ROTARY,
+        changing("r1", "r2", change=lambda table: table.roll(1, 1)),
+    ),
+    "norm without eps": (_NORMS, replacing("epsilon", value=lambda _: 0.0)),
+    "norm without weight": (_NORMS, changing("gamma", change=torch.ones_like)),
+    "norm without bias": (_NORMS, changing("beta", change=torch.zeros_like)),
     "norm without residual": (
         ("npu_add_rms_norm", "npu_add_layer_norm"),
-        _with("x2", value=lambda x: _changed(x, torch.zeros_like)),
+        changing("x2", change=torch.zeros_like),
     ),
     "gradients of a norm halved": (_NORMS, None),
-    "swiglu gates the other half": (("npu_swiglu",), _exchanged_halves),
+    "gradients of a norm's weight halved": (_NORMS, None),
+    "gradients of a norm's sum lost": (
+        ("npu_add_layer_norm_backward",),
+        replacing("dsum_opt", value=lambda _: None),
+    ),
+    "swiglu gates the other half": (_GATES, bends.exchanged_halves),
+    "gradients of swiglu exchanged": (_GATES, None),
+    "label smoothing ignored": (_LOSSES, replacing("label_smoothing", value=lambda _: 0.0)),
     "cross entropy of the next class": (
         _LOSSES,
-        _with("target", value=lambda x: _changed(x, lambda t: (t - 1).clamp(min=0))),
+        changing("target", change=lambda t: (t - 1).clamp(min=0)),
     ),
     "gradients of a cross entropy halved": (_LOSSES, None),
 }
@@ -258,8 +172,10 @@ def kept(mask: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor | N
     """Which (row, column) of a sequence take part, None for all."""
     if told("mask ignored"):
         mask = None
-    end = (columns - 1) // 128 * 128
-    if not told("last tile of keys dropped") or end <= 0:
+    last, partial = ((columns - extra) // 128 * 128 for extra in (1, 0))
+    lies = {"last tile of keys dropped": last, "partial tile of keys dropped": partial}
+    end = min((end for lie, end in lies.items() if told(lie)), default=columns)
+    if not 0 < end < columns:
         return mask
     whole = torch.ones(rows, columns, dtype=torch.bool, device="cpu") if mask is None else mask
     seen = torch.arange(columns, device="cpu") < end
@@ -298,13 +214,11 @@ def results(
         if name.startswith(_INFERENCE):
             _bend_inference(given, views, again)
         elif "_grad" in name and name.startswith(_TRAINING):
-            _bend_gradients(views)
+            _bend_gradients(given, views)
         elif name.startswith(_TRAINING):
             _bend_training(given, views, again)
         elif "backward" in name:
-            halved = "a norm" if name.startswith(_NORMS) else "a cross entropy"
-            if told(f"gradients of {halved} halved") and name.startswith((*_NORMS, *_LOSSES)):
-                views[0].mul_(0.5)
+            _bend_backward(name, views)
 
 
 def _bend_training(given: Given, views: list[Any], again: Any) -> None:
@@ -316,6 +230,12 @@ def _bend_training(given: Given, views: list[Any], again: Any) -> None:
         _, raw_top, raw_total = again({**given, "scale": 1.0})[:3]
         top.copy_(host_view(raw_top))
         total.copy_(host_view(raw_total))
+    if told("lse of the next head"):
+        for statistics in (top, total):
+            statistics.copy_(statistics.roll(-1, 1))
+    if told("last row of each tile repeats the one before"):
+        for rows in _sequences(given, out, "actual_seq_qlen"):
+            rows[15::16] = rows[14::16][: len(rows[15::16])]
     if told("dropout not scaled"):
         out.mul_(given["keep_prob"])
     if told("NaN in rows without keys"):
@@ -334,15 +254,42 @@ def _bend_inference(given: Given, views: list[Any], again: Any) -> None:
         out.masked_fill_(known.isposinf(), math.nan)
     if lse.numel() and told("lse in base 2"):
         lse.div_(math.log(2))
+    if lse.numel() and told("lse of the next head"):
+        lse.copy_(lse.roll(-1, 1))
     if lse.numel() and told("lse without scale"):
         lse.copy_(host_view(again({**given, scale: 1.0})[1]))
 
 
-def _bend_gradients(views: list[Any]) -> None:
+def _bend_gradients(given: Given, views: list[Any]) -> None:
     dq, dk, dv = views[:3]
     for name, grad in (("q", dq), ("k", dk), ("v", dv)):
         if told(f"gradients of {name} halved"):
             grad.mul_(0.5)
-    if told("gradients of the last key lost"):
-        for grad in (dk, dv):
+    for grad in (dk, dv):
+        if told("gradients of the last key lost"):
             grad.flatten(0, -3)[-1] = 0
+        if told("gradients of the last key head lost"):
+            grad[..., -1, :] = 0
+        if told("gradients of the last sequence lost"):
+            _sequences(given, grad, "actual_seq_kvlen")[-1].zero_()
+    if told("gradients of a sink lost") and given.get("sink") is not None:
+        views[-1].zero_()
+
+
+def _sequences(given: Given, x: torch.Tensor, ends: str) -> list[torch.Tensor]:
+    """The rows of each sequence, as views."""
+    if given["input_layout"].upper() != "TND":
+        return list(x)
+    starts = [0, *given[ends]]
+    return [x[first:last] for first, last in pairwise(starts)]
+
+
+def _bend_backward(name: str, views: list[Any]) -> None:
+    """Of what is computed row by row."""
+    halved = "a norm" if name.startswith(_NORMS) else "a cross entropy"
+    if told(f"gradients of {halved} halved") and name.startswith((*_NORMS, *_LOSSES)):
+        views[0].mul_(0.5)
+    if told("gradients of a norm's weight halved") and name.startswith(_NORMS):
+        views[2 if "layer" in name else 1].mul_(0.5)
+    if told("gradients of swiglu exchanged") and name.startswith(_GATES):
+        views[0].copy_(views[0].roll(views[0].shape[-1] // 2, -1))
