@@ -23,8 +23,8 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
 
-from . import costs, plots, speed
-from .figures import QUICK, Clock, Figure, Run, Sizes, verdicts
+from . import costs, plots, rows, speed
+from .figures import QUICK, Clock, Figure, Measure, Run, Sizes, verdicts
 
 Held = dict[str, Any]
 
@@ -60,11 +60,15 @@ def machine(threads: int) -> Held:
     }
 
 
+def cases_of(run: Run) -> dict[str, Measure]:
+    return speed.cases(run) | rows.cases(run) | costs.cases(run)
+
+
 def measure(run: Run, only: list[str]) -> tuple[list[Figure], dict[str, str]]:
     """The figures, printed as they come, and why a case gave none."""
     figures: list[Figure] = []
     without: dict[str, str] = {}
-    for name, case in (speed.cases(run) | costs.cases(run)).items():
+    for name, case in cases_of(run).items():
         if not any(text in name for text in only):
             continue
         try:
@@ -125,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     clock = Clock(now, 0.05 if options.quick else options.seconds)
     run = Run(clock, QUICK if options.quick else Sizes(), options.threads)
     if options.list:
-        print("\n".join(speed.cases(run) | costs.cases(run)))
+        print("\n".join(cases_of(run)))
         return 0
     if options.plots and importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed", file=sys.stderr)

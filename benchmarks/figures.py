@@ -37,6 +37,9 @@ BOUNDS = {
         Bound("memory", 2.0, "peak memory at 64k tokens, of inputs and outputs"),
         Bound("host varlen", 1.15, "host time, packed inference, of npu_fusion_attention"),
         Bound("host dense", 1.08, "host time, dense inference, of npu_fusion_attention"),
+        Bound("rowwise", 1.25, "rotary, norms, losses, padding, of the shortest torch expression"),
+        Bound("rowwise memory", 1.02, "their peak memory, of the same expression"),
+        Bound("rowwise host", 2.0, "host time of rotary, gates, norms, of torch_npu's operator"),
         Bound("import", 50.0, "import flash_attn_npu beyond torch", " ms"),
     )
 }
@@ -66,9 +69,10 @@ class Sizes:
     memory: int = 1 << 16
     curves: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     steps: int = 5
+    rows: tuple[int, int, int] = (8, 1024, 1024)
 
 
-QUICK = Sizes((64, 197), 512, 32, (64,), 64, (8, 32), 64, 2048, (32, 64), 1)
+QUICK = Sizes((64, 197), 512, 32, (64,), 64, (8, 32), 64, 2048, (32, 64), 1, (2, 8, 128))
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What norms, gates and rotations cost on the host, beside torch_npu's operators. Simulated.
 
-    python benchmarks/rowwise.py [--rounds 40] [--calls 300] [--quick]
+    python benchmarks/rowwise.py [--rounds 40] [--calls 300] [--quick] [-o FILE]
 
 As in overhead.py a call is all host work here: nothing says how long a kernel runs on a card, and
 a card hides this time as long as it has work queued. `ratio` is the median over the rounds of
@@ -9,6 +9,7 @@ a card hides this time as long as it has work queued. `ratio` is the median over
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -62,14 +63,18 @@ def pairs() -> dict[str, Pair]:
 
 
 def main() -> None:
-    rounds, count, _ = asked(__doc__.splitlines()[0], 40)
+    rounds, count, output = asked(__doc__.splitlines()[0], 40)
     print("simulated Ascend without arithmetic: host overhead only, forward of training")
     print(f"  {'microseconds per call':28} {'direct':>8} {'ours':>8} {'ratio':>8}")
+    ratios = {}
     for name, (direct, ours) in pairs().items():
         times = measure({"direct": direct, "ours": ours}, rounds, count)
         medians = (statistics.median(times[key]) for key in ("direct", "ours"))
         row = " ".join(f"{median:8.2f}" for median in medians)
-        print(f"  {name:28} {row} {ratio(times['ours'], times['direct']):8.3f}")
+        ratios[name] = ratio(times["ours"], times["direct"])
+        print(f"  {name:28} {row} {ratios[name]:8.3f}")
+    if output is not None:
+        output.write_text(json.dumps(ratios))
 
 
 if __name__ == "__main__":

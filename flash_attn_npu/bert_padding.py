@@ -56,6 +56,7 @@ class IndexFirstAxis(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, indices: Tensor) -> Tensor:
         """Gather rows."""
         _check_rows(input, indices)
+        _check_numbers(indices, input.shape[0], "input")
         ctx.save_for_backward(indices)
         ctx.rows = input.shape[0]
         return input.index_select(0, indices)
@@ -65,7 +66,7 @@ class IndexFirstAxis(torch.autograd.Function):
         """Add rows up where they came from."""
         (indices,) = ctx.saved_tensors
         zeros = grad_output.new_zeros(ctx.rows, *grad_output.shape[1:])
-        return zeros.index_add(0, indices, grad_output), None
+        return zeros.index_add_(0, indices, grad_output), None
 
 
 class IndexPutFirstAxis(torch.autograd.Function):
@@ -74,19 +75,10 @@ class IndexPutFirstAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
         """Put rows among zeros."""
-        require_dense(values=values, indices=indices)
-        first_axis_dim = whole("first_axis_dim", first_axis_dim)
-        _check_indices(indices, first_axis_dim, "first_axis_dim", values.device)
-        if values.shape[:1] != indices.shape:
-            raise ArgumentError(
-                "values",
-                f"shape {tuple(values.shape)}",
-                f"({indices.shape[0]}, ...), a row for every index",
-                "pass the indices that the rows were packed with",
-            )
+        first_axis_dim = _check_put(values, indices, first_axis_dim)
+        _check_numbers(indices, first_axis_dim, "first_axis_dim")
         ctx.save_for_backward(indices)
-        zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
-        return zeros.index_copy(0, indices.long(), values)
+        return _put(values, indices, first_axis_dim)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
@@ -102,6 +94,7 @@ class IndexFirstAxisResidual(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Gather rows, and hand the input on."""
         _check_rows(input, indices)
+        _check_numbers(indices, input.shape[0], "input")
         ctx.save_for_backward(indices)
         return input.index_select(0, indices), input.detach()
 
@@ -125,8 +118,13 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     Contract: flash-attention 2.8, `index_first_axis`.
     """
     refuse_transforms("input")
-    out: Tensor = IndexFirstAxis.apply(input, indices)  # type: ignore[no-untyped-call]
-    return out
+    _check_rows(input, indices)
+    try:
+        # torch's autograd of it is that of IndexFirstAxis
+        return input.index_select(0, indices)
+    except (IndexError, RuntimeError):
+        _check_numbers(indices, input.shape[0], "input")
+        raise
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
@@ -141,10 +139,12 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     Contract: flash-attention 2.8, `index_put_first_axis`.
     """
     refuse_transforms("values")
-    out: Tensor = IndexPutFirstAxis.apply(  # type: ignore[no-untyped-call]
-        values, indices, first_axis_dim
-    )
-    return out
+    first_axis_dim = _check_put(values, indices, first_axis_dim)
+    try:
+        return _put(values, indices, first_axis_dim)
+    except (IndexError, RuntimeError):
+        _check_numbers(indices, first_axis_dim, "first_axis_dim")
+        raise
 
 
 def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,10 +157,9 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
     Contract: flash-attention 2.8, `index_first_axis_residual`.
     """
     refuse_transforms("input")
-    out: tuple[Tensor, Tensor] = IndexFirstAxisResidual.apply(  # type: ignore[no-untyped-call]
-        input, indices
-    )
-    return out
+    both: tuple[Tensor, Tensor]
+    both = IndexFirstAxisResidual.apply(input, indices)  # type: ignore[no-untyped-call]
+    return both
 
 
 def unpad_input(
@@ -318,15 +317,34 @@ def _cumulative(seqlens: Tensor, lengths: list[int]) -> Tensor:
     return cu_seqlens
 
 
+def _put(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
+    return zeros.index_copy_(0, indices.long(), values)
+
+
+def _check_put(values: Tensor, indices: Tensor, first_axis_dim: int) -> int:
+    require_dense(values=values, indices=indices)
+    first_axis_dim = whole("first_axis_dim", first_axis_dim)
+    _check_indices(indices, values.device)
+    if values.shape[:1] != indices.shape:
+        raise ArgumentError(
+            "values",
+            f"shape {tuple(values.shape)}",
+            f"({indices.shape[0]}, ...), a row for every index",
+            "pass the indices that the rows were packed with",
+        )
+    return first_axis_dim
+
+
 def _check_rows(input: Tensor, indices: Tensor) -> None:
     require_dense(input=input, indices=indices)
     if input.dim() == 0:
         allowed = "(rows, ...)"
         raise ArgumentError("input", "a scalar tensor", allowed, "pass input[None]")
-    _check_indices(indices, input.shape[0], "input", input.device)
+    _check_indices(indices, input.device)
 
 
-def _check_indices(indices: Tensor, rows: int, of: str, device: torch.device) -> None:
+def _check_indices(indices: Tensor, device: torch.device) -> None:
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(
             "indices",
@@ -334,13 +352,16 @@ def _check_indices(indices: Tensor, rows: int, of: str, device: torch.device) ->
             "a torch.int32 or torch.int64 tensor of one dimension",
             "pass the indices that unpad_input returned",
         )
-
-    if torch.compiler.is_compiling():
-        return
-    if indices.device != device:
+    if not torch.compiler.is_compiling() and indices.device != device:
         remedy = "pass indices.to(the device of the rows)"
         raise ArgumentError("indices", indices.device, f"{device}, as the rows", remedy)
-    if device.type == "cpu" and indices.numel():
+
+
+def _check_numbers(indices: Tensor, rows: int, of: str) -> None:
+    """Raise for the number of a row that does not exist, where that can be read."""
+    if torch.compiler.is_compiling():
+        return
+    if indices.device.type == "cpu" and indices.numel():
         least, largest = (int(end) for end in indices.aminmax())
         if least < 0 or largest >= rows:
             came = f"row {least if least < 0 else largest}"

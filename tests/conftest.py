@@ -21,6 +21,7 @@ import torch
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.rowwise import small
 from tests.helpers.accusations import Accusations
 
 REASON = virtual_ascend.start()
@@ -84,6 +85,12 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, too, no call is so small that its gradient is left to torch's own autograd."""
+    monkeypatch.setattr(small, "SMALL", 0)
 
 
 def _device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from ...errors import ArgumentError
 from ..ground.dense_arguments import number, refuse_transforms, require_dense, whole
 from ..ground.records import replaced
 from ..ground.second_derivatives import first_order
-from ..kernels.composed import norm_checks, norms
+from ..kernels.composed import norm_blocks, norm_checks, norms
 from ..kernels.composed.norms import Saved
 from ..problems.norms import NormCall
 from .norms import X0, Answer, compose, gradients, keep, normalize, serve
@@ -190,7 +190,7 @@ class DropoutAddLayerNormSubsetFn(torch.autograd.Function):
         spread = mask
         if mask is not None:
             spread = mask.view(x.shape) if x0_subset is None else _spread(mask, x0_subset)
-        normed = norms.forward(call, spread, None)
+        normed = norm_blocks.forward(call, spread, None)
         if prenorm:
             # before it is saved, so that autograd notices a change of what is returned
             normed = replaced(normed, total=_like_x0(normed.total, x0.shape))

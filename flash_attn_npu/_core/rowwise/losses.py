@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from ..ground.dense_arguments import refuse_transforms
 from ..kernels.composed import cross_entropy as kernel
 from ..problems.rowwise import Loss
-from ..table.choice import choose
+from ..table.choice import begin, choose, recall
 from ..verification.kinds import Refuted
+from .small import is_small
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,11 +81,76 @@ class CrossEntropyLoss(torch.autograd.Function):
         return dlogits, None, None, None, None, None, None, None, None
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
     """(losses, z_losses) of each row."""
+    key = _key(call)
+    found = None if key is None else recall(key)
+    if found is None:
+        options = kernel.check(*call[:7], call.process_group)
+        found = choose(_problem(call, options), key)
+    else:
+        # numbers as they came: what equals a checked key is checked
+        options = kernel.Options(*call[3:7])
+        begin(found)
+    if found.direct is not None:
+        try:
+            losses, z_losses = found.direct(call.logits, call.labels, options.ignore_index)
+        except Refuted:
+            return cross_entropy(call)
+        return losses, z_losses
+    refuse_transforms("logits")
+    if key is None and not _is_small(call, options):
+        losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]
+        return losses, z_losses
+    try:
+        return kernel.recorded(call.logits, call.labels.long(), options)
+    except IndexError:
+        kernel.check_range(call.labels, options, call.logits.shape[1])
+        raise
+
+
+def _is_small(call: LossCall, options: kernel.Options) -> bool:
+    """Whether torch's own loss serves, and its autograd."""
+    overwritten = call.inplace_backward and torch.is_grad_enabled() and call.logits.requires_grad
+    if call.process_group is not None or overwritten or not 0 <= options.smoothing <= 1:
+        return False
+    return is_small(call.logits) and not kernel.takes_lse(call.precomputed_lse, options)
+
+
+def _key(call: LossCall) -> Hashable:
+    """What checks and table look at, but for the labels, of a call that is small; else None."""
+    logits, labels = call.logits, call.labels
+    if type(logits) not in _PLAIN or type(labels) not in _PLAIN or not is_small(logits):
+        return None
+    if logits.layout is not torch.strided or logits.is_nested or labels.is_nested:
+        return None
+    numbers = (call.label_smoothing, call.logit_scale, call.lse_square_scale)
+    plain = all(type(number) is float for number in numbers) and type(call.ignore_index) is int
+    more = call.precomputed_lse is not None or call.process_group is not None
+    if not plain or more or call.inplace_backward is not False:
+        return None
+    if not 0 <= call.label_smoothing <= 1:
+        return None
+    return (
+        "cross_entropy_loss",
+        logits.shape,
+        logits.dtype,
+        labels.shape,
+        labels.dtype,
+        labels.device,
+        labels.layout,
+        numbers,
+        call.ignore_index,
+        torch.is_grad_enabled() and logits.requires_grad,
+    )
+
+
+def _problem(call: LossCall, options: kernel.Options) -> Loss:
     logits = call.logits
-    options = kernel.check(*call[:7], call.process_group)
-    problem = Loss(
+    return Loss(
         function="cross_entropy_loss",
         device=logits.device,
         dtype=logits.dtype,
@@ -97,13 +164,3 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
         inplace_backward=bool(call.inplace_backward),
         needs_grad=torch.is_grad_enabled() and logits.requires_grad,
     )
-    direct = choose(problem).direct
-    if direct is not None:
-        try:
-            losses, z_losses = direct(logits, call.labels, options.ignore_index)
-        except Refuted:
-            return cross_entropy(call)
-    else:
-        refuse_transforms("logits")
-        losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]
-    return losses, z_losses

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..ground.dense_arguments import refuse_transforms
 from ..ground.records import replaced
-from ..ground.second_derivatives import first_order
-from ..kernels.composed import norm_checks, norms
+from ..ground.second_derivatives import first_order, once, watch
+from ..kernels.composed import norm_blocks, norm_checks, norms
 from ..kernels.composed.norms import Normed, Saved
 from ..problems.buffers import share
 from ..problems.norms import NormCall
 from ..table.choice import Plan, begin, choose, recall
 from ..verification.kinds import Refuted
+from .small import is_small
 
 __all__ = [
     "RENAMED",
@@ -48,6 +49,8 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     "layer_norm_linear_fn": {"weight": "norm_weight", "bias": "norm_bias"},
 }
 """What public functions call the fields of NormCall where they call them otherwise."""
+
+_once = once("a norm")
 
 
 class Answer(NamedTuple):
@@ -80,35 +83,50 @@ def normalize(function: str, call: NormCall) -> Answer:
         except Refuted:
             return normalize(function, call)
     refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
-    written = _without_gradient(call)
-    if written is not None:
-        return written
+    answer = _unrecorded(call) if not found.problem.needs_grad else None
+    if answer is not None:
+        return answer
     prenorm = call.prenorm or call.residual_out is not None
     inner = replaced(unaliased(call), out=None, residual_out=None, prenorm=prenorm)
+    if not prenorm and call.weight1 is None and is_small(call.x):
+        # one result: of several, autograd would take what nobody uses for no part of the graph
+        return in_buffers(call, _recorded(inner))
     results = _Normalize.apply(*inner)  # type: ignore[no-untyped-call]
     return in_buffers(call, _answered(inner, results))
 
 
-def _without_gradient(call: NormCall) -> Answer | None:
-    """`call` in place, if it has buffers, nothing is to be differentiated, and it can be done."""
-    if (call.out is None and call.residual_out is None) or torch.compiler.is_compiling():
-        return None
-    given = norms.tensors_of(call).values()
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+def _unrecorded(call: NormCall) -> Answer | None:
+    """The answer to a call that needs no gradient, in its buffers; None where that cannot be."""
+    if torch.compiler.is_compiling():
         return None
     masks = norms.draw_masks(call)
-    written = norms.in_blocks(call, *masks)
-    if written is None:
-        return None
-    y, y1, total = written
-    return Answer(y, y1, total if call.prenorm else None, *masks)
+    if call.out is None and call.residual_out is None:
+        return _answer(call, norm_blocks.forward(call, *masks), masks)
+    written = norm_blocks.in_blocks(call, *masks)
+    return None if written is None else _answer(call, written, masks)
+
+
+def _recorded(call: NormCall) -> Answer:
+    """The answer to a small call, whose operations torch's autograd keeps."""
+    if call.rowscale is not None:
+        call = call._replace(rowscale=call.rowscale.detach())
+    masks = norms.draw_masks(call)
+    normed = norms.forward(call, *masks)
+    watch(normed.y, _once)
+    return _answer(call, normed, masks)
+
+
+def _answer(call: NormCall, normed: Normed, masks: tuple[Tensor | None, Tensor | None]) -> Answer:
+    return Answer(normed.y, normed.y1, normed.total if call.prenorm else None, *masks)
 
 
 def unaliased(call: NormCall) -> NormCall:
-    """`call` with an x of its own, if the result is to be written over x: the gradient needs it."""
-    if call.out is None or torch.compiler.is_compiling() or not share(call.out, call.x):
+    """`call` with an x of its own, if a result is to be written over x: the gradient needs it."""
+    if torch.compiler.is_compiling():
         return call
-    return call._replace(x=call.x.clone())
+    buffers = [buffer for buffer in (call.out, call.residual_out) if buffer is not None]
+    over_x = any(share(buffer, call.x) for buffer in buffers)
+    return call._replace(x=call.x.clone()) if over_x else call
 
 
 def _key(function: str, call: NormCall) -> Hashable:
@@ -182,9 +200,9 @@ def serve(ctx: Any, call: NormCall, *others: Tensor | None) -> Answer:
     Buffers in `call` are not looked at. `others` are saved behind the fields of `norms.Saved`.
     """
     masks = norms.draw_masks(call)
-    normed = norms.forward(call, *masks)
+    normed = norm_blocks.forward(call, *masks)
     keep(ctx, call, normed, masks, *others)
-    return Answer(normed.y, normed.y1, normed.total if call.prenorm else None, *masks)
+    return _answer(call, normed, masks)
 
 
 def keep(
@@ -224,11 +242,12 @@ def gradients(
     needed = ctx.needs_input_grad
     # torch 2.6 and 2.8 trace strict=False as True
     pairs = zip(order, needed[: len(order)], strict=True)
-    wanted = [field for field, needs in pairs if needs]
+    known = ctx.dtypes
+    dtypes = {field: known[field] for field, needs in pairs if needs and field in known}
     with torch.no_grad():
         saved = Saved(*saved_tensors[: len(Saved._fields)])
-        grads = norms.backward(saved, ctx.terms, wanted, dy, dy1, dtotal)
-        rounded = [grads[name].to(ctx.dtypes[name]) if name in grads else None for name in order]
+        grads = norm_blocks.backward(saved, ctx.terms, dtypes, dy, dy1, dtotal)
+        rounded = [grads.get(name) for name in order]
     once = first_order("a norm", rounded, dy, dy1, dtotal, *saved_tensors)
     return *once, *(None for _ in needed[len(order) :])
 

@@ -6,8 +6,9 @@ All rotary functions of the package come through `rotate`, outside of autograd.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from ..ground.dense_arguments import require_dense, require_truth, require_value
 from ..ground.lengths import Lengths, host_lengths
 from ..ground.storage import blocks, require_writable
 from ..problems.rowwise import Rotation, Turn
-from ..table.choice import choose
+from ..table.choice import Plan, begin, choose, recall
 
 __all__ = ["check_dense", "rotate"]
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 Rows = slice | Tensor
 """Which rows of the tables: a range shared by the batch, or one index for every token."""
@@ -52,32 +55,70 @@ class _Positions(NamedTuple):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
     """What `apply_rotary` promises, reported under the name `turn.function`."""
-    inplace = turn.inplace
-    require_truth(interleaved=turn.interleaved, inplace=inplace, conjugate=turn.conjugate)
-    tokens = 2 if turn.cu_seqlens is None else 1
+    key = _key(x, cos, sin, turn)
+    found = None if key is None else recall(key)
+    if found is not None and 0 <= turn.seqlen_offsets <= cos.shape[0] - x.shape[1]:
+        if turn.inplace:
+            require_writable(x=x)
+        begin(found)
+        return _turned(found, x, cos, sin, turn, _Positions(turn.seqlen_offsets, None, x.device))
+    require_truth(interleaved=turn.interleaved, inplace=turn.inplace, conjugate=turn.conjugate)
     positions = _positions(x, cos, sin, turn)
-    if inplace:
+    if turn.inplace:
         require_writable(x=x)
-    heads, rotary_dim = x.dim() - tokens - 1, 2 * cos.shape[-1]
-    found = choose(_problem(turn, x, cos, heads))
-    direct = None if inplace or rotary_dim < x.shape[-1] else found.direct
-    limit = found.kernel.at_once if direct is None else x.numel()
-    whole = inplace or direct is not None
-    out = x if whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for part in blocks(x.shape[:tokens], x.shape[tokens:].numel(), limit):
-        rows = positions.rows(part)
-        part_cos, part_sin = _lookup(cos, rows, heads), _lookup(sin, rows, heads)
-        if turn.conjugate:
-            part_sin = -part_sin
+    heads = x.dim() - (3 if turn.cu_seqlens is None else 2)
+    problem = _problem(turn, x, cos, heads)
+    found = choose(problem, key) if found is None else begin(found)
+    return _turned(found, x, cos, sin, turn, positions)
+
+
+def _key(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Hashable:
+    """What checks and table look at, for a padded batch that starts at one position; else None."""
+    if turn.cu_seqlens is not None or type(turn.seqlen_offsets) is not int:
+        return None
+    flags = type(turn.interleaved) is type(turn.inplace) is type(turn.conjugate) is bool
+    if not flags or torch.compiler.is_compiling():
+        return None
+    facts: list[Any] = [turn.function, turn.interleaved]
+    for given in (x, cos, sin):
+        if type(given) not in PLAIN or given.is_nested or given.layout is not torch.strided:
+            return None
+        facts += (given.shape, given.dtype, given.device)
+    return tuple(facts)
+
+
+def _turned(
+    found: Plan, x: Tensor, cos: Tensor, sin: Tensor, turn: Turn, positions: _Positions
+) -> Tensor:
+    """x by the kernel of a plan that has begun; block by block of tokens, if it is large."""
+    heads, at_once = found.problem.head_dims, found.kernel.at_once
+    tokens = x.shape[: x.dim() - heads - 1]
+    direct = None
+    if not turn.inplace and found.problem.rotary_dim == x.shape[-1]:
+        direct = found.direct
+    if direct is not None or torch.compiler.is_compiling() or x.numel() <= at_once:
+        rows = positions.rows(tuple([slice(0, size) for size in tokens]))
+        tables = _lookup(cos, sin, rows, heads, turn.conjugate)
         if direct is not None:
-            turned: Tensor = direct(x, part_cos, part_sin)
+            turned: Tensor = direct(x, *tables)
             return turned
+        out = x if turn.inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _turn(found, x, tables, out)
+        return out
+    out = x if turn.inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for part in blocks(tokens, x.shape[len(tokens) :].numel(), at_once):
+        tables = _lookup(cos, sin, positions.rows(part), heads, turn.conjugate)
         source = x[part]
-        target = source if inplace else out[part]
-        found.kernel.forward(found.problem, source, part_cos, part_sin, target)
-        if not inplace:
-            target[..., rotary_dim:].copy_(source[..., rotary_dim:])
+        _turn(found, source, tables, source if turn.inplace else out[part])
     return out
+
+
+def _turn(found: Plan, x: Tensor, tables: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """Write x to out, which may be x."""
+    rotary_dim = found.problem.rotary_dim
+    found.kernel.forward(found.problem, x, *tables, out)
+    if out is not x and rotary_dim < x.shape[-1]:
+        out[..., rotary_dim:].copy_(x[..., rotary_dim:])
 
 
 def _positions(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> _Positions:
@@ -104,13 +145,20 @@ def _problem(turn: Turn, x: Tensor, cos: Tensor, heads: int) -> Rotation:
     )
 
 
-def _lookup(table: Tensor, rows: Rows, heads: int) -> Tensor:
-    if isinstance(rows, slice):
-        found = table[rows]
-    else:
-        # index_select refuses a negative row; table[rows] would count it from the end
-        found = table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-    return found[(..., *(None,) * heads, slice(None))]
+def _lookup(
+    cos: Tensor, sin: Tensor, rows: Rows, heads: int, conjugate: bool
+) -> tuple[Tensor, Tensor]:
+    """These rows of both tables, to be broadcast over the heads; for the turn back if conjugate."""
+    if not isinstance(rows, slice):
+        # index_select refuses a negative row; cos[rows] would count it from the end
+        cos, sin = (t.index_select(0, rows.flatten()).unflatten(0, rows.shape) for t in (cos, sin))
+    elif torch.compiler.is_compiling() or rows != slice(0, cos.shape[0]):
+        cos, sin = cos[rows], sin[rows]
+    if conjugate:
+        sin = -sin
+    for _ in range(heads):
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return cos, sin
 
 
 def check_dense(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor) -> None:

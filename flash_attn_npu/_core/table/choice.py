@@ -111,6 +111,8 @@ class Plan:
     direct: Callable[..., Any] | None
     allowed: Callable[..., Any] | None
     tally: usage.Tally = field(init=False)
+    permitted: str | None = None
+    """The policy that let this plan's last call pass: what it says once it has said."""
 
     @property
     def name(self) -> str:
@@ -167,9 +169,10 @@ def begin(found: Plan) -> Plan:
 
 def permit(found: Plan) -> None:
     """Apply the fallback policy to a plan; a problem without work loses nothing by no fusion."""
-    if found.reasons and not found.problem.empty:
+    word = fallback_policy()
+    if found.reasons and not found.problem.empty and found.permitted != word:
         problem = found.problem
-        meant = absent(fallback_policy())
+        meant = absent(word)
         if meant and problem.device.type != "npu":
             there = on_ascend(problem, meant)
             if not there.fused:
@@ -177,6 +180,7 @@ def permit(found: Plan) -> None:
         policy.permit(
             problem.function, problem.device, found.reasons, detour=found.candidate.detour
         )
+        found.permitted = word
 
 
 class Elsewhere(NamedTuple):

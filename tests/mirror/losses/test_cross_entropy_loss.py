@@ -33,6 +33,12 @@ def run(logits, labels, weight=None, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", expected.CASES)
+def test_values_and_gradients_of_many_logits(no_small, case, dtype):
+    test_values_and_gradients(torch.device("cpu"), case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", expected.CASES)
 def test_values_and_gradients(device, case, dtype):
     options = expected.CASES[case]
     logits, labels = expected.make(12, 37, dtype, options.get("ignore_index", expected.IGNORE))
@@ -85,6 +91,11 @@ def test_first_and_second_derivatives(case):
 
     assert torch.autograd.gradcheck(losses, logits.requires_grad_())
     assert torch.autograd.gradgradcheck(losses, logits)
+
+
+@pytest.mark.parametrize("case", expected.CASES)
+def test_first_and_second_derivatives_of_many_logits(no_small, case):
+    test_first_and_second_derivatives(case)
 
 
 def test_z_losses_are_part_of_losses_and_have_no_gradient():
@@ -267,7 +278,7 @@ class _LargestWide(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{}, expected.CASES["all"]])
-def test_rows_are_taken_in_chunks(monkeypatch, options):
+def test_rows_are_taken_in_chunks(no_small, monkeypatch, options):
     logits, labels = expected.make(23, 64, torch.bfloat16, options.get("ignore_index", -100))
     want = run(logits, labels, **options)
     chunk = 5 * 64
@@ -282,7 +293,7 @@ def test_rows_are_taken_in_chunks(monkeypatch, options):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_what_is_kept_for_backward():
+def test_what_is_kept_for_backward(no_small):
     logits, labels = expected.make(8, 32, torch.bfloat16)
     kept = []
 
@@ -301,7 +312,7 @@ def test_what_is_kept_for_backward():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inplace_backward_writes_over_the_logits(device, dtype):
+def test_inplace_backward_writes_over_the_logits(no_small, device, dtype):
     values, labels = expected.make(6, 8, dtype)
     values, labels = values.to(device), labels.to(device)
     want = run(values, labels, label_smoothing=0.1)[2]
@@ -341,7 +352,7 @@ def test_inplace_backward_does_not_corrupt_what_another_backward_needs():
 
 
 @pytest.mark.parametrize("strides", [(0, 1), (3, 1), (1, 1), (2, 4)], ids=str)
-def test_inplace_backward_of_overlapping_logits_takes_memory_of_its_own(strides):
+def test_inplace_backward_of_overlapping_logits_takes_memory_of_its_own(no_small, strides):
     memory = torch.randn(40)
     logits = memory.as_strided((4, 8), strides)
     labels = torch.tensor([0, 1, -100, 3])

@@ -92,7 +92,7 @@ def test_parallel_residual(
 @each_norm
 @pytest.mark.parametrize("prenorm", [False, True])
 def test_the_autograd_classes_are_the_functions(
-    device: torch.device, rms: bool, prenorm: bool
+    no_small: None, device: torch.device, rms: bool, prenorm: bool
 ) -> None:
     p, in_fp32, masks = 0.4, True, True
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flash_attn_npu._core.kernels.composed import norm_blocks
 from flash_attn_npu.errors import UnsupportedError
 from flash_attn_npu.ops.triton import layer_norm
 from tests.helpers.norm_cases import SHAPE, as_tuple, draw, each_place
@@ -83,6 +84,22 @@ def test_values_and_gradients(
     check(device, dtype, rms, wishes, options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize(("wishes", "options"), CASES, ids=str)
+def test_values_and_gradients_of_many_rows(
+    no_small: None,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    rms: bool,
+    wishes: str,
+    options: dict[str, Any],
+) -> None:
+    check(torch.device("cpu"), dtype, rms, wishes, options)
+    monkeypatch.setattr(norm_blocks, "HOST_BLOCK", 3 * SHAPE[-1])
+    check(torch.device("cpu"), dtype, rms, wishes, options)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
@@ -145,7 +162,9 @@ def test_gradients_by_finite_differences(rms: bool, wishes: str, prenorm: bool) 
 
 @pytest.mark.parametrize("options", [{}, {"prenorm": True}, {"dropout_p": 0.4}], ids=str)
 @pytest.mark.parametrize("wishes", ["bias", "bias residual x1 weight1 bias1"])
-def test_the_autograd_class_is_the_function(options: dict[str, Any], wishes: str) -> None:
+def test_the_autograd_class_is_the_function(
+    no_small: None, options: dict[str, Any], wishes: str
+) -> None:
     leaves = draw(wishes, torch.device("cpu"), torch.float32)
     order = ("x", "weight", "bias", "residual", "x1", "weight1", "bias1")
     arguments = [leaves.get(name) for name in order]
@@ -276,7 +295,7 @@ def test_the_returned_sum_is_a_tensor_of_its_own(device: torch.device, rms: bool
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("wishes", ["", "residual", "x1 residual"])
-def test_what_is_kept_for_the_gradient(dtype: torch.dtype, wishes: str) -> None:
+def test_what_is_kept_for_the_gradient(no_small: None, dtype: torch.dtype, wishes: str) -> None:
     leaves = draw(wishes, torch.device("cpu"), dtype)
     kept: list[tuple[torch.dtype, int]] = []
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attn_npu._core.kernels.composed import norms
+from flash_attn_npu._core.kernels.composed import norm_blocks
 from flash_attn_npu.errors import ArgumentError
 from flash_attn_npu.ops.triton import layer_norm
 from tests.helpers.norm_cases import SHAPE, draw
@@ -145,7 +145,7 @@ def test_the_input_may_be_the_buffer_with_a_gradient(way: str, residual: bool) -
 def test_a_buffer_that_lies_across_the_input_is_written_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(norms, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(norm_blocks, "BLOCK_ELEMENTS", 1)
     memory, weight = torch.randn(7, 8), torch.ones(8)
     x, out = memory[:6], memory[1:]
     want = layer_norm.rms_norm_fn(x.clone(), weight, None)
@@ -179,7 +179,7 @@ def test_blocks_of_rows_make_no_difference(
         want = layer_norm.layer_norm_fn(**leaves, **options)
         for names in (("out",), ("residual_out",), ("out", "residual_out")):
             buffers = {n: poisoned(device, kind.get(n, torch.bfloat16)) for n in names}
-            monkeypatch.setattr(norms, "BLOCK_ELEMENTS", limit)
+            monkeypatch.setattr(norm_blocks, "BLOCK_ELEMENTS", limit)
             torch.manual_seed(0)
             got = layer_norm.layer_norm_fn(**leaves, **options, **buffers)
             for one, other in zip(got, want, strict=True):
@@ -194,7 +194,7 @@ def test_blocks_of_rows_make_no_difference(
 def test_results_in_buffers_take_a_work_space_of_fixed_size(
     monkeypatch: pytest.MonkeyPatch, prenorm: bool
 ) -> None:
-    monkeypatch.setattr(norms, "BLOCK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(norm_blocks, "BLOCK_ELEMENTS", 1 << 16)
     x, residual = (torch.ones(64, 64, 1024, dtype=torch.bfloat16) for _ in range(2))
     weight = torch.ones(1024)
     out, residual_out = torch.empty_like(x), torch.empty_like(x)

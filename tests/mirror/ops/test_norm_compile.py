@@ -77,7 +77,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.sweep) for n in CASES]
 )
-def test_compiled_is_eager(name: str) -> None:
+def test_compiled_is_eager(no_small: None, name: str) -> None:
     wishes, function = CASES[name]
     leaves = draw(wishes, torch.device("cpu"), torch.bfloat16)
     run = compiled(function)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from ....errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ...ground.collectives import gather_rows
@@ -22,10 +23,13 @@ from ...ground.storage import overlaps_itself
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Options", "backward", "check", "forward", "takes_lse"]
+__all__ = ["Options", "backward", "check", "check_range", "forward", "recorded", "takes_lse"]
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits that are widened at a time."""
+
+HOST_CHUNK = 1 << 17
+"""The same on the CPU, where what is computed on the way stays in a core's cache."""
 
 
 class Options(NamedTuple):
@@ -69,7 +73,7 @@ def check(
         int(ignore_index),
     )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_range(labels, options, _classes(logits, process_group)[1])
+        check_range(labels, options, _classes(logits, process_group)[1])
     return options
 
 
@@ -105,6 +109,27 @@ def forward(
     return losses, z_losses.masked_fill(ignored, 0.0), lse
 
 
+def recorded(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """losses and z_losses by torch's own cross entropy, which its autograd can differentiate.
+
+    Raises:
+        IndexError: a label is not a class.
+    """
+    scaled, ignore = _scaled(logits, options.logit_scale), options.ignore_index
+    ignored = labels == ignore
+    if bool(ignored.any()):
+        # their gradient is 0 whatever they hold
+        scaled = scaled.masked_fill(ignored[:, None], 0.0)
+    losses = functional.cross_entropy(
+        scaled, labels, ignore_index=ignore, reduction="none", label_smoothing=options.smoothing
+    )
+    if options.lse_square_scale == 0:
+        return losses, torch.zeros_like(losses)
+    z_losses = options.lse_square_scale * scaled.logsumexp(1).square()
+    z_losses = z_losses.masked_fill(ignored, 0.0)
+    return losses + z_losses, z_losses.detach()
+
+
 def backward(
     dlosses: Tensor,
     logits: Tensor,
@@ -129,7 +154,10 @@ def backward(
         classes = _classes(logits, process_group)
         for rows in _chunks(logits):
             tensors = dlosses[rows], logits[rows], labels[rows], lse[rows]
-            dlogits[rows] = _gradient(*tensors, options, *classes)
+            if compiling:
+                dlogits[rows] = _gradient(*tensors, options, *classes)
+            else:
+                _write_gradient(dlogits[rows], *tensors, options, *classes)
     return dlogits
 
 
@@ -178,6 +206,37 @@ def _gradient(
     return (grad * factor).masked_fill((labels == options.ignore_index)[:, None], 0.0)
 
 
+def _write_gradient(
+    out: Tensor,
+    dlosses: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    options: Options,
+    first: int,
+    classes: int,
+) -> None:
+    """`_gradient` written to `out`, which may be the logits, and computed there if it is wide."""
+    lse, factor = lse[:, None], dlosses[:, None].to(lse.dtype) * options.logit_scale
+    column, owned = _column(labels, first, logits.shape[1])
+    scaled = _scaled(logits, options.logit_scale)
+    buffer = out if out.dtype == scaled.dtype else torch.empty_like(scaled)
+    grad = torch.sub(scaled, lse, out=buffer).exp_()
+    along = factor
+    if options.lse_square_scale != 0:
+        along = factor * (1 + 2 * options.lse_square_scale * lse)
+    grad.mul_(along)
+    if options.smoothing != 0:
+        grad.sub_(factor * (options.smoothing / classes))
+    grad.scatter_add_(1, column, owned * factor * (options.smoothing - 1))
+    ignored = labels == options.ignore_index
+    # filled, not multiplied by 0: what comes for an ignored row may be infinite
+    if grad.device.type != "cpu" or bool(ignored.any()):
+        grad.masked_fill_(ignored[:, None], 0.0)
+    if grad is not out:
+        out.copy_(grad)
+
+
 def takes_lse(precomputed_lse: Tensor | None, options: Options) -> bool:
     """Whether a given lse is used: with a scale or smoothing flash-attention computes its own."""
     return precomputed_lse is not None and options.logit_scale == 1 and options.smoothing == 0
@@ -194,12 +253,13 @@ def _row_terms(
     terms = torch.zeros((3, logits.shape[0]), dtype=_wide(logits), device=logits.device)
     if own_lse is not None:
         terms[0] = own_lse.detach()
-    for rows in _chunks(logits):
+    column, owned = _column(labels, first, logits.shape[1])
+    target = _scaled(logits.gather(1, column), options.logit_scale)
+    terms[1] = target.masked_fill(~owned, 0.0)[:, 0]
+    for rows in _chunks(logits) if own_lse is None or options.smoothing != 0 else ():
         scaled = _scaled(logits[rows], options.logit_scale)
-        column, owned = _column(labels[rows], first, logits.shape[1])
         if own_lse is None:
             terms[0, rows] = scaled.logsumexp(1)
-        terms[1, rows] = scaled.gather(1, column).masked_fill(~owned, 0.0)[:, 0]
         if options.smoothing != 0:
             terms[2, rows] = scaled.sum(1)
     return terms
@@ -219,7 +279,8 @@ def _chunks(logits: Tensor) -> list[slice]:
     rows, columns = logits.shape
     if torch.compiler.is_compiling():
         return [slice(None)]
-    step = max(1, CHUNK_ELEMENTS // columns)
+    limit = min(CHUNK_ELEMENTS, HOST_CHUNK) if logits.device.type == "cpu" else CHUNK_ELEMENTS
+    step = max(1, limit // columns)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
@@ -272,7 +333,8 @@ def _check_rows(argument: str, tensor: Tensor, logits: Tensor) -> None:
         )
 
 
-def _check_range(labels: Tensor, options: Options, classes: int) -> None:
+def check_range(labels: Tensor, options: Options, classes: int) -> None:
+    """Raise ArgumentError for the first label that is neither a class nor ignored."""
     counted = labels.long()
     foreign = counted[((counted < 0) | (counted >= classes)) & (counted != options.ignore_index)]
     if foreign.numel():

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ground.storage import blocks
-from ...problems.buffers import share
 from ...problems.norms import NormCall
 from ...problems.rowwise import Norm
+from . import layer_norm
 
 __all__ = [
     "Normed",
@@ -28,8 +27,9 @@ __all__ = [
     "affine",
     "backward",
     "draw_masks",
+    "effective",
     "forward",
-    "in_blocks",
+    "is_alone",
     "out_dtype",
     "problem_of",
     "standardised",
@@ -42,9 +42,6 @@ __all__ = [
 
 TENSORS = NormCall._fields[: NormCall._fields.index("eps")]
 LIKE_WEIGHT = ("weight", "bias", "weight1", "bias1", "layerscale")
-
-BLOCK_ELEMENTS = 1 << 20
-"""What is normalised at a time into buffers."""
 
 
 class Normed(NamedTuple):
@@ -158,21 +155,20 @@ def draw_masks(call: NormCall) -> tuple[Tensor | None, Tensor | None]:
 
 
 def forward(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed:
-    """The norm, with dropout by the given masks."""
-    terms = terms_of(call)
-    s = _kept(call.x, mask, call.rowscale, terms)
-    if call.layerscale is not None:
-        s = s * call.layerscale.to(terms.wide)
-    if call.x1 is not None:
-        s = s + _kept(call.x1, mask1, None, terms)
-    if call.residual is not None:
-        s = s + call.residual.to(terms.wide)
-    total = _rounded_total(call, mask, s)
+    """The norm, with dropout by the given masks, differentiable by torch's autograd."""
+    dtype, alone = out_dtype(call), is_alone(call, mask)
+    native = layer_norm.serves(call.x, call.is_rms_norm)
+    if native and alone and dtype == call.x.dtype and not _is_recorded(call):
+        return _by_torch(call, call.x, _rounded_total(call, alone, call.x))
+    s = _summed(call, mask, mask1)
+    total = _rounded_total(call, alone, s)
+    if native:
+        # not the 16-bit rows: the kernel's own gradient would round its sums over them
+        return _by_torch(call, s, total)
     mean = None if call.is_rms_norm else s.mean(-1, keepdim=True)
     centred = s if mean is None else s - mean
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + call.eps)
     normal = centred * rstd
-    dtype = out_dtype(call)
     y = affine(normal, call.weight, call.bias, call.zero_centered_weight).to(dtype).contiguous()
     y1 = None
     if call.weight1 is not None:
@@ -181,46 +177,34 @@ def forward(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed
     return Normed(y, y1, total, mean, rstd)
 
 
-def in_blocks(
-    call: NormCall, mask: Tensor | None, mask1: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """y, y1 and the rounded s, as `forward`, but block by block of rows, and in call's buffers.
-
-    Beside the results it takes memory of a fixed size, whatever the size of x. None, and nothing
-    is written, where a buffer lies over an argument in such a way that a block would spoil others.
-    """
-    buffers = [buffer for buffer in (call.out, call.residual_out) if buffer is not None]
-    addends = [addend for addend in (call.x, call.x1, call.residual) if addend is not None]
-    if any(_shifted(buffer, addend) for buffer in buffers for addend in addends):
-        return None
-    x, rows = call.x, call.x.shape[:-1]
-    y = x.new_empty(x.shape, dtype=out_dtype(call)) if call.out is None else call.out.detach()
-    y1 = None if call.weight1 is None else x.new_empty(x.shape, dtype=out_dtype(call))
-    total = None if call.residual_out is None else call.residual_out.detach()
-    if total is None and call.prenorm:
-        total = x.new_empty(x.shape, dtype=total_dtype(call))
-    targets = (y, y1, total)
-    rowscale = None if call.rowscale is None else call.rowscale.reshape(rows)
-    for part in blocks(rows, x.shape[-1], BLOCK_ELEMENTS):
-        some = [None if t is None else t[part] for t in (call.x1, call.residual, rowscale)]
-        piece = forward(
-            call._replace(x=x[part], x1=some[0], residual=some[1], rowscale=some[2]),
-            *(None if given is None else given[part] for given in (mask, mask1)),
-        )
-        for target, values in zip(targets, piece, strict=False):
-            if target is not None and values is not None:
-                target[part].copy_(values)
-    return targets
+def _summed(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Tensor:
+    terms = terms_of(call)
+    s = _kept(call.x, mask, call.rowscale, terms)
+    if call.layerscale is not None:
+        s = s * call.layerscale.to(terms.wide)
+    if call.x1 is not None:
+        s = s + _kept(call.x1, mask1, None, terms)
+    if call.residual is not None:
+        s = s + call.residual.to(terms.wide)
+    return s
 
 
-def _shifted(buffer: Tensor, addend: Tensor) -> bool:
-    """Whether both share memory, but not element by element."""
-    same = (addend.data_ptr(), addend.dtype, addend.stride())
-    return share(buffer, addend) and same != (
-        buffer.data_ptr(),
-        buffer.dtype,
-        buffer.stride(),
-    )
+def _is_recorded(call: NormCall) -> bool:
+    given = tensors_of(call).values()
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+
+def _by_torch(call: NormCall, rows: Tensor, total: Tensor) -> Normed:
+    """`forward` of a layer norm on the host, of rows that are summed up."""
+    wide, dtype = wide_dtype(call), out_dtype(call)
+
+    def normed(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        scale = effective(weight, wide, call.zero_centered_weight)
+        return layer_norm.forward(rows, scale, None if bias is None else bias.to(wide), call.eps)
+
+    y, mean, rstd = normed(call.weight, call.bias)
+    y1 = None if call.weight1 is None else normed(call.weight1, call.bias1)[0].to(dtype)
+    return Normed(y.to(dtype), y1, total, mean, rstd)
 
 
 def standardised(s: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
@@ -232,7 +216,7 @@ def affine(
     normal: Tensor, weight: Tensor, bias: Tensor | None, zero_centered_weight: bool
 ) -> Tensor:
     """normal * weight + bias, in the dtype of `normal`."""
-    y = normal * _effective(weight, normal.dtype, zero_centered_weight)
+    y = normal * effective(weight, normal.dtype, zero_centered_weight)
     return y if bias is None else y + bias.to(normal.dtype)
 
 
@@ -251,25 +235,15 @@ def backward(
         wanted: among weight, bias, weight1, bias1, residual, x1, layerscale and x.
     """
     wide = terms.wide
-    normal = standardised(saved.total.to(wide), saved.mean, saved.rstd)
-    grads: dict[str, Tensor] = {}
-    dy = dy.to(wide)
-    if "weight" in wanted:
-        grads["weight"] = _over_rows(dy * normal)
-    if "bias" in wanted:
-        grads["bias"] = _over_rows(dy)
-    pulled = dy * _effective(saved.weight, wide, terms.zero_centered_weight)
+    total, dy = saved.total.to(wide), dy.to(wide)
+    pairs = [("weight", "bias", saved.weight, dy)]
     if dy1 is not None and saved.weight1 is not None:
-        dy1 = dy1.to(wide)
-        if "weight1" in wanted:
-            grads["weight1"] = _over_rows(dy1 * normal)
-        if "bias1" in wanted:
-            grads["bias1"] = _over_rows(dy1)
-        pulled = pulled + dy1 * _effective(saved.weight1, wide, terms.zero_centered_weight)
-    along = (pulled * normal).mean(-1, keepdim=True)
-    if saved.mean is not None:
-        pulled = pulled - pulled.mean(-1, keepdim=True)
-    ds = (pulled - normal * along) * saved.rstd
+        pairs.append(("weight1", "bias1", saved.weight1, dy1.to(wide)))
+    grads: dict[str, Tensor] = {}
+    if layer_norm.serves(total, saved.mean is None):
+        ds = _back_by_torch(saved, terms, wanted, total, pairs, grads)
+    else:
+        ds = _back(saved, terms, wanted, total, pairs, grads)
     if dtotal is not None:
         ds = ds + dtotal.to(wide)
     if "residual" in wanted:
@@ -285,14 +259,70 @@ def backward(
     return grads
 
 
-def _rounded_total(call: NormCall, mask: Tensor | None, s: Tensor) -> Tensor:
-    more = (mask, call.rowscale, call.layerscale, call.x1, call.residual)
-    alone = all(given is None for given in more) and call.rowscale_const == 1
+_Pairs = list[tuple[str, str, Tensor, Tensor]]
+"""Of each result the names of its weight and bias, the weight, and the gradient of the result."""
+
+
+def _back(
+    saved: Saved,
+    terms: Terms,
+    wanted: Iterable[str],
+    total: Tensor,
+    pairs: _Pairs,
+    grads: dict[str, Tensor],
+) -> Tensor:
+    """The gradient of s as the norm depends on it; those of the parameters go into `grads`."""
+    normal = standardised(total, saved.mean, saved.rstd)
+    pulled = None
+    for weight_name, bias_name, weight, dy in pairs:
+        if weight_name in wanted:
+            grads[weight_name] = _over_rows(dy * normal)
+        if bias_name in wanted:
+            grads[bias_name] = _over_rows(dy)
+        scaled = dy * effective(weight, total.dtype, terms.zero_centered_weight)
+        pulled = scaled if pulled is None else pulled + scaled
+    assert pulled is not None
+    along = (pulled * normal).mean(-1, keepdim=True)
+    if saved.mean is not None:
+        pulled = pulled - pulled.mean(-1, keepdim=True)
+    return pulled.sub_(normal.mul_(along)).mul_(saved.rstd)
+
+
+def _back_by_torch(
+    saved: Saved,
+    terms: Terms,
+    wanted: Iterable[str],
+    total: Tensor,
+    pairs: _Pairs,
+    grads: dict[str, Tensor],
+) -> Tensor:
+    """`_back` of a layer norm on the host."""
+    assert saved.mean is not None
+    ds = None
+    for weight_name, bias_name, weight, dy in pairs:
+        scale = effective(weight, total.dtype, terms.zero_centered_weight)
+        sums = (weight_name in wanted, bias_name in wanted)
+        part, *found = layer_norm.backward(dy, total, (saved.mean, saved.rstd), scale, sums)
+        for name, gradient in zip((weight_name, bias_name), found, strict=True):
+            if name in wanted and gradient is not None:
+                grads[name] = gradient
+        ds = part if ds is None else ds.add_(part)
+    assert ds is not None
+    return ds
+
+
+def _rounded_total(call: NormCall, alone: bool, s: Tensor) -> Tensor:
     dtype = total_dtype(call)
     if not alone or dtype != call.x.dtype:
         return s.to(dtype).contiguous()
     # a returned x would be one tensor with two histories
     return call.x.clone(memory_format=torch.contiguous_format) if call.prenorm else call.x
+
+
+def is_alone(call: NormCall, mask: Tensor | None) -> bool:
+    """Whether s is x as it came."""
+    more = (mask, call.rowscale, call.layerscale, call.x1, call.residual)
+    return all(given is None for given in more) and call.rowscale_const == 1
 
 
 def _kept(values: Tensor, mask: Tensor | None, rowscale: Tensor | None, terms: Terms) -> Tensor:
@@ -302,10 +332,11 @@ def _kept(values: Tensor, mask: Tensor | None, rowscale: Tensor | None, terms: T
         values = values * rowscale.to(terms.wide).reshape(*values.shape[:-1], 1)
     if terms.scale != 1:
         values = values * terms.scale
-    return values if mask is None else values.masked_fill(mask.logical_not(), 0.0)
+    return values if mask is None else torch.where(mask, values, 0.0)
 
 
-def _effective(weight: Tensor, wide: torch.dtype, zero_centered_weight: bool) -> Tensor:
+def effective(weight: Tensor, wide: torch.dtype, zero_centered_weight: bool) -> Tensor:
+    """What a row is multiplied by."""
     weight = weight.to(wide)
     return weight + 1.0 if zero_centered_weight else weight
 

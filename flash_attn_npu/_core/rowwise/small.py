@@ -1,0 +1,18 @@
+"""Which calls are small on a CPU, where an autograd.Function costs more than what it saves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_small"]
+
+SMALL = 1 << 16
+"""Elements whose operations torch's own autograd is left to record: what it keeps is little."""
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether a composed operation on x is differentiated by torch, operation by operation."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.numel() <= SMALL
