@@ -13,7 +13,7 @@ from .._core.attention.decode import CacheCall
 from .._core.ground import arguments
 from .._core.problems.cache import cache_lengths
 from ..errors import ArgumentError, UnsupportedError
-from ._composition import Heads, Options, Pair, looks_ahead, narrowed, refuse, widened
+from ._composition import Heads, Options, Pair, joined, looks_ahead, narrowed, refuse, widened
 
 __all__ = ["More", "attend"]
 
@@ -37,7 +37,7 @@ def attend(call: CacheCall, more: More) -> Pair:
     wider = more.qv is not None or k_cache.shape[-1] != v_cache.shape[-1]
     if packed or wider or more.cu_seqlens_k_new is not None:
         refuse(k=call.k)
-    heads = widened(q, k_cache, v_cache, more.qv, call.softmax_scale)
+    heads = widened(joined(q, k_cache, v_cache, more.qv, call.softmax_scale))
     window = Options(None, call.causal, call.window_size, call.softcap)
     if packed:
         _refuse_new(v=call.v, rotary_cos=call.rotary_cos, rotary_sin=call.rotary_sin)

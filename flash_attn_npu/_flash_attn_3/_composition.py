@@ -1,8 +1,9 @@
 """FlashAttention 3's calls in terms of those of flash-attention 2, exactly.
 
 What FlashAttention 3 has more is made of concatenation, zeros and selected rows: qv adds q k^T and
-qv v^T, so (q, qv) and (k, v) are one longer head; a headdim of v of its own is a head with zeros
-behind it; used lengths select rows.
+qv v^T, so (q, qv) and (k, v) are one longer head; a v of a smaller headdim goes to a kernel as it
+is, or with zeros behind it; used queries are selected rows, and what is not used of the keys lies
+between sequences.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "Pair",
     "combined",
     "dense",
+    "joined",
     "looks_ahead",
     "narrowed",
     "packed",
@@ -50,7 +52,7 @@ class Options(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Tensors of one headdim, and the headdim of the answer."""
+    """q and k of one headdim, v of the same or of a smaller one, and that of the answer."""
 
     q: Tensor
     k: Tensor
@@ -87,8 +89,8 @@ _REFUSED = {
 }
 
 
-def widened(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, scale: Any) -> Heads:
-    """One headdim for all, with every product as it was."""
+def joined(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, scale: Any) -> Heads:
+    """q and k at least as wide as v, with every product as it was."""
     arguments.require_plain(q=q, k=k, v=v)
     headdim_v = v.shape[-1]
     if qv is not None:
@@ -104,18 +106,34 @@ def widened(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, scale: Any) -> H
         q, k = torch.cat((q, qv), -1), torch.cat((k, v), -1)
     width = max(q.shape[-1], headdim_v)
     scale = q.shape[-1] ** -0.5 if scale is None and q.shape[-1] else scale
-    q, k, v = (x if x.shape[-1] == width else _padded(x, width) for x in (q, k, v))
+    q, k = (x if x.shape[-1] == width else _padded(x, width) for x in (q, k))
     return Heads(q, k, v, scale, headdim_v)
+
+
+def widened(heads: Heads) -> Heads:
+    """One headdim for all: zeros behind v."""
+    width = heads.q.shape[-1]
+    return heads if heads.v.shape[-1] == width else heads._replace(v=_padded(heads.v, width))
 
 
 def dense(function: str, heads: Heads, options: Options) -> Pair:
     """out and softmax_lse of a padded batch."""
-    q, k, v, scale, _ = heads
+    q, k = heads[:2]
     longer = q.dim() == 4 == k.dim() and q.shape[1] > k.shape[1]
     if longer and looks_ahead(options):
         return _dense_as_packed(function, heads, options)
-    raw = (0.0, scale, *options[1:])
-    return narrowed(call.attend(function, (q, k, v), None, raw, None), heads)
+    return _attend(function, heads, None, options)
+
+
+def _attend(function: str, heads: Heads, lengths: Any, options: Options) -> Pair:
+    """The call of flash-attention 2, with v as it is where a kernel takes it so."""
+    raw = (0.0, heads.softmax_scale, *options[1:])
+    found: Any = None
+    if heads.v.shape[-1] != heads.q.shape[-1]:
+        found = call.attend_narrow(function, heads[:3], lengths, raw)
+    if found is None:
+        found = call.attend(function, widened(heads)[:3], lengths, raw, None)
+    return narrowed(found, heads)
 
 
 def packed(
@@ -135,13 +153,18 @@ def packed(
         keys = paged.read_keys(
             k, v, host_lengths("cu_seqlens_k", cu_k), paged.Placement(None, used[1])
         )
-        (k, v), cu_k = paged.gather(function, keys), keys.lengths.cumulative
+        lengths_q = host_lengths("cu_seqlens_q", cu_q)
+        max_k = operators.number(max_k)
+        spaced = paged.spaced(lengths_q, keys, max_k)
+        if spaced is None:
+            (k, v), cu_k = paged.gather(function, keys), keys.lengths.cumulative
+        else:
+            cu_q, cu_k = (lengths.cumulative for lengths in spaced)
     if looks_ahead(options):
         max_q = operators.number(max_q)
         max_k = max(max_q, operators.number(max_k))
-    raw = (0.0, heads.softmax_scale, *options[1:])
-    found = call.attend(function, (q, k, v), (cu_q, cu_k, max_q, max_k), raw, None)
-    out, lse = narrowed(found, heads)
+    given = heads._replace(q=q, k=k, v=v)
+    out, lse = _attend(function, given, (cu_q, cu_k, max_q, max_k), options)
     if rows is None:
         return out, lse
     total = heads.q.shape[0]

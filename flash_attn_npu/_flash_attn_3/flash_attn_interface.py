@@ -62,7 +62,7 @@ def flash_attn_func(
     """
     _composition.refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
                         attention_chunk=attention_chunk)
-    heads = _composition.widened(q, k, v, qv, softmax_scale)
+    heads = _composition.joined(q, k, v, qv, softmax_scale)
     options = Options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
     return _answer(_composition.dense(_NAME("flash_attn_func"), heads, options))
 
@@ -88,7 +88,7 @@ def flash_attn_varlen_func(
     """
     _composition.refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
                         attention_chunk=attention_chunk)
-    heads = _composition.widened(q, k, v, qv, softmax_scale)
+    heads = _composition.joined(q, k, v, qv, softmax_scale)
     options = Options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     name, used = _NAME("flash_attn_varlen_func"), (seqused_q, seqused_k)
@@ -113,7 +113,7 @@ def flash_attn_qkvpacked_func(
     q, k, v = _unpacked(qkv, num_heads_q)
     options = Options(softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
     try:
-        heads = _composition.widened(q, k, v, None, softmax_scale)
+        heads = _composition.joined(q, k, v, None, softmax_scale)
         return _answer(_composition.dense(_NAME("flash_attn_qkvpacked_func"), heads, options))
     except _ERRORS as error:
         raise renamed(error, _QKV) from None

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import flash_attn_interface as interface
 from .._core.attention import call
 from .._core.problems.ask import Options
+from .._flash_attn_3 import flash_attn_interface as version_3
 from .truth import Given, Solved, judged, solve
 
 __all__ = ["Question", "tensors"]
@@ -25,6 +26,7 @@ class Question:
     """One call of flash_attn_func (dense) or flash_attn_varlen_func, forward and backward.
 
     lengths: of the queries of each sequence, all alike where dense; lengths_k: of the keys.
+    headdim_v: of v, if smaller than that of q and k, which FlashAttention 3's function takes.
     """
 
     lengths: tuple[int, ...] = (70, 33)
@@ -42,6 +44,7 @@ class Question:
     lse: bool = False
     grad: bool = True
     tail: int = 0
+    headdim_v: int = 0
 
     def ask(self, device: torch.device) -> Figures:
         """Ask the device, and compare with the truth."""
@@ -92,6 +95,8 @@ class Question:
             # what transformers' s_aux becomes; flash-attention itself has none
             packed = None if self.dense else lengths
             answer: Any = call.attend("sink", (q, k, v), packed, Options(**options), slopes, sink)
+        elif self.headdim_v:
+            answer = version_3.flash_attn_varlen_func(q, k, v, *lengths, **options)
         elif self.dense:
             answer = interface.flash_attn_func(q, k, v, alibi_slopes=slopes, **options)
         else:
@@ -145,10 +150,15 @@ def tensors(question: Question) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lengths_k = question.lengths if question.lengths_k is None else question.lengths_k
     rows_q, rows_k = sum(question.lengths) + question.tail, sum(lengths_k) + question.tail
     heads, heads_k = question.heads
-    shapes = ((rows_q, heads), (rows_k, heads_k), (rows_k, heads_k), (rows_q, heads))
+    width, width_v = question.headdim, question.headdim_v or question.headdim
+    shapes = (
+        (rows_q, heads, width),
+        (rows_k, heads_k, width),
+        (rows_k, heads_k, width_v),
+        (rows_q, heads, width_v),
+    )
     q, k, v, dout = (
-        torch.randn(*shape, question.headdim, generator=generator).to(question.dtype)
-        for shape in shapes
+        torch.randn(*shape, generator=generator).to(question.dtype) for shape in shapes
     )
     return q, k, v, dout
 

@@ -100,6 +100,9 @@ ATTENTION: dict[str, Any] = {
     f"more than {table.MAX_HEADS} heads": Question(heads=(table.MAX_HEADS + 1, 1), headdim=8),
     "headdim above upstream's 256": Question(headdim=320),
     f"headdim above {table.MAX_HEADDIM}": Question(headdim=table.MAX_HEADDIM + 1),
+    "v of a smaller headdim (FlashAttention 3)": Question(
+        (70, 33), (90, 33), headdim=192, headdim_v=128, causal=True
+    ),
     "causal": Question((70, 33), (90, 33), causal=True),
     "window_size": Question((70, 33), (90, 33), window=(7, 3)),
     "varlen, window_size (0, 0), with gradient or dropout": Question(window=(0, 0)),

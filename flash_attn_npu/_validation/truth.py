@@ -46,7 +46,7 @@ class Solved(NamedTuple):
 def solve(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, given: Given) -> Solved:
     """One sequence (seqlen, nheads, headdim), in the dtype of the tensors."""
     heads, group = q.shape[1], q.shape[1] // max(k.shape[1], 1)
-    out, dq = torch.zeros_like(q), torch.zeros_like(q)
+    out, dq = torch.zeros_like(dout), torch.zeros_like(q)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     lse = q.new_full((heads, q.shape[0]), math.inf)
     for head in range(heads):

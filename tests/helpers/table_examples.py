@@ -28,6 +28,7 @@ from flash_attn_npu._core.table.attention import (
     MAX_SEQUENCES,
     MAX_TOKENS,
 )
+from flash_attn_npu._flash_attn_3 import flash_attn_interface as version_3
 
 SMALL_SEQUENCES, SMALL_TOKENS, SMALL_CACHED_SEQUENCES, SMALL_PAIRS = 3, 70, 2, 1000
 """Stand in for MAX_SEQUENCES and its like, so that crossing them is quick."""
@@ -84,6 +85,12 @@ def sunk(dtype: torch.dtype = torch.float16, **changed: Any) -> Example:
         return call.attend("sunk", (q, q, q), None, options, slopes, sink)
 
     return run
+
+
+def narrow(device: torch.device) -> Any:
+    """A v of 8 dimensions beside queries and keys of 12."""
+    q, k, v = (tensor(device, 2, 6, 2, headdim) for headdim in (12, 12, 8))
+    return version_3.flash_attn_func(q, k, v)
 
 
 def backward(rng_offset: int, softcap: float) -> Example:
@@ -162,6 +169,7 @@ EXAMPLES: dict[str, Example] = {
     f"more than {MAX_HEADS} heads": dense(heads=(MAX_HEADS + 1, 1), headdim=1),
     "headdim above upstream's 256": dense(headdim=320),
     f"headdim above {MAX_HEADDIM}": dense(headdim=MAX_HEADDIM + 1),
+    "v of a smaller headdim (FlashAttention 3)": narrow,
     "causal": dense(causal=True),
     "window_size": dense(window_size=(2, 1)),
     "varlen, window_size (0, 0), with gradient or dropout": packed(

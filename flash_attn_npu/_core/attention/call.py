@@ -22,9 +22,9 @@ from ..problems.validation import describe
 from ..table.choice import Plan, recall
 from ..verification.kinds import Refuted
 from . import operators, paged, serving
-from .asking import new_plan
+from .asking import make_plan, new_plan
 
-__all__ = ["Answer", "attend", "attend_paged", "unpacked"]
+__all__ = ["Answer", "attend", "attend_narrow", "attend_paged", "unpacked"]
 
 Answer = Tensor | tuple[Tensor, Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -115,6 +115,40 @@ def attend(
         # what no kernel takes looks to a remembered plan like any tensor of its shape
         arguments.require_plain(q=q, k=k, v=v)
         raise
+
+
+def attend_narrow(
+    function: str, inputs: Triple, lengths: Raw | None, options: Raw
+) -> Answer | None:
+    """`attend` with a v of a smaller headdim on an NPU; None where v has to be filled up first."""
+    q, k, v = inputs
+    arguments.require_plain(q=q, k=k, v=v)
+    traced = _compiling() or _dispatch_modes() or _tracing() or _functorch()
+    if traced or q.device.type != "npu" or any(type(x) not in _PLAIN for x in inputs):
+        return None
+    if _forward_ad._current_level >= 0:
+        _refuse_tangents(q=q, k=k, v=v)
+    ask = Ask(
+        function,
+        q=Facts.of(q),
+        k=Facts.of(k),
+        v=Facts.of(v),
+        packed=None if lengths is None else Packed(*_packed(*lengths)),
+        options=Options(*options),
+        alibi_slopes=None,
+        sink=None,
+        needs_grad=_grad_enabled() and any(x.requires_grad for x in inputs),
+        uses_lse=options[-1],
+        narrow=True,
+    )
+    found = make_plan(ask)
+    if found.direct is None:
+        return serving.attend(found, Inputs(*inputs))
+    found.tally.calls += 1
+    try:
+        return found.direct(*inputs, None, None)  # type: ignore[no-any-return]
+    except Refuted:
+        return attend_narrow(function, inputs, lengths, options)
 
 
 def _indirect(

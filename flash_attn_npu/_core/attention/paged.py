@@ -18,7 +18,10 @@ from ..problems.ask import Facts, Pages
 from ..problems.cache import Cache, Span, cache_lengths, pages_of
 from . import moving
 
-__all__ = ["Keys", "Placement", "gather", "read_keys"]
+__all__ = ["Keys", "Placement", "gather", "read_keys", "spaced"]
+
+MOST_SPACED = 10_000
+"""Sequences; with as many again between them a kernel still takes all."""
 
 
 class Placement(NamedTuple):
@@ -92,13 +95,35 @@ def read_keys(k: Tensor, v: Tensor, lengths_k: Lengths, placement: Placement) ->
 
 
 def _check_packed(k: Tensor, v: Tensor, lengths_k: Lengths) -> None:
-    if k.dim() != 3 or k.shape != v.shape or k.shape[0] < lengths_k.total:
+    if k.dim() != 3 or k.shape[:-1] != v.shape[:-1] or k.shape[0] < lengths_k.total:
         raise ArgumentError(
             "k" if k.dim() != 3 or k.shape[0] < lengths_k.total else "v",
             f"shapes {tuple(k.shape)} and {tuple(v.shape)} of k and v",
             f"(total_k, nheads_k, headdim) alike, total_k at least {lengths_k.total}",
             "pass one key and one value for each position of cu_seqlens_k",
         )
+
+
+def spaced(lengths_q: Lengths, keys: Keys, longest: int) -> tuple[Lengths, Lengths] | None:
+    """Lengths by which packed keys are seen as they lie; None where they have to be gathered.
+
+    What lies between the keys of two sequences is a sequence too, without queries. No kernel looks
+    at its keys, and their gradient is 0.
+
+    Args:
+        longest: no such sequence is longer.
+    """
+    if keys.cache is not None or len(keys.spans) > MOST_SPACED:
+        return None
+    seqlens_q, seqlens_k, at = [0], [0], 0
+    for seqlen_q, span in zip(lengths_q.seqlens, keys.spans, strict=True):
+        room = span.start - at
+        steps = [*(longest,) * (room // longest), room % longest] if longest and room else []
+        seqlens_q += [*(0,) * len(steps), seqlen_q]
+        seqlens_k += [*steps, span.end - span.start]
+        at = span.end
+    spaced_q, spaced_k = (accumulate(seqlens) for seqlens in (seqlens_q, seqlens_k))
+    return interned(tuple(spaced_q), "cu_seqlens_q"), interned(tuple(spaced_k), "cu_seqlens_k")
 
 
 def gather(function: str, keys: Keys) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,12 @@ def forward(call: AnyForward) -> Forward:
         placement = paged.Placement(call.block_table, call.seqused_k, call.leftpad_k)
         if placement.given:
             keys = paged.read_keys(call.k, call.v, packed.k, placement)
+            lengths = None
+            if call.alibi_slopes is None:
+                lengths = paged.spaced(packed.q, keys, packed.max_seqlen_k)
+            if lengths is not None:
+                found = make_plan(_ask(call, Packed(*lengths, *packed[2:])))
+                return run(begin(found), Inputs(call.q, call.k, call.v, None, call.sink))
             ask = _ask(call, packed._replace(k=keys.lengths), keys)
             return run_over(begin(make_plan(ask)), call.q, keys, call.alibi_slopes, call.sink)
     found = make_plan(_ask(call, packed))

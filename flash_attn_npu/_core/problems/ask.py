@@ -93,6 +93,7 @@ class Ask(NamedTuple):
     pages: how the keys lie in a cache; k and v are then the facts of the packed tensors that the
         cache stands for.
     backward: this is one, from (out, softmax_lse).
+    narrow: v may have a smaller headdim than q and k, as FlashAttention 3 has it.
     """
 
     function: str
@@ -108,6 +109,7 @@ class Ask(NamedTuple):
     mask_from: str | None = None
     pages: Pages | None = None
     backward: bool = False
+    narrow: bool = False
 
     @classmethod
     def at_door(cls, key: tuple[Any, ...]) -> Ask:

@@ -35,7 +35,8 @@ class Problem:
     `left` and `right` are the window after flash-attn's normalisation, None for unlimited;
     plain causal attention is (None, 0). `lengths_q` and `lengths_k` are None for dense layouts
     (batch, seqlen, nheads, headdim); with them q is (rows_q, nheads, headdim), and rows past the
-    last cumulative length belong to no sequence.
+    last cumulative length belong to no sequence. `headdim_v`, that of v and out, is that of q and
+    k, or smaller where FlashAttention 3 is asked.
     """
 
     ask: Ask
@@ -44,6 +45,7 @@ class Problem:
     nheads: int
     nheads_k: int
     headdim: int
+    headdim_v: int
     batch: int
     rows_q: int
     rows_k: int

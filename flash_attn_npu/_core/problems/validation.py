@@ -84,6 +84,7 @@ def _problem(ask: Ask, shape: _Shape) -> Problem:
         nheads=ask.q.shape[-2],
         nheads_k=ask.k.shape[-2],
         headdim=headdim,
+        headdim_v=ask.v.shape[-1],
         **shape._asdict(),
         softmax_scale=default_scale(headdim) if scale is None else scale,
         left=left,
@@ -132,13 +133,14 @@ def _check_tensors(ask: Ask, layout: str, rank: int) -> None:
             )
         arguments.same(argument, "dtype", facts.dtype, q.dtype)
         arguments.same(argument, "device", facts.device, q.device)
-        arguments.same(argument, "headdim", facts.shape[-1], q.shape[-1])
+        if argument != "v" or not ask.narrow:
+            arguments.same(argument, "headdim", facts.shape[-1], q.shape[-1])
     if q.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         raise ArgumentError(
             "q", q.dtype, allowed, "convert q, k and v, e.g. with .to(torch.bfloat16)"
         )
-    if tuple(k.shape) != tuple(v.shape):
+    if tuple(k.shape[:-1]) != tuple(v.shape[:-1]):
         raise ArgumentError(
             "v",
             f"shape {tuple(v.shape)}",

@@ -14,6 +14,7 @@ from ..ground.chip import soc_name
 from ..ground.settings import consistent
 from ..kernels.ascend import filling, fusion_attention, infer_attention
 from ..kernels.composed import attention as composed
+from ..kernels.composed import widening
 from ..kernels.host import attention as host
 from ..problems.attention import FEW_SINGLES, Problem
 from ..problems.cache import MAX_PAGE
@@ -145,6 +146,11 @@ TABLE: tuple[Rule, ...] = (
         f"headdim above {MAX_HEADDIM}",
         lambda p: p.headdim > MAX_HEADDIM,
         {FUSION: f"it takes a headdim of at most {MAX_HEADDIM}"},
+    ),
+    Rule(
+        "v of a smaller headdim (FlashAttention 3)",
+        lambda p: p.headdim_v != p.headdim,
+        dict.fromkeys((HOST, INFER), "it takes a v of the headdim of q and k only"),
     ),
     Rule("causal", lambda p: p.causal),
     Rule("window_size", lambda p: p.windowed),
@@ -317,11 +323,14 @@ CANDIDATES = (
     Candidate(BLOCKWISE, composed.KERNEL),
 )
 OVER_PAGES = (Candidate(INFER, infer_attention.KERNEL, check=CHECK), *CANDIDATES)
+NARROW = (CANDIDATES[0], Candidate(BLOCKWISE, widening.KERNEL))
 NAMES = (*(candidate.name for candidate in CANDIDATES), INFER)
 """Of all kernels, the columns of compat_matrix.md."""
 
 
 def _candidates(problem: Problem) -> tuple[Candidate, ...]:
+    if problem.headdim_v != problem.headdim:
+        return NARROW
     return CANDIDATES if problem.pages is None else OVER_PAGES
 
 

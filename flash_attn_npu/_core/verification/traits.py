@@ -35,6 +35,8 @@ def _all(problem: Problem) -> Iterator[str]:
         yield "several sequences"
     if problem.nheads_k == 1:
         yield "one key head"
+    if problem.headdim_v != problem.headdim:
+        yield f"headdim {problem.headdim_v} of v"
     if problem.softmax_scale == 1.0:
         yield "softmax_scale 1"
     elif problem.softmax_scale != default_scale(problem.headdim):

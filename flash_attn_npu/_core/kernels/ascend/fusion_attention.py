@@ -309,7 +309,8 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
     """What the kernel would answer if it took no rows."""
     top = q.new_empty(*q.shape[:2], 1, dtype=torch.float32)
     # all three have a gradient, of zeros
-    return q + k[:0].sum() + v[:0].sum(), top, top, None, 0, 0, 0
+    out = q[..., : v.shape[-1]] + k[:0].sum() + v[:0].sum()
+    return out, top, top, None, 0, 0, 0
 
 
 def _grad_kernel(problem: Problem, rows: Rows, slopes: Tensor | None) -> Callable[..., Any]:
