@@ -22,7 +22,7 @@ import torch
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.rowwise import small
-from tests.helpers.accusations import Accusations
+from tests.helpers.accusations import Accusations, searching, with_a_card
 
 REASON = virtual_ascend.start()
 ACCUSATIONS = Accusations()
@@ -44,7 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"the virtual Ascend is required but not running: {REASON}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if searching():
+        found = with_a_card(items)
+        others = set(items) - set(found)
+        config.hook.pytest_deselected(items=list(others))
+        items[:] = found
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if moving:
         raise pytest.UsageError(f"a test's name holds an address: {moving[0]}")

@@ -2,19 +2,65 @@
 
 The simulated card is honest unless a test lets it lie. So each error of the comparison of first
 calls is noted here, forked children's too, and tests/conftest.py fails the test it came in. With
-FLASH_ATTN_NPU_VERIFY=compose, or =always, in the environment that holds for every call of every
-test, and the whole suite is a search for false alarms.
+FLASH_ATTN_NPU_VERIFY=compose, or =always, in the environment the comparison is on in every test:
+those with a card are run, and the suite is a search for false alarms. Tests that count what a call
+launches, copies or asks may fail then, as a comparison does all of these; they are in COUNTING.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+from pathlib import Path
+
+import pytest
 
 from flash_attn_npu._virtual_ascend.machine import lies
 
-__all__ = ["Accusations"]
+__all__ = ["Accusations", "searching", "with_a_card"]
+
+LAUNCHES = "launches are counted, and a comparison asks for a mask or for statistics by its own"
+COPIES = "copies are counted, and a comparison reads a sample"
+DECISIONS = "plans and frames are counted, and a comparison is over when plans are made anew"
+
+COUNTING: dict[str, tuple[str, ...]] = {
+    LAUNCHES: (
+        "test_compile::test_compiled_calls_on_an_npu_stay_fused",
+        "test_consistent::test_decode_has_the_bits_of_training",
+        "test_consistent::test_without_it_pages_are_read_where_they_lie",
+        "test_fused_operators::test_a_norm_without_gradient_adds_in_the_same_launch",
+        "test_fused_operators::test_loss",
+        "test_fused_operators::test_norm",
+        "test_kvcache_native::test_mode_and_band",
+        "test_kvcache_native::test_rows_are_seen_as_pages",
+        "test_launches::test_dropout_becomes_what_is_kept",
+        "test_sinks_natively::test_over_keys_that_are_gathered",
+        "test_table::test_the_cell_says_what_happens",
+        "test_wheels::test_every_call_is_covered",
+    ),
+    COPIES: (
+        "test_kvcache_native::test_a_decode_loop_is_never_stale",
+        "test_kvcache_native::test_a_decode_loop_without_version_counters",
+        "test_kvcache_native::test_an_int_costs_no_copy_at_all",
+        "test_kvcache_native::test_lengths_cost_at_most_one_copy",
+        "test_launches::test_a_second_equal_call_copies_nothing",
+        "test_apply_rotary::test_lengths_cost_one_copy_per_tensor_and_offsets_none",
+        "test_rotary_functions::test_forward_and_backward_of_packed_sequences_copy_the_lengths_once",
+        "test_lengths::test_a_device_tensor_is_copied_once_for_all_calls",
+        "test_lengths::test_the_same_tensor_for_both_sides_is_copied_once",
+        "test_lengths::test_what_lies_on_the_host_is_not_copied",
+        "test_paged_varlen::test_the_second_call_copies_nothing",
+        "test_single_tokens::test_a_tail_costs_no_index",
+    ),
+    DECISIONS: (
+        "test_launches::test_little_stands_before_the_kernel",
+        "test_reasons::test_a_call_is_decided_once",
+        "test_remembered_keys::test_each_variant_after_each_other_is_as_if_it_were_alone",
+    ),
+}
+"""Why, and which tests: file and function."""
 
 
 class Accusations(logging.Handler):
@@ -41,3 +87,32 @@ class Accusations(logging.Handler):
             return os.read(self._reading, 1 << 20).decode()
         except BlockingIOError:
             return ""
+
+
+def searching() -> bool:
+    """Whether the comparison is on in every test."""
+    return os.environ["FLASH_ATTN_NPU_VERIFY"] != "off"
+
+
+def with_a_card(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The tests that use the simulated card; those that count may fail, but not accuse."""
+    causes = {name: cause for cause, names in COUNTING.items() for name in names}
+    found = [item for item in items if _uses_card(item)]
+    for item in found:
+        cause = causes.get(f"{item.path.stem}::{getattr(item, 'originalname', item.name)}")
+        if cause is not None:
+            item.add_marker(pytest.mark.xfail(reason=cause, strict=False))
+    return found
+
+
+def _uses_card(item: pytest.Item) -> bool:
+    assert isinstance(item, pytest.Function)
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if "device" in params:
+        return str(params["device"]) == "npu"
+    return "npu" in item.fixturenames or '"npu' in _source(item.path)
+
+
+@functools.cache
+def _source(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
