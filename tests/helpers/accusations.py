@@ -27,6 +27,8 @@ DECISIONS = "plans and frames are counted, and a comparison is over when plans a
 
 COUNTING: dict[str, tuple[str, ...]] = {
     LAUNCHES: (
+        "test_continuous_batching::test_block_tables_give_eagers_tokens",
+        "test_paged_forward::test_a_decoding_step_is_eager_attention_over_the_pages",
         "test_compile::test_compiled_calls_on_an_npu_stay_fused",
         "test_consistent::test_decode_has_the_bits_of_training",
         "test_consistent::test_without_it_pages_are_read_where_they_lie",
@@ -46,6 +48,8 @@ COUNTING: dict[str, tuple[str, ...]] = {
         "test_kvcache_native::test_an_int_costs_no_copy_at_all",
         "test_kvcache_native::test_lengths_cost_at_most_one_copy",
         "test_launches::test_a_second_equal_call_copies_nothing",
+        "test_continuous_batching::test_more_layers_copy_no_more_to_the_host",
+        "test_transformers_models::test_inference_mode_reads_the_lengths_of_images_once",
         "test_apply_rotary::test_lengths_cost_one_copy_per_tensor_and_offsets_none",
         "test_rotary_functions::test_forward_and_backward_of_packed_sequences_copy_the_lengths_once",
         "test_lengths::test_a_device_tensor_is_copied_once_for_all_calls",
