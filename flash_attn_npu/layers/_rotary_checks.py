@@ -76,6 +76,8 @@ def check_plain(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ArgumentError("sin", came, allowed, "pass both of the same shape")
     tokens, rows = x.shape[-3:-1], (*cos.shape[:-1], 1)
     beyond = len(rows) > x.dim() - 1
-    if beyond or any(n not in (1, m) for n, m in zip(rows[::-1], x.shape[-2::-1], strict=False)):
+    # torch 2.6 and 2.8 trace strict=False as True
+    aligned = zip(rows[::-1], x.shape[-2::-1][: len(rows)], strict=True)
+    if beyond or any(n not in (1, m) for n, m in aligned):
         came, allowed = f"shape {tuple(cos.shape)}", f"a row for each of the {tokens[:1]} tokens"
         raise ArgumentError("cos", came, allowed, "pass cos[:seqlen] and sin[:seqlen]")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import fallback, reporting
@@ -109,6 +110,56 @@ def test_rotation_by_tables_of_another_dtype(
     for got, true in ((out.detach(), want.detach()), (mine.grad, exact.grad)):
         assert got.dtype == dtypes[0]
         close_to_exact(got, true)
+
+
+class Operators(TorchDispatchMode):
+    """The operators that made something new, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)]
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize(("interleaved", "made"), [(False, "cat"), (True, "repeat_interleave")])
+def test_a_batch_shares_its_tables_as_they_are(
+    npu: torch.device, interleaved: bool, made: str
+) -> None:
+    """No copy of a table for each sequence, and none of x."""
+    x = torch.randn(3, 7, 4, 64, dtype=torch.bfloat16)
+    angle = torch.randn(9, 32)
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    given = [t.to(npu) for t in (x, cos, sin)]
+    apply_rotary_emb(*given, interleaved)
+    with Operators() as seen:
+        out = apply_rotary_emb(*given, interleaved, seqlen_offsets=2)
+    assert seen.names == [made, made, "npu_rotary_mul"]
+    assert out.is_contiguous()
+    want = rotated(x.double(), cos[2:].double(), sin[2:].double(), interleaved)
+    close_to_exact(out, want)
+
+
+@pytest.mark.parametrize(
+    ("interleaved", "shape"), [(False, (1000, 1, 1, 8)), (True, (250, 2, 4, 8))]
+)
+def test_a_batch_too_large_to_share_its_tables(
+    npu: torch.device, interleaved: bool, shape: tuple[int, ...]
+) -> None:
+    x, angle = torch.randn(shape, dtype=torch.float16), torch.randn(shape[1], 4)
+    cos, sin = angle.cos().half(), angle.sin().half()
+    out, launched = names(
+        lambda: apply_rotary_emb(x.to(npu), cos.to(npu), sin.to(npu), interleaved)
+    )
+    assert launched == ["npu_rotary_mul"]
+    close_to_exact(out, rotated(x.double(), cos.double(), sin.double(), interleaved))
 
 
 def norm_of(leaves: dict[str, Tensor], rms: bool) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,7 @@ Every SwiGLU of this package comes through these functions, outside of autograd.
 
 from __future__ import annotations
 
-from itertools import accumulate
-from operator import mul
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from ...errors import ArgumentError
 from ..ground.dense_arguments import require_dense
 from ..ground.records import replaced
 from ..problems.rowwise import Gate
-from ..table.choice import choose, plan
+from ..table.choice import begin, choose, plan, recall
+from .keys import key_of
 
 __all__ = ["require_floating", "swiglu_bwd", "swiglu_fwd"]
 
@@ -34,8 +34,13 @@ def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
 
     Contract: flash-attention 2.8, `swiglu_fwd`. Wider: differentiable by itself.
     """
-    _check(x=x, y=y)
-    found = choose(_problem(x, y))
+    key, halves = _key(x, y)
+    found = None if key is None else recall(key)
+    if found is None:
+        _check(x=x, y=y)
+        found = choose(_problem(x, y, halves), key)
+    else:
+        begin(found)
     gated: Tensor = found.kernel.forward(found.problem, x, y)
     return gated
 
@@ -55,9 +60,12 @@ def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
     Contract: flash-attention 2.8, `swiglu_bwd`.
     """
-    _check(x=x, y=y, g=g)
-    # neither counted nor told: the forward has been
-    found = plan(replaced(_problem(x, y), grad_dtype=g.dtype))
+    key, halves = _key(x, y, g)
+    found = None if key is None else recall(key)
+    if found is None:
+        _check(x=x, y=y, g=g)
+        # neither counted nor told: the forward has been
+        found = plan(replaced(_problem(x, y, halves), grad_dtype=g.dtype), key)
     dx, dy = found.kernel.backward(found.problem, g, x, y)
     return dx, dy
 
@@ -74,14 +82,22 @@ def require_floating(**tensors: Tensor) -> None:
             raise ArgumentError(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")
 
 
-def _problem(x: Tensor, y: Tensor) -> Gate:
+def _key(x: Tensor, y: Tensor, *others: Tensor) -> tuple[Hashable, bool]:
+    """What a plan is remembered by, and whether x and y are halves: not known while tracing."""
+    key = key_of("swiglu", (), x, y, *others)
+    if key is None:
+        return None, False
+    halves = _are_halves(x, y)
+    return (key, halves), halves
+
+
+def _problem(x: Tensor, y: Tensor, halves: bool) -> Gate:
     return Gate(
         function="swiglu",
         device=x.device,
         dtype=torch.promote_types(x.dtype, y.dtype),
         empty=x.numel() == 0,
-        # where they lie is not known while tracing
-        halves=not torch.compiler.is_compiling() and _are_halves(x, y),
+        halves=halves,
         row_bytes=x.shape[-1] * x.element_size() if x.dim() else 0,
         mixed=x.dtype != y.dtype,
         differentiated=_is_differentiated(x, y),
@@ -94,19 +110,19 @@ def _is_differentiated(x: Tensor, y: Tensor) -> bool:
 
 def _are_halves(x: Tensor, y: Tensor) -> bool:
     """Whether the rows of x and y lie behind each other in one contiguous tensor."""
-    if x.device.type != "npu" or x.dim() == 0 or x.dtype != y.dtype or x.stride() != y.stride():
+    if x.device.type != "npu" or x.dtype != y.dtype or x.dim() == 0:
         return False
-    width = x.shape[-1]
-    return (
-        x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
-        and y.storage_offset() == x.storage_offset() + width
-        and x.stride() == _contiguous_strides((*x.shape[:-1], 2 * width))
-    )
-
-
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor of this shape."""
-    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1]
+    strides, width = x.stride(), x.shape[-1]
+    if y.storage_offset() != x.storage_offset() + width or y.stride() != strides:
+        return False
+    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+        return False
+    apart = 2 * width
+    for size, stride in zip(x.shape[-2::-1], strides[-2::-1], strict=True):
+        if stride != apart:
+            return False
+        apart *= size
+    return strides[-1] == 1
 
 
 def _check(x: Tensor, **others: Tensor) -> None:

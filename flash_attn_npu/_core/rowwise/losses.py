@@ -13,6 +13,7 @@ from ..kernels.composed import cross_entropy as kernel
 from ..problems.rowwise import Loss
 from ..table.choice import begin, choose, recall
 from ..verification.kinds import Refuted
+from .keys import key_of
 from .small import is_small
 
 if TYPE_CHECKING:
@@ -81,9 +82,6 @@ class CrossEntropyLoss(torch.autograd.Function):
         return dlogits, None, None, None, None, None, None, None, None
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
     """(losses, z_losses) of each row."""
     key = _key(call)
@@ -121,31 +119,15 @@ def _is_small(call: LossCall, options: kernel.Options) -> bool:
 
 
 def _key(call: LossCall) -> Hashable:
-    """What checks and table look at, but for the labels, of a call that is small; else None."""
-    logits, labels = call.logits, call.labels
-    if type(logits) not in _PLAIN or type(labels) not in _PLAIN or not is_small(logits):
-        return None
-    if logits.layout is not torch.strided or logits.is_nested or labels.is_nested:
+    """`key_of` for a small call, whose labels are not looked at; else None."""
+    more = call.precomputed_lse is not None or call.process_group is not None
+    if more or call.inplace_backward is not False or type(call.ignore_index) is not int:
         return None
     numbers = (call.label_smoothing, call.logit_scale, call.lse_square_scale)
-    plain = all(type(number) is float for number in numbers) and type(call.ignore_index) is int
-    more = call.precomputed_lse is not None or call.process_group is not None
-    if not plain or more or call.inplace_backward is not False:
+    if any(type(number) is not float for number in numbers) or not 0 <= numbers[0] <= 1:
         return None
-    if not 0 <= call.label_smoothing <= 1:
-        return None
-    return (
-        "cross_entropy_loss",
-        logits.shape,
-        logits.dtype,
-        labels.shape,
-        labels.dtype,
-        labels.device,
-        labels.layout,
-        numbers,
-        call.ignore_index,
-        torch.is_grad_enabled() and logits.requires_grad,
-    )
+    key = key_of("cross_entropy_loss", (*numbers, call.ignore_index), call.logits, call.labels)
+    return key if key is not None and is_small(call.logits) else None
 
 
 def _problem(call: LossCall, options: kernel.Options) -> Loss:

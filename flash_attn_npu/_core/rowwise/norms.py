@@ -21,6 +21,7 @@ from ..problems.buffers import share
 from ..problems.norms import NormCall
 from ..table.choice import Plan, begin, choose, recall
 from ..verification.kinds import Refuted
+from .keys import key_of
 from .small import is_small
 
 __all__ = [
@@ -130,24 +131,15 @@ def unaliased(call: NormCall) -> NormCall:
 
 
 def _key(function: str, call: NormCall) -> Hashable:
-    """What the checks and the table look at; None for calls with more than the usual tensors."""
-    if torch.compiler.is_compiling():
+    """`key_of`; None for calls with more than the usual tensors."""
+    # written out: `any` over these fields would cost as much as all the rest
+    more = call.x1 is not None or call.weight1 is not None or call.bias1 is not None
+    scaled = call.rowscale is not None or call.layerscale is not None
+    if more or scaled or call.out is not None or call.residual_out is not None:
         return None
-    given, others, options = call[:4], call[4:11], call[11:]
-    plain = type(call.eps) is float and type(call.dropout_p) is float
-    if not plain or any(one is not None for one in others):
+    if type(call.eps) is not float or type(call.dropout_p) is not float:
         return None
-    facts: list[Any] = [function, torch.is_grad_enabled()]
-    for tensor in given:
-        if isinstance(tensor, Tensor):
-            if tensor.layout is not torch.strided or tensor.is_nested:
-                return None
-            facts += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
-        elif tensor is not None:
-            return None
-        else:
-            facts.append(None)
-    return (*facts, options)
+    return key_of(function, call[11:], call.x, call.weight, optional=call[2:4])
 
 
 def compose(function: str, call: NormCall) -> None:

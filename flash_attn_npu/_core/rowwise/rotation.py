@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,9 @@ from ..ground.lengths import Lengths, host_lengths
 from ..ground.storage import blocks, require_writable
 from ..problems.rowwise import Rotation, Turn
 from ..table.choice import Plan, begin, choose, recall
+from .keys import key_of
 
 __all__ = ["check_dense", "rotate"]
-
-PLAIN = (Tensor, torch.nn.Parameter)
 
 Rows = slice | Tensor
 """Which rows of the tables: a range shared by the batch, or one index for every token."""
@@ -73,18 +72,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
 
 
 def _key(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Hashable:
-    """What checks and table look at, for a padded batch that starts at one position; else None."""
+    """`key_of` for a padded batch that starts at one position; else None."""
     if turn.cu_seqlens is not None or type(turn.seqlen_offsets) is not int:
         return None
-    flags = type(turn.interleaved) is type(turn.inplace) is type(turn.conjugate) is bool
-    if not flags or torch.compiler.is_compiling():
+    if not type(turn.interleaved) is type(turn.inplace) is type(turn.conjugate) is bool:
         return None
-    facts: list[Any] = [turn.function, turn.interleaved]
-    for given in (x, cos, sin):
-        if type(given) not in PLAIN or given.is_nested or given.layout is not torch.strided:
-            return None
-        facts += (given.shape, given.dtype, given.device)
-    return tuple(facts)
+    return key_of(turn.function, (turn.interleaved,), x, cos, sin)
 
 
 def _turned(

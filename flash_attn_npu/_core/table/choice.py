@@ -169,8 +169,10 @@ def begin(found: Plan) -> Plan:
 
 def permit(found: Plan) -> None:
     """Apply the fallback policy to a plan; a problem without work loses nothing by no fusion."""
+    if not found.reasons or found.problem.empty:
+        return
     word = fallback_policy()
-    if found.reasons and not found.problem.empty and found.permitted != word:
+    if found.permitted != word:
         problem = found.problem
         meant = absent(word)
         if meant and problem.device.type != "npu":

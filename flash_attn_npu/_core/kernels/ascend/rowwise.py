@@ -34,6 +34,9 @@ __all__ = ["GATE", "LOSS", "ROTATION", "norm"]
 AT_ONCE = 1 << 26
 """Elements that are rotated at a time, so that in place means in place."""
 
+MOST_HEADS = 1000
+"""A batch must have fewer sequences, or interleaved fewer heads in all, to share its tables."""
+
 MOST_DIMS = 8
 """A norm's backward takes two to eight dimensions."""
 
@@ -88,14 +91,24 @@ def _rotated(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if cos.dtype != x.dtype:
         # the operator would round the tables to the dtype of x; rounded once, as upstream does
         return _rotated(problem, x.float(), cos.float(), sin.float()).to(x.dtype)
+    if x.dim() == 4 and cos.dim() == 3 and _may_share(problem, *x.shape[:3]):
+        return _turned(x, cos[None], sin[None], problem.interleaved).contiguous()
     tokens = x.dim() - problem.head_dims - 1
     total = math.prod(x.shape[:tokens])
     shape = (*x.shape[:tokens], *cos.shape[cos.dim() - x.dim() + tokens :])
-    cos, sin = (table.expand(shape).reshape(total, -1) for table in (cos, sin))
-    turned = _turned(x.reshape(total, -1, x.shape[-1]), cos, sin, problem.interleaved)
+    cos, sin = (table.expand(shape).reshape(total, 1, -1)[None] for table in (cos, sin))
+    # one batch of all tokens: the layout that takes tables of each token in both modes
+    turned = _turned(x.reshape(1, total, -1, x.shape[-1]), cos, sin, problem.interleaved)
     # what an autograd.Function returns must be no view, else nobody may write to it
     whole: Tensor = torch.ops.aten._unsafe_view.default(turned, x.shape)
     return whole
+
+
+def _may_share(problem: Rotation, batch: int, seqlen: int, nheads: int) -> bool:
+    """Whether a padded batch goes as it is, with one table for all of its sequences."""
+    if problem.head_dims != 1:
+        return False
+    return batch * nheads < MOST_HEADS if problem.interleaved else batch < MOST_HEADS
 
 
 def _rotate(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -108,18 +121,17 @@ def _rotate(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (tokens, nheads, rotary_dim) rotated by a row of cos and sin for each token."""
+    """x (batch, tokens, nheads, rotary_dim) by (1, tokens, 1, rotary_dim / 2) of cos and sin."""
     import torch_npu
 
+    turned: Tensor
     if interleaved:
-        cos, sin = (table.repeat_interleave(2, dim=-1) for table in (cos, sin))
+        cos, sin = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
+        turned = torch_npu.npu_rotary_mul(x, cos, sin, rotary_mode="interleave")
     else:
-        cos, sin = (torch.cat((table, table), dim=-1) for table in (cos, sin))
-    # one batch of all tokens: the layout that takes tables of each token in both modes
-    cos, sin = cos[None, :, None], sin[None, :, None]
-    mode = "interleave" if interleaved else "half"
-    turned: Tensor = torch_npu.npu_rotary_mul(x[None], cos, sin, rotary_mode=mode)
-    return turned[0]
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        turned = torch_npu.npu_rotary_mul(x, cos, sin)
+    return turned
 
 
 def norm(operator: str) -> Kernel:
