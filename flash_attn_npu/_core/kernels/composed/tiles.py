@@ -27,16 +27,25 @@ __all__ = [
     "tile_elements",
 ]
 
-TILE_ELEMENTS = 1 << 27
+TILE_BYTES = 1 << 30
+"""All that is held at once because of a tile, where launches cost."""
+TILE_ELEMENTS = 1 << 25
 TILE_ELEMENTS_ON_CPU = 1 << 20
-"""Scores of one tile: 512 MiB where launches cost, what caches hold where they do not."""
+"""Scores of a tile of short sequences, and on a CPU, whose caches hold them, of any tile."""
 
 LARGEST_TILE = 2048
 LARGEST_TILE_ON_CPU = 512
 SMALLEST_TILE = 32
+EVEN_TILE = 64
+"""Sides on a device are multiples of it, if they are larger: what its products are cut into."""
+
+SHARED_BYTES = 24
+"""A pair's part in what all heads share: a distance in int64, that in float32, who is hidden."""
 
 BIASES_KEPT = 4
-"""Of a group: those of the tiles on the diagonal, and at the rims of a window."""
+"""Of a group: those of the tiles on the diagonal, and at the rims of a window.
+
+ALiBi's are as large as a tile: a device keeps one."""
 
 HIGHEST_CAP = 64.0
 """Scores up to this, and sums of exp of them, stay far inside float32 without a maximum taken off.
@@ -63,7 +72,7 @@ class Scoring:
         generator = torch.Generator(device=like.device)
         generator.manual_seed(hash((self.seed, *place)) & ((1 << 63) - 1))
         drawn = torch.rand(shape, generator=generator, device=like.device, dtype=torch.float32)
-        return (drawn >= self.dropout_p).to(like.dtype) / (1.0 - self.dropout_p)
+        return drawn.ge_(self.dropout_p).to(like.dtype).div_(1.0 - self.dropout_p)
 
 
 @dataclass(frozen=True)
@@ -82,15 +91,32 @@ class Streams:
 
 
 def tile_elements(device: torch.device) -> int:
-    """How many scores a tile holds, at most."""
+    """How many scores short sequences that share a tile have, at most."""
     return TILE_ELEMENTS_ON_CPU if device.type == "cpu" else TILE_ELEMENTS
 
 
-def _tile_size(q: Tensor) -> int:
+def _tile_size(q: Tensor, scoring: Scoring, backward: bool) -> int:
     streams = max(1, math.prod(q.shape[:3]))
-    largest = LARGEST_TILE_ON_CPU if q.device.type == "cpu" else LARGEST_TILE
-    size = math.isqrt(tile_elements(q.device) // streams)
+    if q.device.type == "cpu":
+        size, largest = math.isqrt(TILE_ELEMENTS_ON_CPU // streams), LARGEST_TILE_ON_CPU
+    else:
+        size, largest = _size_on_device(q, streams * _held(scoring, backward)), LARGEST_TILE
     return max(SMALLEST_TILE, min(largest, size))
+
+
+def _size_on_device(q: Tensor, heads: int) -> int:
+    size = math.isqrt(TILE_BYTES // (heads * accumulator(q.dtype).itemsize + SHARED_BYTES))
+    return size - size % EVEN_TILE or size
+
+
+def _held(scoring: Scoring, backward: bool) -> int:
+    """How many tensors as large as a tile there are at once: its scores, and what is made of them.
+
+    With dropout they are counted alike in both directions: a mask is drawn tile by tile.
+    """
+    dropped = scoring.dropout_p > 0
+    gradients = 1 + (scoring.softcap > 0) if backward or dropped else 0
+    return 1 + gradients + 2 * dropped + (scoring.slopes is not None)
 
 
 Bias = tuple[Tensor | None, Tensor | None]
@@ -104,10 +130,14 @@ class _Tiles:
     share keys.
     """
 
-    def __init__(self, streams: Streams, band: Band, scoring: Scoring) -> None:
+    def __init__(
+        self, streams: Streams, band: Band, scoring: Scoring, backward: bool = False
+    ) -> None:
         self.band, self.scoring, self._streams = band, scoring, streams
         self.kept = accumulator(streams.q.dtype)
-        self._size = _tile_size(streams.q)
+        self._size = _tile_size(streams.q, scoring, backward)
+        spare = scoring.slopes is None or streams.q.device.type == "cpu"
+        self._biases_kept = BIASES_KEPT if spare else 1
         self.k, self.v = self.flat(streams.k), self.flat(streams.v)
         self._biases: dict[tuple[int, ...], Bias] = {}
 
@@ -154,7 +184,7 @@ class _Tiles:
         """Scores with -inf where hidden, and ALiBi, in place; tiles that lie alike share both."""
         place = (rows[1] - rows[0], cols[1] - cols[0], cols[0] - rows[0])
         if place not in self._biases:
-            if len(self._biases) >= BIASES_KEPT:
+            if len(self._biases) >= self._biases_kept:
                 self._biases.clear()
             self._biases[place] = self._bias(rows, cols)
         bias, hidden = self._biases[place]
@@ -211,6 +241,7 @@ def _sums(tiles: _Tiles, rows: tuple[int, int]) -> tuple[Tensor, Tensor | None, 
         tiles.drop(weights, rows, cols)
         out.mul_(fade).baddbmm_(weights, tiles.v[:, slice(*cols)])
         top = new_top
+        del scores, weights  # before the next tile is made
     return out, top, total
 
 
@@ -224,6 +255,7 @@ def _bounded_sums(tiles: _Tiles, rows: tuple[int, int]) -> tuple[Tensor, None, T
         total.add_(weights.sum(-1, keepdim=True))
         tiles.drop(weights, rows, cols)
         out.baddbmm_(weights, tiles.v[:, slice(*cols)])
+        del scores, weights
     return out, None, total
 
 
@@ -251,7 +283,7 @@ def attend_backward(
     over several blocks of keys or count a sink.
     """
     dq, dk, dv = grads
-    tiles = _Tiles(streams, band, scoring)
+    tiles = _Tiles(streams, band, scoring, backward=True)
     dq[..., : band.blind, :] = 0
     sums = torch.zeros_like(tiles.k), torch.zeros_like(tiles.v)
     for rows in tiles.rows():
@@ -294,6 +326,7 @@ def _backward_rows(
             keep = tiles.drop(torch.ones_like(weights), rows, cols)
             dropped = weights * keep
             dscores.mul_(keep)
+            del keep
         sums[1][:, slice(*cols)].baddbmm_(dropped.transpose(1, 2), douts)
         dscores.sub_(delta).mul_(weights)
         if bent is not None:
@@ -302,4 +335,5 @@ def _backward_rows(
         # the queries already carry the scale, and are over the softcap
         scale = scoring.softcap or 1.0
         sums[0][:, slice(*cols)].baddbmm_(dscores.transpose(1, 2), queries, alpha=scale)
+        del weights, bent, dropped, dscores
     return dq.mul_(scoring.scale)
