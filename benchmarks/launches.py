@@ -45,7 +45,12 @@ def tensor(*shape: int, dtype: Any = None, grad: bool = False) -> Any:
 
 
 def decoding(
-    heads: tuple[int, int], headdim: int, page: int = 0, sink: bool = False, **options: Any
+    heads: tuple[int, int],
+    headdim: int,
+    page: int = 0,
+    sink: bool = False,
+    rotary: bool = False,
+    **options: Any,
 ) -> Step:
     """One token for each of four sequences with up to 1200 keys, appended and attended."""
     import torch
@@ -62,6 +67,10 @@ def decoding(
     if sink:
         # what transformers' continuous batching calls
         options["s_aux"] = torch.randn(heads[0]).to("npu:0", torch.bfloat16)
+    if rotary:
+        # as transformers has it; flash-attn's own default is interleaved
+        tables = {name: tensor(4096, headdim // 2) for name in ("rotary_cos", "rotary_sin")}
+        options |= {**tables, "rotary_interleaved": False}
     function = npu_flash_attn_with_kvcache if sink else flash_attn_with_kvcache
     lengths = places()
     given = {"causal": True, **options}
@@ -137,6 +146,7 @@ CASES: dict[str, Callable[[], Step]] = {
     "forward, Gemma 2 (softcap, 4096 tokens)": gemma,
     "training step of an RMS norm of a sum": normed,
     "decode, rotary of q and k": rotated,
+    "decode, Llama 128 and its rotary": lambda: decoding((32, 8), 128, rotary=True),
     "forward, 64 packed sequences of 32 tokens, softcap": short,
 }
 Counts = dict[str, int]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
-from flash_attn_npu import fallback, reporting
+from flash_attn_npu import fallback, flash_attn_with_kvcache, reporting
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from flash_attn_npu.layers.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
@@ -160,6 +160,29 @@ def test_a_batch_too_large_to_share_its_tables(
     )
     assert launched == ["npu_rotary_mul"]
     close_to_exact(out, rotated(x.double(), cos.double(), sin.double(), interleaved))
+
+
+@pytest.mark.parametrize("seqlen", [1, 3])
+def test_a_step_looks_the_rows_of_q_and_k_up_once(npu: torch.device, seqlen: int) -> None:
+    q, k, v = (torch.randn(2, seqlen, n, 64, dtype=torch.float16).to(npu) for n in (4, 2, 2))
+    caches = [torch.zeros(2, 16, 2, 64, dtype=torch.float16, device=npu) for _ in "kv"]
+    angle = torch.randn(16, 32)
+    options: dict[str, Any] = {
+        "rotary_cos": angle.cos().half().to(npu),
+        "rotary_sin": angle.sin().half().to(npu),
+        "rotary_interleaved": False,
+        "causal": True,
+    }
+    with virtual_ascend.record() as seen:
+        flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=[5, 9], **options)
+    asked = [name.rpartition("::")[2] for name in seen.operators]
+    assert asked.count("index_select") == asked.count("npu_rotary_mul") == 2, asked
+    assert asked.count("arange") == asked.count("add") == 0, asked
+    for i, start in enumerate((5, 9)):
+        rows = slice(start, start + seqlen)
+        tables = [options[name].cpu().double()[rows] for name in ("rotary_cos", "rotary_sin")]
+        want = rotated(k[i].cpu().double(), *tables, False)
+        close_to_exact(caches[0][i, start : start + seqlen], want)
 
 
 def norm_of(leaves: dict[str, Tensor], rms: bool) -> tuple[Tensor, Tensor]:

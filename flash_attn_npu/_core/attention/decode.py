@@ -19,7 +19,7 @@ from ..problems.ask import Ask, Facts, Options, Packed
 from ..problems.buffers import share
 from ..problems.cache import Cache, Span, cache_lengths
 from ..problems.rowwise import Turn
-from ..rowwise.rotation import rotate
+from ..rowwise.rotation import rotate, rotate_alike
 from ..table.choice import Plan, begin
 from .asking import make_plan
 from .moving import append
@@ -213,14 +213,13 @@ def _rotate(found: Plan, step: _Step, rotary: _Rotary, k: Tensor) -> tuple[Tenso
         function=f"{step.call.function} (rotary)",
     )
 
-    def rotated(x: Tensor) -> Tensor:
-        return rotate(x, rotary.cos, rotary.sin, turn)
-
-    k = rotated(k)
-    if _turns(found):
-        return rotated(q), k
-    at_one_position = q.flatten(1, 2)[:, None]
-    return rotated(at_one_position).view(q.shape), k
+    # q as one sequence position, if all of its queries are at the first one
+    alike = q if _turns(found) else q.flatten(1, 2)[:, None]
+    if alike.shape[:2] == k.shape[:2]:
+        turned, k = rotate_alike((alike, k), rotary.cos, rotary.sin, turn)
+    else:
+        turned, k = (rotate(x, rotary.cos, rotary.sin, turn) for x in (alike, k))
+    return turned.view(q.shape), k
 
 
 def _new_keys(

@@ -6,7 +6,8 @@ All rotary functions of the package come through `rotate`, outside of autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 from numbers import Integral
 from typing import NamedTuple
 
@@ -22,7 +23,10 @@ from ..problems.rowwise import Rotation, Turn
 from ..table.choice import Plan, begin, choose, recall
 from .keys import key_of
 
-__all__ = ["check_dense", "rotate"]
+__all__ = ["check_dense", "rotate", "rotate_alike"]
+
+Part = tuple[slice, ...]
+"""A block of tokens: some sequences and positions, or some of all tokens."""
 
 Rows = slice | Tensor
 """Which rows of the tables: a range shared by the batch, or one index for every token."""
@@ -35,17 +39,21 @@ class _Positions(NamedTuple):
         starts: of the first token of each sequence, or of all; of packed sequences less the number
             of tokens before them.
         ends: where packed sequences end; None for a padded batch.
+        device: where the rows are computed.
     """
 
     starts: int | Tensor
     ends: Tensor | None
     device: torch.device
 
-    def rows(self, part: tuple[slice, ...]) -> Rows:
+    def rows(self, part: Part) -> Rows:
         """The rows for a block of tokens: all of them, or some sequences and positions of these."""
         span = part[-1]
         if isinstance(self.starts, int):
             return slice(self.starts + span.start, self.starts + span.stop)
+        if self.ends is None and (span.start, span.stop) == (0, 1):
+            # a step of decoding
+            return self.starts[part[0], None]
         tokens = torch.arange(span.start, span.stop, device=self.device)
         if self.ends is None:
             return self.starts[part[0], None] + tokens
@@ -57,18 +65,40 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
     key = _key(x, cos, sin, turn)
     found = None if key is None else recall(key)
     if found is not None and 0 <= turn.seqlen_offsets <= cos.shape[0] - x.shape[1]:
+        positions = _Positions(turn.seqlen_offsets, None, x.device)
         if turn.inplace:
             require_writable(x=x)
         begin(found)
-        return _turned(found, x, cos, sin, turn, _Positions(turn.seqlen_offsets, None, x.device))
-    require_truth(interleaved=turn.interleaved, inplace=turn.inplace, conjugate=turn.conjugate)
-    positions = _positions(x, cos, sin, turn)
-    if turn.inplace:
-        require_writable(x=x)
-    heads = x.dim() - (3 if turn.cu_seqlens is None else 2)
-    problem = _problem(turn, x, cos, heads)
-    found = choose(problem, key) if found is None else begin(found)
-    return _turned(found, x, cos, sin, turn, positions)
+    else:
+        require_truth(interleaved=turn.interleaved, inplace=turn.inplace, conjugate=turn.conjugate)
+        positions = _positions(x, cos, sin, turn)
+        if turn.inplace:
+            require_writable(x=x)
+        problem = _problem(turn, x, cos, x.dim() - (3 if turn.cu_seqlens is None else 2))
+        found = choose(problem, key) if found is None else begin(found)
+    looked_up = partial(_lookup, cos, sin, positions, found.problem.head_dims, turn.conjugate)
+    return _turned(found, x, turn.inplace, looked_up)
+
+
+def rotate_alike(xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, turn: Turn) -> list[Tensor]:
+    """`rotate` of padded batches of as many tokens, (batch, seqlen, nheads, headdim).
+
+    Rows of the tables are looked up once for all of them.
+    """
+    problems = []
+    for x in xs:
+        check_dense(x, cos, sin, turn.seqlen_offsets)
+        problems.append(_problem(turn, x, cos, 1))
+    tokens = tuple([slice(0, size) for size in xs[0].shape[:2]])
+    positions = _dense_positions(xs[0], turn.seqlen_offsets)
+    tables = _lookup(cos, sin, positions, 1, turn.conjugate, tokens)
+
+    def looked_up(part: Part) -> tuple[Tensor, Tensor]:
+        part = part[-1:] if tables[0].dim() == 3 else part
+        return tables[0][part], tables[1][part]
+
+    plans = [choose(problem) for problem in problems]
+    return [_turned(plan, x, False, looked_up) for plan, x in zip(plans, xs, strict=True)]
 
 
 def _key(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Hashable:
@@ -81,28 +111,30 @@ def _key(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Hashable:
 
 
 def _turned(
-    found: Plan, x: Tensor, cos: Tensor, sin: Tensor, turn: Turn, positions: _Positions
+    found: Plan, x: Tensor, inplace: bool, looked_up: Callable[[Part], tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """x by the kernel of a plan that has begun; block by block of tokens, if it is large."""
-    heads, at_once = found.problem.head_dims, found.kernel.at_once
-    tokens = x.shape[: x.dim() - heads - 1]
+    """x by the kernel of a plan that has begun; block by block of tokens, if it is large.
+
+    Args:
+        looked_up: gives the rows of both tables for a block of tokens.
+    """
+    at_once = found.kernel.at_once
+    tokens = x.shape[: x.dim() - found.problem.head_dims - 1]
     direct = None
-    if not turn.inplace and found.problem.rotary_dim == x.shape[-1]:
+    if not inplace and found.problem.rotary_dim == x.shape[-1]:
         direct = found.direct
     if direct is not None or torch.compiler.is_compiling() or x.numel() <= at_once:
-        rows = positions.rows(tuple([slice(0, size) for size in tokens]))
-        tables = _lookup(cos, sin, rows, heads, turn.conjugate)
+        tables = looked_up(tuple([slice(0, size) for size in tokens]))
         if direct is not None:
             turned: Tensor = direct(x, *tables)
             return turned
-        out = x if turn.inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _turn(found, x, tables, out)
         return out
-    out = x if turn.inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for part in blocks(tokens, x.shape[len(tokens) :].numel(), at_once):
-        tables = _lookup(cos, sin, positions.rows(part), heads, turn.conjugate)
         source = x[part]
-        _turn(found, source, tables, source if turn.inplace else out[part])
+        _turn(found, source, looked_up(part), source if inplace else out[part])
     return out
 
 
@@ -139,12 +171,14 @@ def _problem(turn: Turn, x: Tensor, cos: Tensor, heads: int) -> Rotation:
 
 
 def _lookup(
-    cos: Tensor, sin: Tensor, rows: Rows, heads: int, conjugate: bool
+    cos: Tensor, sin: Tensor, positions: _Positions, heads: int, conjugate: bool, part: Part
 ) -> tuple[Tensor, Tensor]:
-    """These rows of both tables, to be broadcast over the heads; for the turn back if conjugate."""
+    """Rows of both tables, to be broadcast over the heads; for the turn back if conjugate."""
+    rows = positions.rows(part)
     if not isinstance(rows, slice):
+        flat = rows.flatten().to(cos.device)
         # index_select refuses a negative row; cos[rows] would count it from the end
-        cos, sin = (t.index_select(0, rows.flatten()).unflatten(0, rows.shape) for t in (cos, sin))
+        cos, sin = (t.index_select(0, flat).unflatten(0, rows.shape) for t in (cos, sin))
     elif torch.compiler.is_compiling() or rows != slice(0, cos.shape[0]):
         cos, sin = cos[rows], sin[rows]
     if conjugate:
@@ -172,7 +206,8 @@ def check_dense(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tenso
 def _dense_positions(x: Tensor, seqlen_offsets: int | Tensor) -> _Positions:
     if not isinstance(seqlen_offsets, Tensor):
         return _Positions(_checked_offset(seqlen_offsets), None, x.device)
-    return _Positions(seqlen_offsets.to(x.device, torch.int64), None, x.device)
+    # those on the host are counted up there, and copied as rows
+    return _Positions(seqlen_offsets.to(torch.int64), None, seqlen_offsets.device)
 
 
 def _packed_positions(
