@@ -175,6 +175,7 @@ STATE = {
     "_core.ground.absent.arguments",
     "_core.ground.confirmed.refuted",
     "_core.ground.confirmed.reports",
+    "_core.ground.processor.multiplies_bf16",
     "_core.kernels.host.flash.shares_heads",
     "_startup._said",
     "_activation.notebooks._claims",

@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash_attn_npu import flash_attn_func
 from flash_attn_npu._core.kernels.bands import Band
-from flash_attn_npu._core.kernels.composed import tiles
+from flash_attn_npu._core.kernels.composed import forward, tiles
+from tests.helpers import reference
 from tests.helpers.composed_only import composed_only
+from tests.helpers.peak_bytes import PeakBytes
 from tests.helpers.property_harness import LOUD_EFFORTS
 from tests.helpers.strategies import Problem, dense_problems, varlen_problems
 from tests.helpers.tile_cases import Case, assert_case, masks, solve, tiles_of
@@ -163,17 +166,42 @@ def test_every_sequence_and_head_has_a_mask_of_its_own(packed):
     assert len({tuple(block.flatten().tolist()) for block in blocks}) == len(blocks)
 
 
+def test_a_softcap_far_beyond_its_bounds():
+    """Where tanh is 1, and -1, and where a score is no number."""
+    q, k = torch.tensor([1e4, -1e4, 1e30, 0.01]), torch.tensor([1.0, -3e4, 0.5])
+    v = torch.randn(1, 3, 1, 1)
+    q, k = q.view(1, 4, 1, 1).requires_grad_(), k.view(1, 3, 1, 1)
+    out = flash_attn_func(q, k, v, softcap=5.0)
+    exact = reference.dense(q.double(), k.double(), v.double(), softcap=5.0).out
+    torch.testing.assert_close(out, exact.float())
+    (dq,) = torch.autograd.grad(out.sum(), q)
+    assert dq.isfinite().all()
+    assert flash_attn_func(q.detach() * torch.nan, k, v, softcap=5.0).isnan().all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_tiles_use_the_same_memory(dtype, softcap):
+    """One head of 1024 tokens are 16 tiles of 256 x 256, whose scores take 256 KiB."""
+    q, k, v = (torch.randn(1, 1024, 1, 8).to(dtype).requires_grad_() for _ in range(3))
+    with tiles_of(256), PeakBytes() as peak:
+        out = flash_attn_func(q, k, v, softcap=softcap)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert peak.peak < 5 * 4 * 256**2 + 20 * 4 * q.numel()
+
+
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 def test_launches_of_a_tile(softcap):
     """What a card would be asked for, tile by tile, in the forward: at most 12."""
-    q, out = torch.randn(1, 2, 1, 64, 8), torch.empty(1, 2, 1, 64, 8)
-    streams = tiles.Streams(q, q, q, out, torch.empty(1, 2, 1, 64), place=0)
+    # not a CPU's, so counted as a card's
+    q, out, lse = (torch.empty(1, 2, 1, 64, *last, device="meta") for last in ((8,), (8,), ()))
+    streams = tiles.Streams(q, q, q, out, lse, place=(0,))
     scoring = tiles.Scoring(0.3, softcap)
 
     def launched(keys: int) -> int:
-        seen = tiles.Streams(q, q[..., :keys, :], q[..., :keys, :], out, streams.lse, place=0)
+        seen = tiles.Streams(q, q[..., :keys, :], q[..., :keys, :], out, streams.lse, place=(0,))
         with tiles_of(16), torch.autograd.profiler.profile() as profile:
-            tiles.attend(seen, Band(64, keys, None, None), scoring)
+            forward.attend(seen, Band(64, keys, None, None), scoring)
         views = ("view", "slice", "transpose", "as_strided", "empty", "resolve")
         events = [e for e in profile.function_events if e.cpu_parent is None]
         return sum(not any(view in event.name for view in views) for event in events)

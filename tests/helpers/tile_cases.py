@@ -33,6 +33,7 @@ def tiles_of(side: int) -> Iterator[None]:
         patch.setattr(tiles, "SMALLEST_TILE", side)
         patch.setattr(tiles, "LARGEST_TILE", side)
         patch.setattr(tiles, "LARGEST_TILE_ON_CPU", side)
+        patch.setattr(tiles, "WIDER", 1)
         yield
 
 

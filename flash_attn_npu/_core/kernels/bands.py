@@ -48,6 +48,21 @@ class Band:
             self.right is not None and cols[1] - 1 > low + self.right,
         )
 
+    def clear(
+        self, pairs: Tensor, rows: tuple[int, int], cols: tuple[int, int]
+    ) -> tuple[Tensor, bool]:
+        """Numbers (..., rows, cols) of a tile, 0 where hidden, in place; and whether any is.
+
+        What stood there, NaN or infinity perhaps, is not read.
+        """
+        left, right = self.hides(rows, cols)
+        diagonal = rows[0] + self.offset - cols[0]
+        if right and self.right is not None:
+            pairs.tril_(diagonal + self.right)
+        if left and self.left is not None:
+            pairs.triu_(diagonal - self.left)
+        return pairs, left or right
+
     def hidden(self, rows: tuple[int, int], cols: tuple[int, int], like: Tensor) -> Tensor | None:
         """True where a query of the tile does not see a key; None if it sees them all."""
         left, right = self.hides(rows, cols)

@@ -1,6 +1,7 @@
 """Exact attention on any device, composed of torch operations, memory linear in sequence length.
 
-This file lays a problem out as groups of equally long sequences; the arithmetic is in `tiles`.
+This file lays a problem out as groups of equally long sequences; the arithmetic is in `forward`,
+`gradients` and `tiles`.
 """
 
 from __future__ import annotations
@@ -15,19 +16,17 @@ from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved, accumulator, rounded_up
 from ..groups import Group, groups
 from ..kernel import Kernel
-from .tiles import (
-    Scoring,
-    Streams,
-    attend,
-    attend_backward,
-    probabilities,
-    tile_elements,
-)
+from .forward import attend, probabilities
+from .gradients import attend_backward
+from .tiles import STREAMS_ON_CPU, Scoring, Streams, parts, tile_elements
 
-__all__ = ["KERNEL"]
+__all__ = ["KERNEL", "backward"]
 
 STREAMS_AT_ONCE = 64
 """Sequences times heads that share a tile: few enough for tiles to stay large."""
+
+SHORT_NUMBERS = 1 << 20
+"""Of one tensor, or scores, of short sequences that are computed together, at least."""
 
 MASK_OF_BLOCKWISE = -1
 """The offset in rng_state of a dropout mask drawn here; a fused kernel's is never negative."""
@@ -53,13 +52,14 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
             part, part_lse = group.q.space(out), group.q.space_of_rows(lse)
             streams = _streams(group, _shared(problem), (q, k, v, part, part_lse))
             scoring = _scoring(problem, group, slopes, rng_state, sink)
-            attend(streams, group.band, scoring)
-            if s_dmask.numel():
-                square = _pairs(group, s_dmask)
-                split = square.unflatten(1, _shared(problem))
-                probabilities(streams, group.band, scoring, split)
-                if not isinstance(group.sequences, slice):
-                    s_dmask[group.sequences, :, : group.q.seqlen, : group.k.seqlen] = square
+            square = _pairs(group, s_dmask) if s_dmask.numel() else None
+            for heads, some, of_some in parts(streams, scoring):
+                attend(some, group.band, of_some)
+                if square is not None:
+                    split = square.unflatten(1, _shared(problem))[:, heads]
+                    probabilities(some, group.band, of_some, split)
+            if square is not None and not isinstance(group.sequences, slice):
+                s_dmask[group.sequences, :, : group.q.seqlen, : group.k.seqlen] = square
             group.q.write(out, part)
             group.q.write_rows(lse, part_lse)
     return Forward(out, lse, s_dmask, rng_state)
@@ -77,20 +77,26 @@ def backward(
         dq[problem.total_q :] = 0
         dk[problem.total_k :] = 0
         dv[problem.total_k :] = 0
-    heads = _shared(problem) if problem.nheads else (0, 0)
     with torch.autocast(dq.device.type, enabled=False):
         for group in _groups(problem):
-            scoring = _scoring(problem, group, saved.alibi_slopes, saved.rng_state)
-            q, k, v, out, lse = saved[:5]
-            rows = (group.q.taken(out), group.q.taken_rows(lse))
-            streams = _streams(group, heads, (q, k, v, *rows))
-            sides = (group.q, group.k, group.k)
-            parts = [side.space(grad) for side, grad in zip(sides, grads, strict=True)]
-            views = tuple(_split(part, heads) for part in parts)
-            douts = _split(group.q.taken(dout), heads)
-            attend_backward(streams, group.band, scoring, douts, views)
-            for side, grad, part in zip(sides, grads, parts, strict=True):
-                side.write(grad, part)
+            _backward_of(problem, group, dout, saved, grads)
+
+
+def _backward_of(
+    problem: Problem, group: Group, dout: Tensor, saved: Saved, grads: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    scoring, heads = _scoring(problem, group, saved.alibi_slopes, saved.rng_state), _shared(problem)
+    q, k, v, out, lse = saved[:5]
+    rows = (group.q.taken(out), group.q.taken_rows(lse))
+    streams = _streams(group, heads, (q, k, v, *rows))
+    sides = (group.q, group.k, group.k)
+    spaces = [side.space(grad) for side, grad in zip(sides, grads, strict=True)]
+    views = [_split(space, heads) for space in (*spaces, group.q.taken(dout))]
+    for part, some, of_some in parts(streams, scoring):
+        dq, dk, dv, douts = (view[:, part] for view in views)
+        attend_backward(some, group.band, of_some, douts, (dq, dk, dv))
+    for side, grad, space in zip(sides, grads, spaces, strict=True):
+        side.write(grad, space)
 
 
 def _streams(group: Group, heads: tuple[int, int], saved: tuple[Tensor, ...]) -> Streams:
@@ -102,7 +108,7 @@ def _streams(group: Group, heads: tuple[int, int], saved: tuple[Tensor, ...]) ->
         _split(group.k.taken(v), heads),
         _split(out, heads),
         lse.unflatten(1, heads),
-        place=group.first,
+        place=(group.first,),
     )
 
 
@@ -131,9 +137,11 @@ def _at_once(problem: Problem, seqlen_q: int, seqlen_k: int) -> int:
     """How many sequences share tiles: as many short ones as fill one, with their rows."""
     pairs = max(seqlen_q, 1) * max(seqlen_k, 1)
     numbers = max(seqlen_q, seqlen_k, 1) * max(problem.headdim, 1)
-    short = tile_elements(problem.device) // (problem.nheads * max(pairs, numbers))
+    room = max(SHORT_NUMBERS, tile_elements(problem.device))
+    short = room // (problem.nheads * max(pairs, numbers))
+    streams = STREAMS_ON_CPU if problem.device.type == "cpu" else STREAMS_AT_ONCE
     # packed ones that do not lie side by side are copied, so they are few if they are long
-    return max(1, short, 1 if problem.varlen else STREAMS_AT_ONCE // problem.nheads)
+    return max(1, short, 1 if problem.varlen else streams // problem.nheads)
 
 
 def _scoring(

@@ -1,43 +1,46 @@
-"""The arithmetic of exact attention in linear memory: one tile of scores at a time.
+"""The tiles of scores of exact attention in linear memory: how large they are, what is in one.
 
-Forward keeps a running maximum and sum per row (online softmax); backward recomputes each tile
-from softmax_lse. Everything is accumulated in float32, or float64 for float64 inputs. Tensors
-here are (batch, nheads_k, group, seqlen, headdim), group = nheads // nheads_k, so that grouped
-query heads share a key tile without copying it.
+Everything is accumulated in float32, or float64 for float64 inputs. Tensors here are (batch,
+nheads_k, group, seqlen, headdim), group = nheads // nheads_k, so that grouped query heads share a
+key tile without copying it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ...ground.processor import multiplies_bf16
 from ...problems.results import accumulator
 from ..bands import Band, spans
 
-__all__ = [
-    "Scoring",
-    "Streams",
-    "attend",
-    "attend_backward",
-    "probabilities",
-    "tile_elements",
-]
+__all__ = ["Scoring", "Streams", "Tiles", "parts", "tile_elements"]
 
 TILE_BYTES = 1 << 30
 """All that is held at once because of a tile, where launches cost."""
 TILE_ELEMENTS = 1 << 25
-TILE_ELEMENTS_ON_CPU = 1 << 20
+TILE_ELEMENTS_ON_CPU = 1 << 19
 """Scores of a tile of short sequences, and on a CPU, whose caches hold them, of any tile."""
 
+STREAMS_ON_CPU = 8
+"""Sequences times heads that share a tile, at most: more would make it small."""
+
 LARGEST_TILE = 2048
-LARGEST_TILE_ON_CPU = 512
+LARGEST_TILE_ON_CPU = 256
+WIDER = 2
+"""How many times as large on a CPU a side may be without softcap and dropout: there is little to
+pass over, and products like it large."""
+
+CONVERTED_BYTES = 1 << 22
+"""Of the keys that a CPU converts at once, and no tile again."""
+
 SMALLEST_TILE = 32
 EVEN_TILE = 64
-"""Sides on a device are multiples of it, if they are larger: what its products are cut into."""
+"""Sides are multiples of it, if they are larger: products are slow at odd ones."""
 
 SHARED_BYTES = 24
 """A pair's part in what all heads share: a distance in int64, that in float32, who is hidden."""
@@ -47,10 +50,10 @@ BIASES_KEPT = 4
 
 ALiBi's are as large as a tile: a device keeps one."""
 
-HIGHEST_CAP = 64.0
-"""Scores up to this, and sums of exp of them, stay far inside float32 without a maximum taken off.
+LOG2_E = math.log2(math.e)
 
-exp(64) is 6e27 and exp(-64) 2e-28, in a range of 1e-38 to 3e38."""
+SATURATED = 20.0
+"""From here on tanh is 1 in float32, and exp of twice as much is finite."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Scoring:
     dropout_p: float = 0.0
     seed: int = 0
 
-    def keep(self, shape: torch.Size, place: tuple[int, int, int], like: Tensor) -> Tensor:
+    def keep(self, shape: torch.Size, place: tuple[int, ...], like: Tensor) -> Tensor:
         """1 / (1 - dropout_p) where a probability of this tile is kept, else 0."""
         generator = torch.Generator(device=like.device)
         generator.manual_seed(hash((self.seed, *place)) & ((1 << 63) - 1))
@@ -79,7 +82,7 @@ class Scoring:
 class Streams:
     """The tensors of one group of equally long sequences, as views into the caller's tensors.
 
-    `place` tells groups of one call apart, for their dropout masks.
+    `place` tells them apart from others of one call, for their dropout masks.
     """
 
     q: Tensor
@@ -87,7 +90,27 @@ class Streams:
     v: Tensor
     out: Tensor
     lse: Tensor
-    place: int
+    place: tuple[int, ...]
+
+
+def parts(streams: Streams, scoring: Scoring) -> Iterator[tuple[slice, Streams, Scoring]]:
+    """The whole on a device; on a CPU some heads of k at a time, so that tiles stay large."""
+    batch, heads, group = streams.q.shape[:3]
+    few = max(1, STREAMS_ON_CPU // max(1, batch * group))
+    scores = batch * heads * group * streams.q.shape[3] * streams.k.shape[3]
+    in_one = few >= heads or scores <= tile_elements(streams.q.device)
+    if streams.q.device.type != "cpu" or in_one:
+        yield slice(0, heads), streams, scoring
+        return
+    tensors = (streams.q, streams.k, streams.v, streams.out, streams.lse)
+    slopes, sink = scoring.slopes, scoring.sink
+    for first in range(0, heads, few):
+        part = slice(first, first + few)
+        q, k, v, out, lse = (x[:, part] for x in tensors)
+        some = Streams(q, k, v, out, lse, (*streams.place, first))
+        slopes_of = None if slopes is None else slopes[:, part]
+        sink_of = None if sink is None else sink[part]
+        yield part, some, replace(scoring, slopes=slopes_of, sink=sink_of)
 
 
 def tile_elements(device: torch.device) -> int:
@@ -95,18 +118,26 @@ def tile_elements(device: torch.device) -> int:
     return TILE_ELEMENTS_ON_CPU if device.type == "cpu" else TILE_ELEMENTS
 
 
-def _tile_size(q: Tensor, scoring: Scoring, backward: bool) -> int:
-    streams = max(1, math.prod(q.shape[:3]))
-    if q.device.type == "cpu":
-        size, largest = math.isqrt(TILE_ELEMENTS_ON_CPU // streams), LARGEST_TILE_ON_CPU
-    else:
-        size, largest = _size_on_device(q, streams * _held(scoring, backward)), LARGEST_TILE
-    return max(SMALLEST_TILE, min(largest, size))
+def _tile_sides(streams: Streams, band: Band, scoring: Scoring, backward: bool) -> tuple[int, int]:
+    """Rows and columns of a tile; with dropout they must be those of the forward."""
+    q, heads = streams.q, max(1, math.prod(streams.q.shape[:3]))
+    if q.device.type != "cpu":
+        scores = TILE_BYTES // (
+            heads * _held(scoring, backward) * accumulator(q.dtype).itemsize + SHARED_BYTES
+        )
+        return (_side(scores, LARGEST_TILE),) * 2
+    scores = TILE_ELEMENTS_ON_CPU // heads
+    if scoring.softcap or scoring.dropout_p:
+        return (_side(scores, LARGEST_TILE_ON_CPU),) * 2
+    side = _side(scores, WIDER * LARGEST_TILE_ON_CPU)
+    # few rows waste little on the diagonal
+    few = max(LARGEST_TILE_ON_CPU, band.seqlen_q // 8 // EVEN_TILE * EVEN_TILE)
+    return side if band.right is None else min(side, few), side
 
 
-def _size_on_device(q: Tensor, heads: int) -> int:
-    size = math.isqrt(TILE_BYTES // (heads * accumulator(q.dtype).itemsize + SHARED_BYTES))
-    return size - size % EVEN_TILE or size
+def _side(scores: int, largest: int) -> int:
+    size = math.isqrt(scores)
+    return max(SMALLEST_TILE, min(largest, size - size % EVEN_TILE or size))
 
 
 def _held(scoring: Scoring, backward: bool) -> int:
@@ -119,27 +150,39 @@ def _held(scoring: Scoring, backward: bool) -> int:
     return 1 + gradients + 2 * dropped + (scoring.slopes is not None)
 
 
-Bias = tuple[Tensor | None, Tensor | None]
-"""What is added to the scores of a tile, and which of them are hidden."""
-
-
-class _Tiles:
+class Tiles:
     """The tiles of a group: what is computed once for all of them, and the scores of each.
 
     Tensors are (batch * nheads_k, group * rows, ...), so that one product serves the heads that
-    share keys.
+    share keys. Scores are in units of which `raised` takes the power: on a CPU exp2 is several
+    times as fast as exp, and expm1 twice as fast as tanh.
+
+    Attributes:
+        kept: the dtype of scores and sums.
+        narrow: the dtype of weights in the products of a backward, whose sums are `kept`.
+        unit: how many units a score of 1 is.
+        gain: what `products` are multiplied by to be scores, where there is a softcap.
     """
 
     def __init__(
         self, streams: Streams, band: Band, scoring: Scoring, backward: bool = False
     ) -> None:
         self.band, self.scoring, self._streams = band, scoring, streams
-        self.kept = accumulator(streams.q.dtype)
-        self._size = _tile_size(streams.q, scoring, backward)
-        spare = scoring.slopes is None or streams.q.device.type == "cpu"
+        dtype, self._on_cpu = streams.q.dtype, streams.q.device.type == "cpu"
+        self.kept = accumulator(dtype)
+        taken = self._on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
+        self.narrow = dtype if taken else self.kept
+        self.unit = LOG2_E if self._on_cpu else 1.0
+        self._by_expm1 = self._on_cpu and self.kept == torch.float32
+        self.gain = (scoring.softcap or 1.0) * self.unit
+        few = streams.k.numel() * self.kept.itemsize <= CONVERTED_BYTES
+        at_once = few or not self._on_cpu
+        self._converted = (self.flat(streams.k), self.flat(streams.v)) if at_once else None
+        self._sides = _tile_sides(streams, band, scoring, backward)
+        spare = scoring.slopes is None or self._on_cpu
         self._biases_kept = BIASES_KEPT if spare else 1
-        self.k, self.v = self.flat(streams.k), self.flat(streams.v)
-        self._biases: dict[tuple[int, ...], Bias] = {}
+        self._biases: dict[tuple[int, ...], Tensor] = {}
+        self._spaces: dict[tuple[str, torch.Size], Tensor] = {}
 
     def flat(self, x: Tensor) -> Tensor:
         """(batch, nheads_k, group, rows, headdim) as rows of a product, in float32."""
@@ -151,189 +194,141 @@ class _Tiles:
         # not -1, which a headdim of 0 leaves open
         return flat.view(batch, heads, group, flat.shape[1] // max(group, 1), flat.shape[-1])
 
-    def statistics(self, lse: Tensor, rows: tuple[int, int]) -> Tensor:
-        """softmax_lse of a block of rows, to be taken off its scores."""
-        return self.flat(lse[..., slice(*rows), None])
+    def space(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Where something of a tile is written, tile after tile: new pages cost a CPU a fifth.
+
+        None for new memory on a device, whose allocator keeps what it has.
+        """
+        if not self._on_cpu:
+            return None
+        held = self._spaces.get((name, shape))
+        if held is None:
+            held = self._spaces[name, shape] = self._streams.q.new_empty(shape, dtype=dtype)
+        return held
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b, in the space of this name."""
+        shape = torch.Size((*a.shape[:2], b.shape[2]))
+        return torch.bmm(a, b, out=self.space(name, shape, a.dtype))
 
     def rows(self) -> Iterator[tuple[int, int]]:
         """Blocks of the queries that see a key."""
-        return spans(self.band.blind, self.band.seqlen_q, self._size)
+        return spans(self.band.blind, self.band.seqlen_q, self._sides[0])
 
     def cols(self, rows: tuple[int, int]) -> Iterator[tuple[int, int]]:
-        return spans(*self.band.keys(*rows), self._size)
+        return spans(*self.band.keys(*rows), self._sides[1])
 
     def queries(self, rows: tuple[int, int]) -> Tensor:
-        """Scaled, and over the softcap, if there is one."""
-        queries = self.flat(self._streams.q[..., slice(*rows), :])
-        return queries * (self.scoring.scale / (self.scoring.softcap or 1.0))
+        return self.flat(self._streams.q[..., slice(*rows), :])
+
+    def keys(self, cols: tuple[int, int]) -> Tensor:
+        return self._side(0, self._streams.k, cols)
+
+    def values(self, cols: tuple[int, int]) -> Tensor:
+        return self._side(1, self._streams.v, cols)
+
+    def _side(self, which: int, x: Tensor, cols: tuple[int, int]) -> Tensor:
+        if self._converted is None:
+            return self.flat(x[..., slice(*cols), :])
+        return self._converted[which][:, slice(*cols)]
+
+    def narrowed(self, name: str, weights: Tensor) -> Tensor:
+        """Of a tile, for products."""
+        if self.narrow == self.kept:
+            return weights
+        space = self.space(name, weights.shape, self.narrow)
+        return weights.to(self.narrow) if space is None else space.copy_(weights)
+
+    def narrow_keys(self, cols: tuple[int, int], keys: Tensor) -> Tensor:
+        """`keys` as the caller has them, where that is narrow."""
+        if self.narrow == self.kept:
+            return keys
+        return self._streams.k[..., slice(*cols), :].flatten(2, 3).flatten(0, 1)
+
+    def scaled(self, queries: Tensor) -> Tensor:
+        """Queries whose products with keys are scores, or what tanh is taken of."""
+        if not self.scoring.softcap:
+            return queries * (self.scoring.scale * self.unit)
+        # tanh(x) = e / (e + 2), e = expm1(2 x)
+        twice = 2.0 if self._by_expm1 else 1.0
+        return queries * (twice * self.scoring.scale / self.scoring.softcap)
+
+    def products(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """q.k of one tile, bent by tanh where there is a softcap: scores, but for `gain`."""
+        products = self.product("products", queries, keys.transpose(1, 2))
+        if not self.scoring.softcap:
+            return products
+        if not self._by_expm1:
+            return products.tanh_()
+        grown = products.clamp_(max=2 * SATURATED).expm1_()
+        more = self.space("grown", grown.shape, self.kept)
+        return grown.div_(torch.add(grown, 2.0, out=more))
+
+    def raised(self, scores: Tensor) -> Tensor:
+        """exp, in place, of what is in units."""
+        return scores.exp2_() if self._on_cpu else scores.exp_()
+
+    def statistics(self, rows: tuple[int, int]) -> Tensor:
+        """-softmax_lse of a block of rows, in units."""
+        return self.flat(self._streams.lse[..., slice(*rows), None]) * -self.unit
+
+    def weights(
+        self, products: Tensor, statistics: Tensor, rows: tuple[int, int], cols: tuple[int, int]
+    ) -> Tensor:
+        """Probabilities of a tile before dropout; where there is a softcap `products` stay."""
+        if self.scoring.softcap:
+            scores = self.space("weights", products.shape, self.kept)
+            scores = torch.add(statistics, products, alpha=self.gain, out=scores)
+        else:
+            scores = products.add_(statistics)
+        if self.scoring.slopes is not None:
+            self.split(scores).add_(self._bias(rows, cols, hides=False))
+        return self.cleared(self.raised(scores), rows, cols)
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+        """Add scale * a @ b, of narrow tensors, to a sum."""
+        if self.narrow == self.kept:
+            total.baddbmm_(a, b, alpha=scale)
+        else:
+            found = self.product("sum", a, b)
+            space = self.space("wide sum", found.shape, self.kept)
+            # not added as it is, which takes twice as long
+            total.add_(found if space is None else space.copy_(found), alpha=scale)
 
     def drop(self, weights: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         """Weights with some dropped, in place, and the others larger for it."""
         if self.scoring.dropout_p:
             split = self.split(weights)
-            place = (self._streams.place, rows[0], cols[0])
+            place = (*self._streams.place, rows[0], cols[0])
             split.mul_(self.scoring.keep(split.shape, place, split))
         return weights
 
-    def products(self, queries: Tensor, cols: tuple[int, int]) -> Tensor:
-        """q.k of one tile, bent by tanh where there is a softcap, which is not yet put back."""
-        products = torch.bmm(queries, self.k[:, slice(*cols)].transpose(1, 2))
-        return products.tanh_() if self.scoring.softcap else products
+    def cleared(self, weights: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """Weights, 0 where hidden, in place."""
+        self.band.clear(self.split(weights), rows, cols)
+        return weights
 
     def biased(self, scores: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-        """Scores with -inf where hidden, and ALiBi, in place; tiles that lie alike share both."""
-        place = (rows[1] - rows[0], cols[1] - cols[0], cols[0] - rows[0])
-        if place not in self._biases:
-            if len(self._biases) >= self._biases_kept:
-                self._biases.clear()
-            self._biases[place] = self._bias(rows, cols)
-        bias, hidden = self._biases[place]
-        if bias is not None:
-            self.split(scores).add_(bias)
-        if hidden is not None:
-            # not added: NaN, or inf, of a key that is not seen would stay
-            self.split(scores).masked_fill_(hidden, -math.inf)
+        """Scores with ALiBi, and -inf where hidden, in place."""
+        # cleared first: NaN, or inf, of a key that is not seen would stay
+        pairs, hides = self.band.clear(self.split(scores), rows, cols)
+        if hides or self.scoring.slopes is not None:
+            pairs.add_(self._bias(rows, cols, hides))
         return scores
 
-    def _bias(self, rows: tuple[int, int], cols: tuple[int, int]) -> Bias:
-        slopes, hidden = self.scoring.slopes, self.band.hidden(rows, cols, self.k)
-        bias = None if slopes is None else self.band.alibi(rows, cols, slopes.to(self.kept))
-        return bias, hidden
-
-
-def attend(streams: Streams, band: Band, scoring: Scoring) -> None:
-    """Fill `streams.out` and `streams.lse`."""
-    streams.out[..., : band.blind, :] = 0
-    streams.lse[..., : band.blind] = math.inf
-    tiles = _Tiles(streams, band, scoring)
-    bounded = 0 < scoring.softcap <= HIGHEST_CAP
-    # nor may a bias push all scores of a row far below
-    sums = _sums if scoring.slopes is not None or scoring.sink is not None else _bounded_sums
-    for rows in tiles.rows():
-        out, top, total = (sums if bounded else _sums)(tiles, rows)
-        silent = total == 0
-        total.masked_fill_(silent, 1.0)
-        streams.out[..., slice(*rows), :].copy_(tiles.split(out.div_(total)))
-        lse = total.log_() if top is None else total.log_().add_(top)
-        lse = tiles.split(lse.masked_fill_(silent, math.inf)).squeeze(-1)
-        streams.lse[..., slice(*rows)].copy_(lse)
-
-
-def _sums(tiles: _Tiles, rows: tuple[int, int]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What a block of rows adds up to, under its running maximum: out, the maximum, the total."""
-    scoring, queries = tiles.scoring, tiles.queries(rows)
-    out = torch.zeros_like(queries)
-    # not -inf, as -inf - -inf is NaN
-    top = queries.new_full((*queries.shape[:2], 1), torch.finfo(tiles.kept).min)
-    total = torch.zeros_like(top)
-    if scoring.sink is not None:
-        tiles.split(top).copy_(scoring.sink[..., None])
-        total.fill_(1.0)
-    for cols in tiles.cols(rows):
-        scores = tiles.products(queries, cols)
-        if scoring.softcap:
-            scores.mul_(scoring.softcap)
-        tiles.biased(scores, rows, cols)
-        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-        fade = top.sub_(new_top).exp_()
-        weights = scores.sub_(new_top).exp_()
-        total.mul_(fade).add_(weights.sum(-1, keepdim=True))
-        tiles.drop(weights, rows, cols)
-        out.mul_(fade).baddbmm_(weights, tiles.v[:, slice(*cols)])
-        top = new_top
-        del scores, weights  # before the next tile is made
-    return out, top, total
-
-
-def _bounded_sums(tiles: _Tiles, rows: tuple[int, int]) -> tuple[Tensor, None, Tensor]:
-    """`_sums` where no score is so high that a maximum need be taken off."""
-    queries = tiles.queries(rows)
-    out, total = torch.zeros_like(queries), queries.new_zeros(*queries.shape[:2], 1)
-    for cols in tiles.cols(rows):
-        scores = tiles.products(queries, cols).mul_(tiles.scoring.softcap)
-        weights = tiles.biased(scores, rows, cols).exp_()
-        total.add_(weights.sum(-1, keepdim=True))
-        tiles.drop(weights, rows, cols)
-        out.baddbmm_(weights, tiles.v[:, slice(*cols)])
-        del scores, weights
-    return out, None, total
-
-
-def probabilities(streams: Streams, band: Band, scoring: Scoring, square: Tensor) -> None:
-    """Fill (batch, nheads_k, group, seqlen_q, seqlen_k) from `streams.lse`, negative where dropped.
-
-    The tiles are those of `attend`, so the dropout mask is too.
-    """
-    tiles = _Tiles(streams, band, scoring)
-    for rows in tiles.rows():
-        queries, lse = tiles.queries(rows), tiles.statistics(streams.lse, rows)
-        for cols in tiles.cols(rows):
-            weights, _ = _weights(tiles, queries, lse, rows, cols)
-            kept = tiles.drop(torch.ones_like(weights), rows, cols)
-            signed = torch.where(kept > 0, weights, -weights)
-            square[..., slice(*rows), slice(*cols)] = tiles.split(signed).to(square.dtype)
-
-
-def attend_backward(
-    streams: Streams, band: Band, scoring: Scoring, dout: Tensor, grads: tuple[Tensor, ...]
-) -> None:
-    """Fill the views `grads` = (dq, dk, dv).
-
-    Only (q, k, v, out, lse) of the forward are needed, also when out and lse come from a merge
-    over several blocks of keys or count a sink.
-    """
-    dq, dk, dv = grads
-    tiles = _Tiles(streams, band, scoring, backward=True)
-    dq[..., : band.blind, :] = 0
-    sums = torch.zeros_like(tiles.k), torch.zeros_like(tiles.v)
-    for rows in tiles.rows():
-        douts = tiles.flat(dout[..., slice(*rows), :])
-        outs = tiles.flat(streams.out[..., slice(*rows), :])
-        delta = (douts * outs).sum(-1, keepdim=True)
-        lse = tiles.statistics(streams.lse, rows)
-        found = _backward_rows(tiles, rows, (douts, delta, lse), sums)
-        dq[..., slice(*rows), :].copy_(tiles.split(found))
-    for grad, total in zip((dk, dv), sums, strict=True):
-        grad.copy_(total.view_as(grad))
-
-
-def _weights(
-    tiles: _Tiles, queries: Tensor, lse: Tensor, rows: tuple[int, int], cols: tuple[int, int]
-) -> tuple[Tensor, Tensor | None]:
-    """Probabilities of a tile before dropout, and tanh of the capped scores."""
-    bent, scores = None, tiles.products(queries, cols)
-    if tiles.scoring.softcap:
-        bent, scores = scores, scores * tiles.scoring.softcap
-    return tiles.biased(scores, rows, cols).sub_(lse).exp_(), bent
-
-
-def _backward_rows(
-    tiles: _Tiles,
-    rows: tuple[int, int],
-    saved: tuple[Tensor, Tensor, Tensor],
-    sums: tuple[Tensor, Tensor],
-) -> Tensor:
-    """dq of a block of rows; what it gives to dk and dv is added to `sums`."""
-    douts, delta, lse = saved
-    scoring, queries = tiles.scoring, tiles.queries(rows)
-    dq = torch.zeros_like(queries)
-    for cols in tiles.cols(rows):
-        keys, values = tiles.k[:, slice(*cols)], tiles.v[:, slice(*cols)]
-        weights, bent = _weights(tiles, queries, lse, rows, cols)
-        dscores = torch.bmm(douts, values.transpose(1, 2))
-        dropped = weights
-        if scoring.dropout_p:
-            keep = tiles.drop(torch.ones_like(weights), rows, cols)
-            dropped = weights * keep
-            dscores.mul_(keep)
-            del keep
-        sums[1][:, slice(*cols)].baddbmm_(dropped.transpose(1, 2), douts)
-        dscores.sub_(delta).mul_(weights)
-        if bent is not None:
-            dscores.addcmul_(dscores, bent.square_(), value=-1.0)
-        dq.baddbmm_(dscores, keys)
-        # the queries already carry the scale, and are over the softcap
-        scale = scoring.softcap or 1.0
-        sums[0][:, slice(*cols)].baddbmm_(dscores.transpose(1, 2), queries, alpha=scale)
-        del weights, bent, dropped, dscores
-    return dq.mul_(scoring.scale)
+    def _bias(self, rows: tuple[int, int], cols: tuple[int, int], hides: bool) -> Tensor:
+        """What is added to scores; tiles that lie alike share it."""
+        place = (rows[1] - rows[0], cols[1] - cols[0], cols[0] - rows[0], hides)
+        found = self._biases.get(place)
+        if found is None:
+            if len(self._biases) >= self._biases_kept:
+                self._biases.clear()
+            slopes = self.scoring.slopes
+            slopes = None if slopes is None else slopes.to(self.kept) * self.unit
+            like = self._streams.q.new_empty(0, dtype=self.kept)
+            found = self.band.bias(rows, cols, slopes, like) if hides else None
+            if found is None:
+                assert slopes is not None
+                found = self.band.alibi(rows, cols, slopes)
+            self._biases[place] = found
+        return found

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ground.processor import multiplies_bf16
 from ...ground.second_derivatives import once, watch
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved, accumulator
 from ..bands import Band
+from ..composed.attention import backward as by_tiles
 from ..groups import Group, groups, groups_in_place
 from ..kernel import Kernel
 from ..sinks import with_sink
@@ -29,6 +31,9 @@ from .flash import (
 from .steps import Step, forward_steps
 
 __all__ = ["KERNEL", "shares_heads"]
+
+LONG, LONG_CAUSAL = 1024, 512
+"""Queries, and keys, of a backward that tiles are faster for."""
 
 COPIED_NUMBERS = 1 << 16
 """Of one tensor: so few are copied to compute sequences together that lie apart."""
@@ -119,6 +124,9 @@ def backward(
     problem: Problem, dout: Tensor, saved: Saved, grads: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Write dq, dk, dv into `grads`, where they lie."""
+    if _long(problem):
+        by_tiles(problem, dout, saved, grads)
+        return
     dq, dk, dv = grads
     if problem.varlen:
         dq[problem.total_q :] = 0
@@ -137,6 +145,14 @@ def backward(
         )
         for side, grad, part in zip(sides, grads, parts, strict=True):
             side.write(grad, part)
+
+
+def _long(problem: Problem) -> bool:
+    """Whether tiles whose products are of bfloat16, and whose sums are of float32, are faster."""
+    plain = problem.left is None and not problem.alibi
+    taken = plain and problem.dtype == torch.bfloat16 and multiplies_bf16()
+    long = LONG if problem.right is None else LONG_CAUSAL
+    return taken and min(map(min, problem.sequences), default=0) >= long
 
 
 def _groups(problem: Problem) -> Iterator[Group]:
