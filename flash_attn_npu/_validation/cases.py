@@ -165,6 +165,9 @@ ROWWISE: dict[str, Any] = {
     ),
     "no residual": rowwise.Norm(),
     "norm of mixed dtypes": rowwise.Norm(residual=FP32),
+    "layer norm of mixed dtypes, but for a float32 residual without gradient": rowwise.Norm(
+        rms=False, residual=BF16, bias=True, weight=FP32
+    ),
     "layer norm without bias": rowwise.Norm(rms=False, residual=BF16),
     "RMS norm with bias": rowwise.Norm(bias=True),
     "norm with x1": rowwise.Norm(branch=True),

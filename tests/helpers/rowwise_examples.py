@@ -114,6 +114,9 @@ EXAMPLES: dict[str, Example] = {
     f"{MAX_ROTARY_HEADS} heads and more": rotated(shape=(1, 2, MAX_ROTARY_HEADS, 2)),
     "no residual": normed(residual=False),
     "norm of mixed dtypes": normed(weight_dtype=torch.float32),
+    "layer norm of mixed dtypes, but for a float32 residual without gradient": normed(
+        rms=False, bias=True, weight_dtype=torch.float32
+    ),
     "layer norm without bias": normed(rms=False),
     "RMS norm with bias": normed(bias=True),
     "norm with x1": normed(more=lambda x: {"x1": x.clone()}),

@@ -131,13 +131,13 @@ def rotated(
 
 def normed(
     rms: bool, residual: bool = True, grad: bool = False, size: float = 1.0, new: bool = False,
-    eps: float = 1e-5, prenorm: bool = False,
+    eps: float = 1e-5, prenorm: bool = False, of_sum: torch.dtype | None = None,
 ) -> Call:  # fmt: skip
-    """new: with the weight and the bias of a model that was never trained."""
+    """new: with the weight and the bias of a model that was never trained. of_sum: its dtype."""
 
     def run(device: torch.device) -> list[Tensor]:
         x, r = (drawn(device, 3, 5, 64 + i)[..., :64] * size for i in range(2))
-        x = x.detach().requires_grad_(grad)
+        x, r = x.detach().requires_grad_(grad), r.to(of_sum or r.dtype)
         weight = (drawn(device, 64) + 2).detach().requires_grad_(grad)
         bias = None if rms else drawn(device, 65)[:64].detach().requires_grad_(grad)
         if new:
@@ -241,6 +241,7 @@ CALLS: dict[str, Call] = {
     "rms norm of a sum": normed(rms=True),
     "rms norm of small rows": normed(rms=True, residual=False, size=1e-3),
     "layer norm of a sum": normed(rms=False),
+    "layer norm of a float32 sum": normed(rms=False, of_sum=torch.float32),
     "layer norm of a sum, gradient": normed(rms=False, grad=True),
     "layer norm and its sum, gradient": normed(rms=False, grad=True, prenorm=True),
     "swiglu": gated(grad=False),

@@ -162,6 +162,28 @@ def test_a_batch_too_large_to_share_its_tables(
     close_to_exact(out, rotated(x.double(), cos.double(), sin.double(), interleaved))
 
 
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_float32_residual_is_added_by_the_operator(
+    npu: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> None:
+    """Without a gradient: the operator's own takes one dtype."""
+    x, residual = torch.randn(2, 5, 64, dtype=dtype), 3e4 * torch.randn(2, 5, 64)
+    weight, bias = torch.randn(2, 64, dtype=weight_dtype or dtype)
+    given = [t.to(npu) for t in (x, weight, bias, residual)]
+    (y, total), launched = names(lambda: layer_norm_fn(*given, prenorm=True))
+    assert launched == ["npu_add_layer_norm"]
+    assert (y.dtype, total.dtype) == (dtype, torch.float32)
+    leaves = [t.double() for t in (x, residual, weight, bias)]
+    s = leaves[0] + leaves[1]
+    want = torch.nn.functional.layer_norm(s, (64,), *leaves[2:], 1e-6)
+    close_to_exact(y, want)
+    close_to_exact(total, s)
+    given[0].requires_grad_()
+    _, launched = names(lambda: layer_norm_fn(*given, prenorm=True)[0].float().sum().backward())
+    assert "npu_add_layer_norm" not in launched
+
+
 @pytest.mark.parametrize("seqlen", [1, 3])
 def test_a_step_looks_the_rows_of_q_and_k_up_once(npu: torch.device, seqlen: int) -> None:
     q, k, v = (torch.randn(2, seqlen, n, 64, dtype=torch.float16).to(npu) for n in (4, 2, 2))

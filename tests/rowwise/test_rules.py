@@ -33,6 +33,9 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "1000 heads and more": lambda p: p._replace(nheads=1000),
     "no residual": lambda p: p._replace(residual_dtype=None),
     "norm of mixed dtypes": lambda p: p._replace(weight_dtype=torch.float32),
+    "layer norm of mixed dtypes, but for a float32 residual without gradient": (
+        lambda p: p._replace(residual_dtype=torch.float32)
+    ),
     "RMS norm with gradient under torch.compile": (
         lambda p: p._replace(needs_grad=True, compiling=True)
     ),
@@ -171,9 +174,18 @@ def test_mixed_dtypes_by_every_route(plain: dict[str, Problem]) -> None:
         {"zero_centered": True},
     ):
         assert refusals(rowwise.ADD_LAYER_NORM, norm._replace(**change)) == (
-            "it takes and returns one dtype",
+            "it takes one dtype, but a float32 residual where no gradient is needed",
         )
         assert refusals(rowwise.LAYER_NORM, norm._replace(**change)) == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_float32_residual_without_gradient(dtype: torch.dtype, plain: dict[str, Problem]) -> None:
+    norm = plain[rowwise.ADD_LAYER_NORM]._replace(
+        dtype=dtype, residual_dtype=torch.float32, out_dtype=dtype, needs_grad=False
+    )
+    assert refusals(rowwise.ADD_LAYER_NORM, norm) == ()
+    assert refusals(rowwise.ADD_LAYER_NORM, norm._replace(residual_dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

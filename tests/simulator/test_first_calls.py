@@ -113,10 +113,18 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     ),
     "rotary turns back": ("apply_rotary_emb", "apply_rotary_emb, gradient"),
     "rotary tables one row late": ("apply_rotary_emb", "apply_rotary_emb, gradient"),
-    "norm without bias": ("layer norm of a sum", "layer norm of a sum, gradient"),
+    "norm without bias": (
+        "layer norm of a sum",
+        "layer norm of a float32 sum",
+        "layer norm of a sum, gradient",
+    ),
     "norm without eps": ("rms norm of small rows", "rms norm", "layer norm of a sum"),
     "norm without weight": ("rms norm", "rms norm of a sum", "layer norm of a sum, gradient"),
-    "norm without residual": ("rms norm of a sum", "layer norm of a sum"),
+    "norm without residual": (
+        "rms norm of a sum",
+        "layer norm of a sum",
+        "layer norm of a float32 sum",
+    ),
     "gradients of a norm halved": (
         "rms norm of eps 1e-8, gradient",
         "rms norm, gradient",

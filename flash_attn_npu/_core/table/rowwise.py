@@ -51,6 +51,12 @@ def _mixed(norm: Norm) -> bool:
     return (half and norm.zero_centered) or any(d not in (None, norm.dtype) for d in given)
 
 
+def _mixed_layer(norm: Norm) -> bool:
+    """Whether npu_add_layer_norm has no kernel for it: aclnnAddLayerNorm's document lists them."""
+    sums_up_in_float32 = norm.residual_dtype == torch.float32 and not norm.needs_grad
+    return _mixed(norm) and not sums_up_in_float32
+
+
 def _in_float64(problem: Problem) -> bool:
     dtypes: set[torch.dtype | None] = {problem.dtype}
     if isinstance(problem, Rotation):
@@ -90,7 +96,12 @@ TABLE: tuple[Rule, ...] = (
         lambda p: p.residual_dtype is None,
         dict.fromkeys(ADDING, "it adds a residual"),
     ),
-    Rule("norm of mixed dtypes", _mixed, dict.fromkeys(ADDING, "it takes and returns one dtype")),
+    Rule("norm of mixed dtypes", _mixed, {ADD_RMS_NORM: "it takes and returns one dtype"}),
+    Rule(
+        "layer norm of mixed dtypes, but for a float32 residual without gradient",
+        _mixed_layer,
+        {ADD_LAYER_NORM: "it takes one dtype, but a float32 residual where no gradient is needed"},
+    ),
     Rule(
         "RMS norm with gradient under torch.compile",
         lambda p: p.needs_grad and p.compiling,
@@ -134,7 +145,7 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "float16",
-        lambda p: p.dtype == torch.float16,
+        lambda p: p.dtype == torch.float16 and p.residual_dtype != torch.float32,
         dict.fromkeys(ADDING, "a sum above 65504 would be lost before the norm"),
     ),
     Rule(

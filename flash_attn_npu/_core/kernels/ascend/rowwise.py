@@ -210,6 +210,10 @@ def _added_norm(
     if operator == ADD_RMS_NORM:
         normed, _, total = torch_npu.npu_add_rms_norm(x, residual, weight, eps)
     else:
+        if residual is not None and residual.dtype != x.dtype:
+            # parameters of the sum's dtype: it has no kernel for others
+            assert bias is not None
+            weight, bias = weight.float(), bias.float()
         normed, _, _, total = torch_npu.npu_add_layer_norm(
             x, residual, weight, bias, eps, additional_output=True
         )
