@@ -176,6 +176,30 @@ def test_dropout_is_compared_by_its_scale_where_the_mask_is_not_to_be_had(
     assert len(errors(caplog)) == 1
 
 
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
+def test_few_probabilities_are_far_off_their_mean(
+    dropout_p: float, npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of rows that were filled up have no mask to be compared with."""
+    slopes = torch.tensor([0.5, 8.0]).to(npu)
+    with verifying("always"):
+        for seed in range(12):
+            shapes = ((2, 5, 2, 32), (2, 40, 1, 32), (2, 40, 1, 32))
+            q, k, v = (drawn(npu, *shape, seed=3 * seed + i) for i, shape in enumerate(shapes))
+            flash_attn_func(q * 4, k, v, dropout_p=dropout_p, alibi_slopes=slopes)
+    assert not errors(caplog)
+
+
+def test_the_scale_of_dropout_is_compared_without_a_mask(
+    npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    q, k, v = (drawn(npu, 2, length, 4, 32, seed=length) for length in (90, 140, 140))
+    slopes = torch.tensor([0.1, 0.05, 0.02, 0.01]).to(npu)
+    with virtual_ascend.lying("dropout not scaled"):
+        flash_attn_func(q, k, v, dropout_p=0.4, alibi_slopes=slopes)
+    assert len(errors(caplog)) == 1
+
+
 def test_nothing_is_read_while_a_graph_is_captured(
     npu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +325,19 @@ def test_numbers_that_are_none_accuse_nobody(
     rms_norm_fn(x, weight, None, residual=x, prenorm=True, eps=1e-5)
     assert not errors(caplog)
     assert not any(v.settled for kind, v in kinds._verdicts._known.items() if kind.headdim)
+
+
+@pytest.mark.parametrize(("eps", "size"), [(1e-8, 1e-4), (6e-8, 1.0), (1e-5, 1e-3)])
+def test_gradients_too_large_for_float16_accuse_nobody(
+    eps: float, size: float, npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are as many times larger as the rows of a norm are small."""
+    x = drawn(npu, 7, 64).to(torch.float16) * size
+    weight = torch.linspace(-30, 30, 64, dtype=torch.float16).to(npu)
+    rms_norm_fn(x.requires_grad_(), weight.requires_grad_(), None, eps=eps)
+    [verdict] = kinds._verdicts._known.values()
+    assert verdict == (True, 1, True)
+    assert not errors(caplog)
 
 
 def test_a_plan_tells_its_kinds_whatever_the_setting(npu: torch.device) -> None:

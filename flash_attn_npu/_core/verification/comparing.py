@@ -15,6 +15,7 @@ from torch import Tensor
 from ..problems.attention import Problem
 from ..problems.results import Inputs
 from . import truth
+from .dropped import judge_dropped
 from .judging import Finding, judge, judge_lse, rms
 from .reading import Drawn, Reader, dropout_bits
 from .samples import Spot, edges, spots
@@ -61,11 +62,11 @@ def compare_forward(
             actual = reader.rows(out, spot, rows, spot.heads)
             if drawn is None or mask is not None:
                 found.append(_judge_out(piece, actual, spot))
-            else:
-                found.append(_judge_dropped(piece, actual, problem.dropout_p, spot))
             known = None if lse is None else lse(spot, rows, spot.heads)
             if known is not None:
                 found.append(_judge_lse(piece, known, spot))
+        if drawn is not None and mask is None:
+            found.append(judge_dropped(reader, out))
         return found if telling or not all(finding.agrees for finding in found) else []
 
 
@@ -107,17 +108,6 @@ def _judge_lse(piece: truth.Piece, actual: Tensor, spot: Spot) -> Finding:
     _, exact = truth.attention(piece, torch.float64)
     _, plain = truth.attention(piece, torch.float32)
     return judge_lse(actual, exact, plain, _where(spot, "head", "row"))
-
-
-def _judge_dropped(piece: truth.Piece, actual: Tensor, dropout_p: float, spot: Spot) -> Finding:
-    """The scale of out, where the mask is not to be had: its sum along the truth, in deviations."""
-    exact, _ = truth.attention(piece, torch.float64)
-    scores = piece.scores(torch.float64)
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)
-    spread = (weights.square() @ piece.v.double().square().transpose(0, 1)).transpose(0, 1)
-    deviation = (exact.square() * spread).sum().mul(dropout_p / (1 - dropout_p)).sqrt()
-    off = ((actual.double() - exact) * exact).sum().abs()
-    return Finding("out (its scale)", off.item(), 6 * deviation.item(), f"sequence {spot.sequence}")
 
 
 def compare_gradients(

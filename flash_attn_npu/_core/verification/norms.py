@@ -53,7 +53,7 @@ def compare_norm(
         sample = (probed.x, other, probed.bias, probed.residual)
         found += _judge_norm(call, sample, [part.detach().cpu() for part in answered[0]])
         if problem.needs_grad:
-            found += _judge_norm_gradients(call, sample, answered)
+            found += _judge_norm_gradients(probed, sample, answered)
     return found, bool((x != x[:, :1]).any())
 
 
@@ -77,16 +77,20 @@ def _judge_norm(
 def _probe_of(call: NormCall, x: Tensor, residual: Tensor | None) -> NormCall:
     """The rows again, on the host, made to tell: what a call of a new model does not show.
 
-    They are so small that eps counts, if float16 can show its square root; weights are not all 1,
-    nor biases 0.
+    They are so small that eps counts, if float16 can show its square root, and about 1 otherwise;
+    weights are not all 1, nor biases 0.
     """
-    size = rms(x if residual is None else x.double() + residual.double())
-    if call.eps >= LEAST_PROBE**2 and size > 0:
-        shrink = call.eps**0.5 / size
+    size = _size(x, residual)
+    if size > 0:
+        shrink = (call.eps**0.5 if call.eps >= LEAST_PROBE**2 else 1.0) / size
         x, residual = x * shrink, None if residual is None else residual * shrink
     weight = _varied(call.weight.detach().cpu())
     bias = None if call.bias is None else _varied(call.bias.detach().cpu())
     return call._replace(x=x, weight=weight, bias=bias, residual=residual)
+
+
+def _size(x: Tensor, residual: Tensor | None) -> float:
+    return rms(x if residual is None else x.double() + residual.double())
 
 
 def _varied(parameter: Tensor) -> Tensor:
@@ -108,14 +112,24 @@ def _probed(
         if not needs_grad:
             return (y, total), []
         leaves = [t for t in (x, weight, bias, residual) if t is not None]
-        grads = torch.autograd.grad((y, total), leaves, _douts(call, y, total))
+        grads = torch.autograd.grad((y, total), leaves, _douts(_units(call), y, total))
         return (y, total), list(grads)
 
 
-def _douts(call: NormCall, y: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def _units(call: NormCall) -> tuple[float, float]:
+    """The size of the gradients of a probe, on the host: of the norm, and of x.
+
+    Those of x are as many times larger as its rows are small, more than float16 holds.
+    """
+    weight = call.weight.double() + 1 if call.zero_centered_weight else call.weight
+    larger = rms(weight) / max(_size(call.x, call.residual), call.eps**0.5)
+    unit = 1 / max(1.0, larger) if call.x.dtype == torch.float16 else 1.0
+    return unit, unit * larger
+
+
+def _douts(units: tuple[float, float], y: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the norm and of the sum, which add alike to that of x."""
-    size = max(rms(total.detach().cpu()), call.eps**0.5, LEAST_PROBE)
-    return rows.waves(y), rows.waves(total) / size
+    return rows.waves(y) * units[0], rows.waves(total) * units[1]
 
 
 def _judge_norm_gradients(
@@ -124,7 +138,8 @@ def _judge_norm_gradients(
     answered: tuple[tuple[Tensor, Tensor], list[Tensor]],
 ) -> list[Finding]:
     (y, total), gradients = answered
-    douts = [dout.cpu() for dout in _douts(call, y, total)]
+    units = _units(call)
+    douts = [dout.cpu() for dout in _douts(units, y, total)]
 
     def solved(dtype: torch.dtype) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -136,8 +151,7 @@ def _judge_norm_gradients(
             return torch.autograd.grad(answer, wanted, weights)
 
     exact, plain = solved(torch.float64), solved(call.x.dtype)
-    unit = rms(sample[1]) / max(rms(total.detach().cpu()), call.eps**0.5)
-    units = {"dx": unit, "dweight": 1.0, "dbias": 1.0, "dresidual": unit}
-    names = [name for name, t in zip(units, sample, strict=True) if t is not None]
+    of_each = {"dx": units[1], "dweight": units[0], "dbias": units[0], "dresidual": units[1]}
+    names = [name for name, t in zip(of_each, sample, strict=True) if t is not None]
     parts = zip(names, gradients, exact, plain, strict=True)
-    return [judge(name, a.cpu(), e, p, units[name], WHERE) for name, a, e, p in parts]
+    return [judge(name, a.cpu(), e, p, of_each[name], WHERE) for name, a, e, p in parts]
