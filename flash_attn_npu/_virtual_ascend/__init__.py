@@ -72,6 +72,8 @@ def enable() -> None:
         if namespace not in libraries:
             libraries[namespace] = torch.library.Library(namespace, "IMPL")
         registering.register(libraries[namespace], arithmetic.overload(name), kernel)
+    for name, kernel in arithmetic.composed_kernels().items():
+        registering.register_above(libraries["aten"], arithmetic.overload(name), kernel)
     _enabled.extend(libraries.values())
 
 

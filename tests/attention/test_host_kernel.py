@@ -184,7 +184,8 @@ def test_one_query_of_heads_that_share_keys_is_one_product(launches):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_memory_at_64k_tokens_is_that_of_inputs_and_outputs(dtype, slopes):
     """A window, whose time is linear too: what is held beside is bounded, not grown."""
-    seqlen, heads, heads_k, headdim = 1 << 16, 4, 1, 32
+    # torch before 2.9 takes heads that share keys for heads of their own, and reads beyond them
+    seqlen, heads, heads_k, headdim = 1 << 16, 4, 1 if flash.shares_heads() else 4, 32
     q = torch.randn(1, heads, seqlen, headdim, dtype=dtype)
     k = torch.randn(1, heads_k, seqlen, headdim, dtype=dtype)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])

@@ -90,6 +90,32 @@ def test_only_what_is_computed_or_allocates_or_views_is_torch_npus_own() -> None
     }
 
 
+ABOVE_AUTOGRAD: dict[str, Callable[[torch.Tensor], Any]] = {
+    "argsort": lambda x: x.argsort(-1),
+    "cdist": lambda x: torch.cdist(x, x + 1),
+    "fill_diagonal_": lambda x: x.clone().fill_diagonal_(1.0),
+    "isclose": lambda x: torch.isclose(x, x + 1e-7),
+    "max.out": lambda x: torch.max(x, x.flip(0), out=torch.empty_like(x)),
+    "min.out": lambda x: torch.min(x, x.flip(0), out=torch.empty_like(x)),
+    "one_hot": lambda x: nn.functional.one_hot((x[0] > 0).long(), 3),
+    "or": lambda x: (x > 0).__ior__(x < -0.5),
+    "slogdet": lambda x: torch.linalg.slogdet(x),
+    "softmax": lambda x: x.softmax(-1),
+    "where": lambda x: torch.where(x > 0)[0],
+    "xor": lambda x: (x > 0) ^ (x > 0.5),
+}
+
+
+@pytest.mark.parametrize("name", ABOVE_AUTOGRAD)
+def test_what_torch_npu_launches_above_autograd_is_computed(name: str) -> None:
+    x = torch.randn(4, 4)
+    expected, got = (ABOVE_AUTOGRAD[name](value) for value in (x, x.npu()))
+    for want, value in zip(
+        *(y if isinstance(y, tuple) else (y,) for y in (expected, got)), strict=True
+    ):
+        torch.testing.assert_close(value.cpu(), want)
+
+
 REFUSED: dict[str, Callable[[torch.Tensor], Any]] = {
     "atb::_npu_reshape_and_cache_siso": lambda x: torch.ops.atb._npu_reshape_and_cache_siso(
         x, x, x.int()

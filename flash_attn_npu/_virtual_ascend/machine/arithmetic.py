@@ -36,6 +36,19 @@ _KEPT = {
     "set_",
 }
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# torch_npu makes these of operators that have arithmetic, or has gradients of its own for them
+_KEPT_ABOVE = {
+    "contiguous",
+    "dropout",
+    "dropout_",
+    "kl_div",
+    "l1_loss",
+    "matmul",
+    "repeat_interleave",
+    "scaled_dot_product_attention",
+    "stft",
+    "to",
+}
 # Operators that take host tensors beside device tensors on a card too
 _MIXED = {"_index_put_impl_", "_pack_padded_sequence", "index", "index_put", "index_put_"}
 
@@ -52,6 +65,22 @@ def kernels() -> dict[str, Kernel]:
         kernel = _kernel_for(op) if op else None
         if kernel:
             table[name] = kernel
+    return table
+
+
+def composed_kernels() -> dict[str, Kernel]:
+    """What torch_npu launches above autograd, where torch composes: composed, as torch does.
+
+    There its kernel answers without asking for the one below, and it would launch nothing.
+    """
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    table = {}
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("AutogradPrivateUse1"):
+        op = overload(name) if name.startswith("aten::") else None
+        if op is None or op._schema.name.removeprefix("aten::") in _KEPT_ABOVE:
+            continue
+        if has(op.name(), "CompositeImplicitAutograd"):
+            table[name] = op.decompose
     return table
 
 

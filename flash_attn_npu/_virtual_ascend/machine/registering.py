@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["HOLDS_KERNELS", "original", "register"]
+__all__ = ["HOLDS_KERNELS", "original", "register", "register_above"]
 
 Kernel = Callable[..., Any]
 
@@ -41,6 +41,14 @@ def register(library: torch.library.Library, op: torch._ops.OpOverload, kernel: 
     elif namespace == "aten":
         # what else there is was registered in Python, by torch, and cannot be taken over twice
         library.impl(name, kernel, "PrivateUse1")
+
+
+def register_above(
+    library: torch.library.Library, op: torch._ops.OpOverload, kernel: Kernel
+) -> None:
+    """Let the kernel answer for tensors of the card above autograd, as its parts have gradients."""
+    override = {"allow_override": True} if _OVERRIDES else {}
+    library.impl(op.name(), kernel, "AutogradPrivateUse1", **override)
 
 
 def _of_the_card(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
