@@ -61,6 +61,12 @@ NOT_ASKED = {
         "composed of torch operations"
     ),
     "RMS norm with gradient under torch.compile": "composed of torch operations",
+    "jit_compile=True, rotation by pairs or of a rotary_dim other than 128": (
+        "composed of torch operations"
+    ),
+    "cross entropy under torch.compile, a torch_npu without a fake operator for it": (
+        "composed of torch operations"
+    ),
     "swiglu of unequal dtypes": "composed of torch operations",
     "swiglu_fwd that is differentiated itself": "composed of torch operations",
     "torch.compile": "the kernels are the same",

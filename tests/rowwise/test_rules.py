@@ -31,6 +31,9 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "float64": lambda p: p._replace(dtype=torch.float64),
     "rotary_dim of 896 and above": lambda p: p._replace(rotary_dim=896),
     "1000 heads and more": lambda p: p._replace(nheads=1000),
+    "jit_compile=True, rotation by pairs or of a rotary_dim other than 128": (
+        lambda p: p._replace(just_in_time=True)
+    ),
     "no residual": lambda p: p._replace(residual_dtype=None),
     "norm of mixed dtypes": lambda p: p._replace(weight_dtype=torch.float32),
     "layer norm of mixed dtypes, but for a float32 residual without gradient": (
@@ -61,6 +64,9 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "logit_scale": lambda p: p._replace(logit_scale=0.5),
     "lse_square_scale": lambda p: p._replace(lse_square_scale=1e-4),
     "precomputed_lse": lambda p: p._replace(precomputed=True),
+    "cross entropy under torch.compile, a torch_npu without a fake operator for it": (
+        lambda p: p._replace(compiling=True)
+    ),
     "cross entropy over a process group": lambda p: p._replace(parallel=True),
     "inplace_backward": lambda p: p._replace(inplace_backward=True),
 }
@@ -138,6 +144,8 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         pretend_row(rule.name, monkeypatch)
     if isinstance(rule, Rule) and rule.name == "Ascend 310P and 200I":
         monkeypatch.setattr(rowwise, "soc_name", lambda device: "Ascend310P3")
+    if isinstance(rule, Rule) and "without a fake operator" in rule.name:
+        monkeypatch.setattr(rowwise, "untraceable", lambda device, operator: True)
 
 
 def test_every_rule_has_a_change() -> None:

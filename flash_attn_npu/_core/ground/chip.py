@@ -8,7 +8,7 @@ from .absent import Absent
 from .confirmed import Combination, refuted
 from .memory import Memo
 
-__all__ = ["combination", "known_wrong", "soc_name"]
+__all__ = ["combination", "compiles_just_in_time", "known_wrong", "soc_name"]
 
 _names: Memo[torch.device, str] = Memo("names of chips", 64)
 _combinations: Memo[torch.device, Combination] = Memo("versions of what runs on a chip", 64)
@@ -27,6 +27,16 @@ def soc_name(device: torch.device | Absent) -> str:
         name = str(torch_npu.npu.get_device_name(device))
         _names.put(device, name)
     return name
+
+
+def compiles_just_in_time(device: torch.device) -> bool:
+    """Whether torch.npu.set_compile_mode(jit_compile=True) holds, which may change at any time."""
+    if device.type != "npu":
+        return False
+    import torch_npu
+
+    # unset it is what the card is for; is_jit_compile_false says no to that too, whatever the card
+    return bool(torch_npu._C._npu_getOption("jitCompile") == b"enable")
 
 
 def combination(device: torch.device) -> Combination:
@@ -57,5 +67,6 @@ def known_wrong(device: torch.device | Absent) -> str:
 
 # what torch.compiler.assume_constant_result sets; that would import torch._dynamo, which is slow
 soc_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+compiles_just_in_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
 combination._dynamo_marked_constant = True  # type: ignore[attr-defined]
 known_wrong._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ import torch
 from .absent import Absent, arguments
 from .memory import Memo
 
-__all__ = ["has", "lacks"]
+__all__ = ["has", "lacks", "untraceable"]
 
 _known: Memo[str, tuple[str, ...]] = Memo("arguments of torch_npu's operators", 64)
 
@@ -42,6 +42,15 @@ def lacks(device: torch.device | Absent, *needed: tuple[str, ...]) -> bool:
     return device.type == "npu" and not all(has(*call) for call in needed)
 
 
+def untraceable(device: torch.device | Absent, operator: str) -> bool:
+    """Whether torch.compile cannot trace it: torch_npu 2.6 has no fake operator for some."""
+    if isinstance(device, Absent) or device.type != "npu":
+        return False
+    name = f"npu::{operator}"
+    fake = torch._library.simple_registry.singleton.find(name).fake_impl.kernel
+    return fake is None and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")
+
+
 def _read(operator: str) -> tuple[str, ...]:
     """The names of an operator's arguments, none if torch_npu does not have it."""
     # a tensor on an NPU is at hand, so torch_npu has registered what it has
@@ -55,3 +64,4 @@ def _read(operator: str) -> tuple[str, ...]:
 # as for `chip.soc_name`: what is installed does not change while something is traced
 has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]
+untraceable._dynamo_marked_constant = True  # type: ignore[attr-defined]

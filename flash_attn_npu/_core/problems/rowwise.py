@@ -38,6 +38,7 @@ class Rotation(NamedTuple):
     """`apply_rotary`: a rotation of rotary_dim dimensions of nheads heads of each token.
 
     head_dims: how many dimensions of x the heads have.
+    just_in_time: the device compiles operators just in time.
     """
 
     function: str
@@ -49,6 +50,7 @@ class Rotation(NamedTuple):
     rotary_dim: int
     interleaved: bool
     head_dims: int = 1
+    just_in_time: bool = False
 
 
 class Norm(NamedTuple):
@@ -123,6 +125,7 @@ class Loss(NamedTuple):
     parallel: bool
     inplace_backward: bool
     needs_grad: bool
+    compiling: bool = False
 
 
 Problem = Rotation | Norm | Gate | Loss

@@ -87,7 +87,7 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
     key = _key(call)
     found = None if key is None else recall(key)
     if found is None:
-        options = kernel.check(*call[:7], call.process_group)
+        options = _checked(call)
         found = choose(_problem(call, options), key)
     else:
         # numbers as they came: what equals a checked key is checked
@@ -108,6 +108,20 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
     except IndexError:
         kernel.check_range(call.labels, options, call.logits.shape[1])
         raise
+
+
+def _checked(call: LossCall) -> kernel.Options:
+    # one by one: torch 2.6 and 2.8 cannot trace a slice of a NamedTuple
+    return kernel.check(
+        call.logits,
+        call.labels,
+        call.precomputed_lse,
+        call.label_smoothing,
+        call.logit_scale,
+        call.lse_square_scale,
+        call.ignore_index,
+        call.process_group,
+    )
 
 
 def _is_small(call: LossCall, options: kernel.Options) -> bool:
@@ -145,4 +159,5 @@ def _problem(call: LossCall, options: kernel.Options) -> Loss:
         parallel=call.process_group is not None,
         inplace_backward=bool(call.inplace_backward),
         needs_grad=torch.is_grad_enabled() and logits.requires_grad,
+        compiling=torch.compiler.is_compiling(),
     )

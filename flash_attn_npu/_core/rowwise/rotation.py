@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError, ArgumentTypeError
 from ..ground import arguments as checks
+from ..ground.chip import compiles_just_in_time
 from ..ground.dense_arguments import require_dense, require_truth, require_values
 from ..ground.lengths import Lengths, host_lengths
 from ..ground.storage import blocks, require_writable
@@ -107,7 +108,8 @@ def _key(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Hashable:
         return None
     if not type(turn.interleaved) is type(turn.inplace) is type(turn.conjugate) is bool:
         return None
-    return key_of(turn.function, (turn.interleaved,), x, cos, sin)
+    key = key_of(turn.function, (turn.interleaved,), x, cos, sin)
+    return None if key is None else (key, compiles_just_in_time(x.device))
 
 
 def _turned(
@@ -167,6 +169,7 @@ def _problem(turn: Turn, x: Tensor, cos: Tensor, heads: int) -> Rotation:
         rotary_dim=rotary_dim,
         interleaved=turn.interleaved,
         head_dims=heads,
+        just_in_time=compiles_just_in_time(x.device),
     )
 
 

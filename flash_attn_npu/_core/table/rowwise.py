@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..ground.chip import soc_name
+from ..ground.schemas import untraceable
 from ..kernels.ascend import rowwise as fused
 from ..kernels.composed import gates, rotation
 from ..kernels.kernel import Kernel
@@ -41,6 +42,7 @@ ADDING = (ADD_RMS_NORM, ADD_LAYER_NORM)
 
 MAX_ROTARY_DIM = 896
 MAX_ROTARY_HEADS = 1000
+JIT_ROTARY_DIM = 128
 MAX_LOSS_ROWS = 200_000
 SWIGLU_UNIT = 64
 
@@ -90,6 +92,15 @@ TABLE: tuple[Rule, ...] = (
         f"{MAX_ROTARY_HEADS} heads and more",
         lambda p: p.nheads >= MAX_ROTARY_HEADS,
         dict.fromkeys((ROTARY_MUL,), f"it takes fewer than {MAX_ROTARY_HEADS} heads"),
+    ),
+    Rule(
+        f"jit_compile=True, rotation by pairs or of a rotary_dim other than {JIT_ROTARY_DIM}",
+        lambda p: p.just_in_time and (p.interleaved or p.rotary_dim != JIT_ROTARY_DIM),
+        dict.fromkeys(
+            (ROTARY_MUL,),
+            "under torch.npu.set_compile_mode(jit_compile=True) it takes halves of a rotary_dim of "
+            f"{JIT_ROTARY_DIM} only",
+        ),
     ),
     Rule(
         "no residual",
@@ -202,6 +213,11 @@ TABLE: tuple[Rule, ...] = (
         "precomputed_lse",
         lambda p: p.precomputed,
         dict.fromkeys((CROSS_ENTROPY,), "it takes no precomputed_lse"),
+    ),
+    Rule(
+        "cross entropy under torch.compile, a torch_npu without a fake operator for it",
+        lambda p: p.compiling and untraceable(p.device, CROSS_ENTROPY),
+        dict.fromkeys((CROSS_ENTROPY,), "the installed torch_npu cannot trace it"),
     ),
     Rule(
         "cross entropy over a process group",
