@@ -20,6 +20,7 @@ from torch import Tensor
 from . import _low_level
 from ._core.attention.call import Answer, unpacked
 from ._core.ground import arguments
+from ._core.ground.records import named
 from ._core.ground.second_derivatives import first_order
 from ._core.ground.settings import fallback, fallback_policy
 from ._core.problems.ask import Options
@@ -305,7 +306,7 @@ def _named(call: _Call, q: Tensor) -> dict[str, Any]:
     options, scale = call.options, call.options.softmax_scale
     left, right = arguments.window("window_size", options.window_size)
     return {
-        **({} if call.lengths is None else call.lengths._asdict()),
+        **({} if call.lengths is None else named(call.lengths)),
         "dropout_p": options.dropout_p,
         "softmax_scale": default_scale(q.shape[-1]) if scale is None else scale,
         "causal": options.causal,

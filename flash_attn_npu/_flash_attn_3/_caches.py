@@ -11,6 +11,7 @@ from torch import Tensor
 from .._core.attention import cache_operators, operators
 from .._core.attention.decode import CacheCall
 from .._core.ground import arguments
+from .._core.ground.records import replaced
 from .._core.problems.cache import cache_lengths
 from ..errors import ArgumentError, UnsupportedError
 from ._composition import Heads, Options, Pair, joined, looks_ahead, narrowed, refuse, widened
@@ -31,7 +32,7 @@ class More(NamedTuple):
 
 def attend(call: CacheCall, more: More) -> Pair:
     """out and softmax_lse, over rows of q or over packed ones."""
-    q, k_cache, v_cache = call[:3]
+    q, k_cache, v_cache = call.q, call.k_cache, call.v_cache
     arguments.require_plain(q=q, k_cache=k_cache, v_cache=v_cache)
     packed = more.cu_seqlens_q is not None
     wider = more.qv is not None or k_cache.shape[-1] != v_cache.shape[-1]
@@ -50,8 +51,8 @@ def attend(call: CacheCall, more: More) -> Pair:
             f"{_capacity(call)}",
             "pass cu_seqlens_q and packed queries",
         )
-    call = call._replace(q=heads.q, k_cache=heads.k, v_cache=heads.v)
-    call = call._replace(softmax_scale=heads.softmax_scale)
+    scale = heads.softmax_scale
+    call = replaced(call, q=heads.q, k_cache=heads.k, v_cache=heads.v, softmax_scale=scale)
     return narrowed(cache_operators.attend(call), heads)
 
 
@@ -72,7 +73,7 @@ def _over_packed(call: CacheCall, heads: Heads, more: More, window: Options) -> 
     longest = heads.q.shape[0] if longest is None else operators.number(longest)
     with torch.no_grad():
         return _ops._flash_attn_varlen_forward(
-            *heads[:3],
+            *(heads.q, heads.k, heads.v),
             cu_q,
             torch.tensor([0, *ends], dtype=torch.int32),
             longest,

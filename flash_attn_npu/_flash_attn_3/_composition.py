@@ -18,6 +18,7 @@ from torch import Tensor
 from .._core.attention import call, operators, paged
 from .._core.ground import arguments
 from .._core.ground.lengths import host_lengths
+from .._core.ground.records import named, replaced
 from .._core.problems.cache import cache_lengths
 from ..errors import ArgumentError, UnsupportedError
 
@@ -113,7 +114,7 @@ def joined(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, scale: Any) -> He
 def widened(heads: Heads) -> Heads:
     """One headdim for all: zeros behind v."""
     width = heads.q.shape[-1]
-    return heads if heads.v.shape[-1] == width else heads._replace(v=_padded(heads.v, width))
+    return heads if heads.v.shape[-1] == width else replaced(heads, v=_padded(heads.v, width))
 
 
 def dense(function: str, heads: Heads, options: Options) -> Pair:
@@ -127,12 +128,14 @@ def dense(function: str, heads: Heads, options: Options) -> Pair:
 
 def _attend(function: str, heads: Heads, lengths: Any, options: Options) -> Pair:
     """The call of flash-attention 2, with v as it is where a kernel takes it so."""
-    raw = (0.0, heads.softmax_scale, *options[1:])
+    raw = (0.0, *named(replaced(options, softmax_scale=heads.softmax_scale)).values())
+    inputs = (heads.q, heads.k, heads.v)
     found: Any = None
     if heads.v.shape[-1] != heads.q.shape[-1]:
-        found = call.attend_narrow(function, heads[:3], lengths, raw)
+        found = call.attend_narrow(function, inputs, lengths, raw)
     if found is None:
-        found = call.attend(function, widened(heads)[:3], lengths, raw, None)
+        wide = widened(heads)
+        found = call.attend(function, (wide.q, wide.k, wide.v), lengths, raw, None)
     return narrowed(found, heads)
 
 
@@ -146,7 +149,7 @@ def packed(
         used: seqused_q, seqused_k.
     """
     cu_q, cu_k, max_q, max_k = lengths
-    (q, k, v), rows = heads[:3], None
+    q, k, v, rows = heads.q, heads.k, heads.v, None
     if used[0] is not None:
         q, cu_q, rows = _used_queries(q, cu_q, used[0])
     if used[1] is not None:
@@ -163,7 +166,7 @@ def packed(
     if looks_ahead(options):
         max_q = operators.number(max_q)
         max_k = max(max_q, operators.number(max_k))
-    given = heads._replace(q=q, k=k, v=v)
+    given = replaced(heads, q=q, k=k, v=v)
     out, lse = _attend(function, given, (cu_q, cu_k, max_q, max_k), options)
     if rows is None:
         return out, lse
@@ -217,7 +220,9 @@ def looks_ahead(options: Options) -> bool:
 def _dense_as_packed(function: str, heads: Heads, options: Options) -> Pair:
     (batch, seqlen_q, nheads), seqlen_k = heads.q.shape[:3], heads.k.shape[1]
     cu_q, cu_k = ([length * i for i in range(batch + 1)] for length in (seqlen_q, seqlen_k))
-    flat = heads._replace(q=heads.q.flatten(0, 1), k=heads.k.flatten(0, 1), v=heads.v.flatten(0, 1))
+    flat = replaced(
+        heads, q=heads.q.flatten(0, 1), k=heads.k.flatten(0, 1), v=heads.v.flatten(0, 1)
+    )
     out, lse = packed(function, flat, (cu_q, cu_k, seqlen_q, seqlen_k), (None, None), options)
     if lse is not None:
         lse = lse.view(nheads, batch, seqlen_q).transpose(0, 1).contiguous()

@@ -8,6 +8,7 @@ It knows torch_npu and nothing of flash_attn_npu. No Ascend machine confirmed wh
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,10 @@ def enable() -> None:
         # as on Atlas A2; these versions ask it of a library that is a stub here, and then send
         # rotations to operators that are compiled just in time
         torch.npu.set_compile_mode(jit_compile=False)
+        # they say once that they allocate what the line above allows only, of a copy's memory
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.empty_like(torch.empty(1, 1, 1, 1, device="npu"))
     libraries: dict[str, torch.library.Library] = {}
     for name, kernel in {**arithmetic.kernels(), **operators.kernels()}.items():
         namespace = name.partition("::")[0]

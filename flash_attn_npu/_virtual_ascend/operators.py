@@ -31,7 +31,7 @@ _BUILDERS: dict[str, Callable[[Kernel], Kernel]] = {
 }
 
 
-_LATER = {"rotate": None, "sink": None, "softmax_layout": ""}
+_LATER = {"rotary_mode": "half", "rotate": None, "sink": None, "softmax_layout": ""}
 """Arguments that older torch_npu lack, by what they are where nobody passes them."""
 _CASTS = {f"{start}npu_dtype_cast{end}" for start in ("", "_") for end in ("", "_backward")}
 """What torch's own `to` is made of before torch 2.9: no launch that anybody asked for."""

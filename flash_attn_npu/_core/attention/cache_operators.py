@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ground import arguments
+from ..ground.records import named
 from ..problems.attention import default_scale
 from ..problems.results import accumulator
 from .decode import CacheCall, with_kvcache
@@ -45,7 +46,7 @@ def attend(call: CacheCall) -> tuple[Tensor, Tensor | None]:
     }
     reads = all(getattr(call, name) is None for name in _NEW)
     record: Any = CacheRead if reads else CacheAppend
-    fields = {**call._asdict(), **plain}
+    fields = {**named(call), **plain}
     given = [fields[name] for name in record._fields]
     ops = getattr(torch.ops, NAMESPACE)
     operator = ops._flash_attn_read_kvcache if reads else ops._flash_attn_append_kvcache

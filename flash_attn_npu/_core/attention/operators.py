@@ -148,7 +148,9 @@ def number(value: Any) -> Any:
     """What a graph may hold where the schema has a number: a tensor or a numpy scalar is read."""
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         return value
-    return value.item() if hasattr(value, "item") else value
+    # torch 2.6 and 2.8 find no attribute of a tensor that they trace
+    readable = isinstance(value, Tensor) or hasattr(value, "item")
+    return value.item() if readable else value
 
 
 def _tensor(argument: str, cu_seqlens: Tensor | Sequence[int] | None) -> Tensor:

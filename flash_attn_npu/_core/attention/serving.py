@@ -177,7 +177,8 @@ def _spread(delta: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     sequence = torch.arange(batch, device=delta.device)
     shifts = (starts[:-1] + ROUNDING * sequence) // ROUNDING * ROUNDING - starts[:-1]
     places = torch.arange(total, device=delta.device)
-    places += shifts.repeat_interleave(starts.diff(), output_size=total)
+    # torch_npu before 2.9 reads repeats on the host
+    places += shifts[torch.searchsorted(starts[1:], places, right=True)]
     spread.index_copy_(1, places, delta[:, :total])
     return spread
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["replaced"]
+__all__ = ["named", "replaced"]
 
 Record = TypeVar("Record", bound=tuple[Any, ...])
 
@@ -18,6 +18,12 @@ def replaced(record: Record, **changes: Any) -> Record:
         whole: Record = given._replace(**changes)
         return whole
     kind: Any = type(record)
-    # the fields of the class: those of the instance cannot be iterated there either
-    made: Record = kind(*[changes.get(f, getattr(given, f)) for f in kind._fields])
+    made: Record = kind(**{**named(record), **changes})
     return made
+
+
+def named(record: tuple[Any, ...]) -> dict[str, Any]:
+    """`record._asdict()` of a NamedTuple, which they cannot trace either."""
+    # the fields of the class: those of the instance cannot be iterated there
+    kind: Any = type(record)
+    return {field: getattr(record, field) for field in kind._fields}

@@ -198,7 +198,8 @@ def _backward_obstacle(reading: Reading, given: Given) -> str | None:
 def check_applied(given: Given) -> None:
     """npu_apply_rotary_pos_emb; what a 950 has beyond the others is not simulated."""
     query, key, cos, sin = (given[name] for name in ("query", "key", "cos", "sin"))
-    layout, mode = given["layout"], given["rotary_mode"]
+    # BSH is what older torch_npu calls it
+    layout, mode = given["layout"].replace("BSH", "BSND"), given["rotary_mode"]
     check_one_dtype(given, ("query", "key", "cos", "sin"))
     require(layout in ("BSND", "TND"), f"layout must be BSND or TND, got {layout!r}")
     require(mode == "half", f"rotary_mode must be half, got {mode!r}")

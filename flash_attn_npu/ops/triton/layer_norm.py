@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, layer_norm
 
 from ..._core.ground.dense_arguments import refuse_transforms
+from ..._core.ground.records import named
 from ..._core.problems.norms import NormCall
 from ..._core.rowwise.norm_linear import LayerNormLinearFn
 from ..._core.rowwise.norms import LayerNormFn, arranged, normalize
@@ -316,7 +317,7 @@ class RMSNorm(nn.Module):
 def _reference(call: NormCall, masks: tuple[Tensor | None, Tensor | None], upcast: bool) -> Any:
     dtype = call.x.dtype
     if upcast:
-        wide = {name: _widened(value) for name, value in call._asdict().items()}
+        wide = {name: _widened(value) for name, value in named(call).items()}
         call = NormCall(**wide)
     x = call.x if call.rowscale is None else call.x * call.rowscale[..., None]
     total = _dropped(x, call.dropout_p, masks[0])

@@ -154,7 +154,8 @@ def _add_and_norm(
 
     Where dtypes are mixed, the sum and the norm are computed in float32.
     """
-    x, weight, bias, residual, eps = *call[:4], call.eps
+    # one by one: torch 2.6 and 2.8 cannot trace a slice of a NamedTuple
+    x, weight, bias, residual, eps = call.x, call.weight, call.bias, call.residual, call.eps
     if not 1 < x.dim() <= MOST_DIMS:
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(rows.shape)

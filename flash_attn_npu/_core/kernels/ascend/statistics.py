@@ -35,7 +35,9 @@ def by_row(values: Tensor, ends: Sequence[int]) -> Tensor:
     flat = values.reshape(-1)
     equal = _equal(ends)
     if equal:
-        return flat.view(-1, nheads, equal).transpose(0, 1).reshape(nheads, total)
+        rows = flat.view(-1, nheads, equal).transpose(0, 1).reshape(nheads, total)
+        # of sequences of one row it is a view still
+        return rows.contiguous()
     return flat.index_select(0, _index(ends, nheads, values.device)).view(nheads, total)
 
 
@@ -44,7 +46,8 @@ def by_sequence(values: Tensor, ends: Sequence[int]) -> Tensor:
     nheads, total = values.shape
     equal = _equal(ends)
     if equal:
-        return values.view(nheads, -1, equal).transpose(0, 1).reshape(total, nheads)
+        blocks = values.view(nheads, -1, equal).transpose(0, 1).reshape(total, nheads)
+        return blocks.contiguous()
     index = _index(ends, nheads, values.device)
     flat = values.new_empty(values.numel()).index_copy_(0, index, values.reshape(-1))
     return flat.view(total, nheads)
