@@ -14,6 +14,7 @@ from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
 from tests.helpers import buffer_calls as calls
 from tests.helpers.buffer_calls import Call, refused
+from tests.helpers.old_torch import doubled
 
 Spoil = Callable[[Call], Call]
 
@@ -54,7 +55,7 @@ TENSORS: dict[str, tuple[str, str, Spoil]] = {
     "all of rank 0": ("q", "shape ()", spoilt_tensors("q", "k", "v", to=lambda x: x.sum())),
     "dtype of q": ("k", "torch.float32", spoilt_tensors("q", to=torch.Tensor.half)),
     "dtype of k": ("k", "torch.float16", spoilt_tensors("k", to=torch.Tensor.half)),
-    "dtype of v": ("v", "torch.float64", spoilt_tensors("v", to=torch.Tensor.double)),
+    "dtype of v": ("v", "torch.float64", spoilt_tensors("v", to=doubled)),
     "integers": ("q", "torch.int32", spoilt_tensors("q", "k", "v", to=torch.Tensor.int)),
     "booleans": ("q", "torch.bool", spoilt_tensors("q", "k", "v", to=torch.Tensor.bool)),
     "complex": ("q", "torch.complex64", spoilt_tensors("q", "k", "v", to=lambda x: x + 0j)),

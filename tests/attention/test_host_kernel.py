@@ -16,6 +16,7 @@ from flash_attn_npu import flash_attn_func, flash_attn_varlen_func
 from flash_attn_npu._core.kernels.bands import Band
 from flash_attn_npu._core.kernels.host import flash, steps
 from flash_attn_npu._core.table.attention import HOST
+from tests.helpers.old_torch import GROUP, NEEDS_SHARED_HEADS
 from tests.helpers.peak_bytes import PeakBytes
 from tests.helpers.property_harness import LOUD_EFFORTS
 from tests.helpers.strategies import Problem, dense_problems, varlen_problems
@@ -104,7 +105,7 @@ def test_any_options_by_many_steps(effort):
     run()
 
 
-SMALL = Problem(((21, 37), (37, 21)), nheads_k=2, group=2, headdim=16)
+SMALL = Problem(((21, 37), (37, 21)), nheads_k=2, group=GROUP, headdim=16)
 OPTIONS = {
     "plain": {},
     "rising": {"loud": 10.0},
@@ -174,6 +175,7 @@ def test_a_window_is_computed_where_it_is(launches):
     assert {shape[2] for shape in launches} == {64}
 
 
+@NEEDS_SHARED_HEADS
 def test_one_query_of_heads_that_share_keys_is_one_product(launches):
     q, k = torch.randn(3, 1, 8, 16), torch.randn(3, 40, 2, 16)
     flash_attn_func(q, k, k)
@@ -184,8 +186,8 @@ def test_one_query_of_heads_that_share_keys_is_one_product(launches):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_memory_at_64k_tokens_is_that_of_inputs_and_outputs(dtype, slopes):
     """A window, whose time is linear too: what is held beside is bounded, not grown."""
-    # torch before 2.9 takes heads that share keys for heads of their own, and reads beyond them
-    seqlen, heads, heads_k, headdim = 1 << 16, 4, 1 if flash.shares_heads() else 4, 32
+    seqlen, heads, headdim = 1 << 16, 4, 32
+    heads_k = 1 if GROUP > 1 else heads
     q = torch.randn(1, heads, seqlen, headdim, dtype=dtype)
     k = torch.randn(1, heads_k, seqlen, headdim, dtype=dtype)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])

@@ -13,6 +13,7 @@ from torch import Tensor
 import flash_attn_npu
 from flash_attn_npu.errors import ArgumentTypeError
 from tests.helpers import every_function as every
+from tests.helpers.old_torch import TORCH
 
 FORMS: dict[type, list[Callable[[Any], Any]]] = {
     float: [
@@ -150,6 +151,9 @@ def test_numbers_of_every_form_while_compiling(argument: str, value: Any) -> Non
     call = every.right("flash_attn_func", torch.device("cpu"))
     expected = every.run("flash_attn_func", call | {argument: value})
     for form in FORMS[type(value)]:
+        if TORCH < (2, 9) and form.__module__ == "numpy":
+            # traced as a tensor there, which no operator takes for a number
+            continue
         torch._dynamo.reset()
         compiled = torch.compile(flash_attn_npu.flash_attn_func, backend="eager")
         answer = compiled(**call | {argument: form(value)})

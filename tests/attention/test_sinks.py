@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import install, reporting
+from flash_attn_npu._core.ground import schemas
 from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func, npu_flash_attn_varlen_func
 from flash_attn_npu.errors import ArgumentError
 from tests.helpers import reference
@@ -79,8 +80,9 @@ def test_output_and_gradients(
     assert len(launches) == int(device.type == "npu")
     for launch in launches:
         sunk = launch.arguments["sink"]
-        # the kernel takes none with float32: there it is added to its answer
-        assert (sunk is None) == (dtype == torch.float32)
+        # the kernel takes none with float32, nor that of torch_npu 2.6: it is added to its answer
+        added = dtype == torch.float32 or not schemas.has("npu_fusion_attention", "sink")
+        assert (sunk is None) == added
         assert sunk is None or sunk.dtype == torch.float32
 
 
@@ -91,6 +93,7 @@ def test_a_wrong_sink_is_refused_by_name(device: torch.device) -> None:
 
 
 def gpt_oss(attention: str, weights: dict[str, Tensor] | None = None) -> Any:
+    pytest.importorskip("transformers")
     from transformers import GptOssConfig, GptOssForCausalLM
 
     config = GptOssConfig(

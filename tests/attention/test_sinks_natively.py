@@ -18,6 +18,7 @@ from flash_attn_npu._core.ground import chip
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.problems.ask import Options
 from tests.helpers import reference
+from tests.helpers.old_torch import needs
 
 LENGTHS = ([7, 5, 0, 9], [7, 8, 4, 3])
 """With more queries than keys, with empty queries, and without."""
@@ -56,6 +57,7 @@ def expected(given: list[Tensor], packed: bool, attend: Any, **options: Any) -> 
     return [answer.out, answer.softmax_lse, *grads]
 
 
+@needs("npu_fusion_attention", "sink")
 @pytest.mark.parametrize("asked", ["nothing", "softmax_lse", "deterministic"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -100,6 +102,7 @@ def test_one_launch_forward_and_back(
     assert backward.name.startswith("npu_fusion_attention_grad")
 
 
+@needs("npu_fusion_attention", "sink")
 def test_a_950_drops_the_sink_of_the_first_operator(npu: torch.device, monkeypatch: Any) -> None:
     """What the simulated card does there; why the second is called."""
     import torch_npu

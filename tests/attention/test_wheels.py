@@ -120,6 +120,7 @@ class Case:
         truth, plain = self.answers
         for name, value in answer.items():
             if name == "lse":
+                assert value.is_contiguous()
                 reference.assert_lse_close(value, truth[name])
             else:
                 reference.assert_close_to_reference(value, truth[name], plain[name], name)
@@ -131,6 +132,7 @@ CASES = {
     "window": Case(HALF, MIXED, window_size=(2, 1)),
     "packed, lse": Case(HALF, MIXED, **CAUSAL, **LSE),
     "packed, equal lengths, lse": Case(HALF, ([5, 5], [5, 5]), **LSE),
+    "packed, single queries, lse": Case(HALF, ([1, 1, 1], [5, 3, 4]), **CAUSAL, **LSE),
     "packed, deterministic": Case(HALF, MIXED, **CAUSAL, deterministic=True),
     "alibi, dense, lse, deterministic": Case(HALF, slopes=True, **LSE, deterministic=True),
     "alibi, packed, lse": Case(HALF, EQUAL, slopes=True, **CAUSAL, **LSE),

@@ -20,6 +20,7 @@ import torch
 
 from flash_attn_npu._core.ground import schemas, versions
 from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.table.installed import NEEDS
 from flash_attn_npu._surface import wheels
 
 __all__ = ["Call", "Seen", "bind", "pretend_row", "pretended"]
@@ -84,6 +85,7 @@ def pretended(
     """Inside the block, and for this package, the torch_npu of `version` is installed."""
     import torch_npu
 
+    _require_as_much(version, schema)
     seen = Seen()
     with ExitStack() as stack:
 
@@ -100,6 +102,14 @@ def pretended(
         forget_all()
         stack.callback(forget_all)
         yield seen
+
+
+def _require_as_much(version: str, schema: Callable[[str, str], str | None]) -> None:
+    """Skip where the torch_npu that runs lacks what the pretended one is called with."""
+    for operator, *arguments in (call for need in NEEDS for call in need.calls):
+        there = set(names(schema(version, operator)))
+        if there and there.issuperset(arguments) and not schemas.has(operator, *arguments):
+            pytest.skip(f"torch_npu {versions.torch_npu_version()} is older: no such {operator}")
 
 
 def names(text: str | None) -> tuple[str, ...]:

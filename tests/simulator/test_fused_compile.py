@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attn_npu._virtual_ascend import CardRefusal
 from tests.helpers.fused_cases import random
+from tests.helpers.old_torch import OWN_FAKES
 
 Function = Callable[..., torch.Tensor]
 Shapes = tuple[tuple[int, ...], ...]
@@ -110,6 +111,7 @@ FORWARD_ONLY: dict[str, tuple[Function, Shapes, str]] = {
 }
 
 
+@OWN_FAKES
 @pytest.mark.parametrize("name", FORWARD_ONLY)
 def test_served_without_gradients_only(name: str) -> None:
     function, shapes, reason = FORWARD_ONLY[name]
@@ -154,6 +156,7 @@ def test_a_graph_gives_the_gradient_of_swiglu_the_strides_of_a_sum() -> None:
 HEADS = ((2, 3, 4, 64), (2, 3, 2, 64), (2, 3, 1, 64))
 
 
+@OWN_FAKES
 def test_a_graph_writes_into_the_query_unannounced() -> None:
     query, key, table = (random(*shape).npu() for shape in HEADS)
     before = query.clone()
@@ -164,6 +167,7 @@ def test_a_graph_writes_into_the_query_unannounced() -> None:
     assert torch.equal(query, out)
 
 
+@OWN_FAKES
 def test_the_fake_outputs_have_the_shapes_and_dtypes_of_the_real_ones() -> None:
     for name, given in {
         "npu_add_layer_norm": (ROWS, ROWS, WIDTH, WIDTH),

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from flash_attn_npu._virtual_ascend import CardRefusal
 from tests.helpers.fused_cases import DTYPES, all_close, close, in_double, on_npu, random
+from tests.helpers.old_torch import doubled
 
 pytestmark = pytest.mark.usefixtures("npu")
 
@@ -110,7 +111,7 @@ def test_float64_is_refused(operator: str) -> None:
     import torch_npu
 
     with pytest.raises(CardRefusal, match="only float16"):
-        getattr(torch_npu, operator)(random(2, 4).npu().double())
+        getattr(torch_npu, operator)(doubled(random(2, 4).npu()))
 
 
 @pytest.mark.parametrize("operator", ["npu_swiglu", "npu_geglu"])

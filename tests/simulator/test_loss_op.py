@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from flash_attn_npu._virtual_ascend import CardRefusal
 from tests.helpers.fused_cases import DTYPES, close, on_device, random
+from tests.helpers.old_torch import doubled
 
 pytestmark = pytest.mark.usefixtures("npu")
 
@@ -154,7 +155,7 @@ def test_refused(name: str) -> None:
 
 def test_float64_is_refused() -> None:
     with pytest.raises(CardRefusal, match="only float16"):
-        losses(input=random(4, 6).npu().double())
+        losses(input=doubled(random(4, 6).npu()))
 
 
 WITH_GRADIENT: dict[str, tuple[str, dict[str, Any]]] = {

@@ -6,14 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+
+transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("npu")
 
@@ -25,9 +19,13 @@ SIZES = {
     "num_attention_heads": 4,
 }
 MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 2}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"num_key_value_heads": 2, "sliding_window": 4}),
-    "bert": (BertForMaskedLM, BertConfig, {}),
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {"num_key_value_heads": 2}),
+    "mistral": (
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig,
+        {"num_key_value_heads": 2, "sliding_window": 4},
+    ),
+    "bert": (transformers.BertForMaskedLM, transformers.BertConfig, {}),
 }
 
 

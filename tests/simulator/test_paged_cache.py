@@ -9,8 +9,12 @@ import torch
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from tests.helpers.infer_cases import in_pages, infer, packed, random
+from tests.helpers.old_torch import needs
 
 pytestmark = pytest.mark.usefixtures("npu")
+
+SCATTERS = needs("npu_scatter_pa_kv_cache", "cache_mode")
+GATHERS = needs("npu_gather_pa_kv_cache")
 
 BLOCKS, SIZE = 4, 16
 
@@ -33,6 +37,7 @@ def scatter(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return placed["key_cache"], placed["value_cache"]
 
 
+@SCATTERS
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_scatter_writes_in_place_and_nothing_else(dtype: torch.dtype) -> None:
     key, value = random(3, 2, 8), random(3, 2, 16)
@@ -85,6 +90,7 @@ NOT_SCATTERED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@SCATTERS
 @pytest.mark.parametrize("name", NOT_SCATTERED)
 def test_scatter_refuses(name: str) -> None:
     rule, given = NOT_SCATTERED[name]
@@ -92,10 +98,12 @@ def test_scatter_refuses(name: str) -> None:
         scatter(**given)
 
 
+@SCATTERS
 def test_no_mode_is_the_plain_one() -> None:
     assert scatter(cache_mode=None)[0].count_nonzero() > 0
 
 
+@SCATTERS
 def test_a_token_scattered_is_the_token_attended() -> None:
     rows, size, width = [1, 1], 16, 64
     (q, k, v), arguments = packed(rows, [18, 3])
@@ -137,6 +145,7 @@ def gather(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return placed["key"], placed["value"]
 
 
+@GATHERS
 @pytest.mark.parametrize("cumulative", [False, True])
 def test_gather(cumulative: bool) -> None:
     caches = random(BLOCKS, SIZE, 2, 8), random(BLOCKS, SIZE, 2, 16)
@@ -147,6 +156,7 @@ def test_gather(cumulative: bool) -> None:
         assert torch.equal(tokens.cpu(), expected)
 
 
+@GATHERS
 def test_gather_after_an_offset_of_whole_blocks() -> None:
     cache = random(BLOCKS, SIZE, 2, 8)
     given = {"block_tables": index([[9, 2, 0], [9, 3, 9]]), "seq_offset": index([16, 31])}
@@ -183,6 +193,7 @@ NOT_GATHERED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@GATHERS
 @pytest.mark.parametrize("name", NOT_GATHERED)
 def test_gather_refuses(name: str) -> None:
     rule, given = NOT_GATHERED[name]

@@ -1,0 +1,61 @@
+"""What older torch and torch_npu cannot do themselves: marks that skip the tests of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attn_npu import _virtual_ascend as virtual_ascend
+from flash_attn_npu._core.ground import schemas
+from flash_attn_npu._core.ground.versions import torch_npu_version
+from flash_attn_npu._core.kernels.host import flash
+
+__all__ = [
+    "GROUP",
+    "HOLDS_KERNELS",
+    "NEEDS_SHARED_HEADS",
+    "OWN_FAKES",
+    "TORCH",
+    "doubled",
+    "needs",
+    "traces",
+]
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+GROUP = 2 if flash.shares_heads() else 1
+"""Heads that may share keys in torch's flash attention for a CPU."""
+
+NEEDS_SHARED_HEADS = pytest.mark.skipif(
+    not flash.shares_heads(),
+    reason="before 2.9 torch's flash attention for a CPU knows no heads that share keys",
+)
+
+HOLDS_KERNELS = pytest.mark.skipif(
+    TORCH < (2, 9),
+    reason="before 2.9 torch cannot hold a kernel, so what torch_npu allocates stays its own",
+)
+
+OWN_FAKES = pytest.mark.skipif(
+    TORCH < (2, 9),
+    reason="torch_npu before 2.9 has other fake operators, or none, for these",
+)
+
+
+def needs(operator: str, *arguments: str) -> pytest.MarkDecorator:
+    """For tests of an operator that the installed torch_npu may lack."""
+    there = virtual_ascend.REASON is not None or schemas.has(operator, *arguments)
+    which = " with ".join((operator, *arguments[:1]))
+    return pytest.mark.skipif(not there, reason=f"torch_npu {torch_npu_version()}: no {which}")
+
+
+def traces(since: tuple[int, int], what: str) -> pytest.MarkDecorator:
+    """For tests of what torch.compile cannot trace before a version."""
+    spelled = ".".join(map(str, since))
+    return pytest.mark.skipif(since > TORCH, reason=f"before {spelled} torch cannot trace {what}")
+
+
+def doubled(x: Tensor) -> Tensor:
+    """x in float64, on its device, where torch_npu before 2.9 makes float32 of it."""
+    return x.cpu().double().to(x.device)
