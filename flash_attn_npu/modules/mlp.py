@@ -216,8 +216,7 @@ def _gated(both: Tensor, activation: _Activation) -> Tensor:
     if activation is F.silu:
         gated: Tensor = swiglu(gate, y)  # type: ignore[no-untyped-call]
         return gated
-    # npu_geglu takes its two halves as one tensor, and y is before gate: with the copy that turns
-    # them round it would be as many launches as gelu and this product
+    # npu_geglu is this in one launch for exact gelu, but its gradient has none of its own
     return y * activation(gate)
 
 
