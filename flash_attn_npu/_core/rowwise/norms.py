@@ -102,7 +102,8 @@ def _unrecorded(call: NormCall) -> Answer | None:
         return None
     masks = norms.draw_masks(call)
     if call.out is None and call.residual_out is None:
-        return _answer(call, norm_blocks.forward(call, *masks), masks)
+        normed = norms.rms_norm(call, *masks) if is_small(call.x) else None
+        return _answer(call, normed or norm_blocks.forward(call, *masks), masks)
     written = norm_blocks.in_blocks(call, *masks)
     return None if written is None else _answer(call, written, masks)
 
@@ -112,7 +113,7 @@ def _recorded(call: NormCall) -> Answer:
     if call.rowscale is not None:
         call = call._replace(rowscale=call.rowscale.detach())
     masks = norms.draw_masks(call)
-    normed = norms.forward(call, *masks)
+    normed = norms.rms_norm(call, *masks) or norms.forward(call, *masks)
     watch(normed.y, _once)
     return _answer(call, normed, masks)
 
@@ -206,6 +207,7 @@ def keep(
 ) -> None:
     """Save what `gradients` needs, and `others` behind it."""
     x = None if call.layerscale is None else call.x
+    assert normed.rstd is not None
     # fmt: off
     saved = Saved(
         normed.total, normed.mean, normed.rstd, call.weight, call.weight1, call.rowscale,

@@ -30,8 +30,9 @@ SAVED_BY_ROW = ("total", "mean", "rstd", "rowscale", "mask", "mask1", "x")
 
 def forward(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed:
     """`norms.forward`, in blocks where that is faster; buffers in `call` are not looked at."""
-    at_once = layer_norm.serves(call.x, call.is_rms_norm) and norms.is_alone(call, mask)
-    if at_once or not _is_large(call.x):
+    # a layer norm of what came is one kernel
+    one = layer_norm.serves(call.x, call.is_rms_norm)
+    if not _is_large(call.x) or (one and norms.is_alone(call, mask)):
         return norms.forward(call, mask, mask1)
     bare = call._replace(out=None, residual_out=None)
     normed = in_blocks(bare, mask, mask1, keep=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...problems.norms import NormCall
 from ...problems.rowwise import Norm
@@ -32,6 +33,7 @@ __all__ = [
     "is_alone",
     "out_dtype",
     "problem_of",
+    "rms_norm",
     "standardised",
     "tensors_of",
     "terms_of",
@@ -54,7 +56,7 @@ class Normed(NamedTuple):
     y1: Tensor | None
     total: Tensor
     mean: Tensor | None
-    rstd: Tensor
+    rstd: Tensor | None
 
 
 class Saved(NamedTuple):
@@ -88,9 +90,10 @@ def tensors_of(call: NormCall) -> dict[str, Tensor]:
 
 def wide_dtype(call: NormCall) -> torch.dtype:
     """The dtype to compute in."""
-    addends = (call.x, call.x1, call.residual)
-    double = any(addend is not None and addend.dtype == torch.float64 for addend in addends)
-    return torch.float64 if double else torch.float32
+    for addend in (call.x, call.x1, call.residual):
+        if addend is not None and addend.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def total_dtype(call: NormCall) -> torch.dtype:
@@ -160,7 +163,7 @@ def forward(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed
     native = layer_norm.serves(call.x, call.is_rms_norm)
     if native and alone and dtype == call.x.dtype and not _is_recorded(call):
         return _by_torch(call, call.x, _rounded_total(call, alone, call.x))
-    s = _summed(call, mask, mask1)
+    s = _cast(call.x, wide_dtype(call)) if alone else _summed(call, mask, mask1)
     total = _rounded_total(call, alone, s)
     if native:
         # not the 16-bit rows: the kernel's own gradient would round its sums over them
@@ -189,6 +192,19 @@ def _summed(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Tensor
     return s
 
 
+def rms_norm(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed | None:
+    """`forward` by torch's own rms_norm, without rstd; None where that does not give all of it."""
+    if not call.is_rms_norm or call.weight1 is not None or call.x.device.type != "cpu":
+        return None
+    alone = is_alone(call, mask)
+    s = _cast(call.x, wide_dtype(call)) if alone else _summed(call, mask, mask1)
+    weight = effective(call.weight, s.dtype, call.zero_centered_weight)
+    y = functional.rms_norm(s, s.shape[-1:], weight, call.eps)
+    if call.bias is not None:
+        y = y + call.bias.to(s.dtype)
+    return Normed(_cast(y, out_dtype(call)), None, _rounded_total(call, alone, s), None, None)
+
+
 def _is_recorded(call: NormCall) -> bool:
     given = tensors_of(call).values()
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
@@ -200,11 +216,13 @@ def _by_torch(call: NormCall, rows: Tensor, total: Tensor) -> Normed:
 
     def normed(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         scale = effective(weight, wide, call.zero_centered_weight)
-        return layer_norm.forward(rows, scale, None if bias is None else bias.to(wide), call.eps)
+        return layer_norm.forward(
+            rows, scale, None if bias is None else _cast(bias, wide), call.eps
+        )
 
     y, mean, rstd = normed(call.weight, call.bias)
     y1 = None if call.weight1 is None else normed(call.weight1, call.bias1)[0].to(dtype)
-    return Normed(y.to(dtype), y1, total, mean, rstd)
+    return Normed(_cast(y, dtype), y1, total, mean, rstd)
 
 
 def standardised(s: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
@@ -321,8 +339,9 @@ def _rounded_total(call: NormCall, alone: bool, s: Tensor) -> Tensor:
 
 def is_alone(call: NormCall, mask: Tensor | None) -> bool:
     """Whether s is x as it came."""
-    more = (mask, call.rowscale, call.layerscale, call.x1, call.residual)
-    return all(given is None for given in more) and call.rowscale_const == 1
+    if mask is not None or call.x1 is not None or call.residual is not None:
+        return False
+    return call.rowscale is None and call.layerscale is None and call.rowscale_const == 1
 
 
 def _kept(values: Tensor, mask: Tensor | None, rowscale: Tensor | None, terms: Terms) -> Tensor:
@@ -335,9 +354,14 @@ def _kept(values: Tensor, mask: Tensor | None, rowscale: Tensor | None, terms: T
     return values if mask is None else torch.where(mask, values, 0.0)
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # a small norm is over before a few calls of `to` have found nothing to do
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def effective(weight: Tensor, wide: torch.dtype, zero_centered_weight: bool) -> Tensor:
     """What a row is multiplied by."""
-    weight = weight.to(wide)
+    weight = _cast(weight, wide)
     return weight + 1.0 if zero_centered_weight else weight
 
 
