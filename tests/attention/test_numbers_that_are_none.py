@@ -31,14 +31,56 @@ def test_a_row_of_nan_is_nan(dtype: torch.dtype, keys: int, heads_k: int) -> Non
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 20.0}, {"dropout_p": 1e-3}, {"softcap": 20.0, "alibi_slopes": torch.ones(1)}],
-    ids=["softcap", "dropout", "ALiBi"],
+    [
+        {"softcap": 20.0},
+        {"dropout_p": 1e-3},
+        {"softcap": 20.0, "alibi_slopes": torch.ones(1)},
+        {},
+        {"alibi_slopes": torch.ones(1)},
+        {"window_size": (5, 0)},
+    ],
+    ids=["softcap", "dropout", "softcap-ALiBi", "plain", "ALiBi", "window"],
 )
-def test_a_key_that_is_not_seen_spoils_nothing(options: dict[str, Any], bad: float) -> None:
-    q, k, v = torch.randn(3, 1, 4, 1, 8)
-    k[0, 3, 0, 0] = bad
-    out = flash_attn_func(q, k, v, causal=True, **options)
-    assert out[0, :3].isfinite().all()
+@pytest.mark.parametrize("keys", [4, 40])
+@pytest.mark.parametrize("more", [0, 2])
+def test_a_key_that_is_not_seen_spoils_nothing(
+    options: dict[str, Any], bad: float, keys: int, more: int
+) -> None:
+    q, k, v = torch.randn(3, 1, keys + more, 1, 8)
+    k[0, -1, 0, 0] = bad
+    out = flash_attn_func(q[:, more:], k, v, causal=True, **options)
+    assert out[0, :-1].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+@pytest.mark.parametrize("seqlen", [4, 300])
+def test_a_key_behind_the_window_spoils_nothing(bad: float, seqlen: int) -> None:
+    q, k, v = torch.randn(3, seqlen, 2, 16)
+    k[0, 0, 0] = bad
+    out = flash_attn_varlen_func(
+        q, k, v, [0, seqlen], [0, seqlen], seqlen, seqlen, window_size=(2, 0)
+    )
+    assert out[3:].isfinite().all()
+    assert out[:3, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, -4.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (3, 0)}, {"softcap": 4.0}])
+def test_a_scale_that_is_not_positive(
+    options: dict[str, Any], dtype: torch.dtype, scale: float
+) -> None:
+    """As a function of q, exactly: the kernel multiplies what hides a key by the scale."""
+    q, k, v = (torch.randn(1, 33, 2, 16).to(dtype).requires_grad_() for _ in range(3))
+    turned = (q * 0.0, 1.0) if scale == 0 else (-q, -scale)
+    for needs_grad in (True, False):
+        leaves = [x.detach().requires_grad_(needs_grad) for x in (q, k, v)]
+        out = flash_attn_func(*leaves, softmax_scale=scale, **options)
+        expected = flash_attn_func(turned[0], k, v, softmax_scale=turned[1], **options)
+        torch.testing.assert_close(out, expected)
+        if needs_grad:
+            found = torch.autograd.grad(out.sum(), leaves)
+            torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2)])

@@ -20,7 +20,7 @@ from .forward import attend, probabilities
 from .gradients import attend_backward
 from .tiles import STREAMS_ON_CPU, Scoring, Streams, parts, tile_elements
 
-__all__ = ["KERNEL", "backward"]
+__all__ = ["KERNEL", "attend_group", "backward"]
 
 STREAMS_AT_ONCE = 64
 """Sequences times heads that share a tile: few enough for tiles to stay large."""
@@ -63,6 +63,21 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
             group.q.write(out, part)
             group.q.write_rows(lse, part_lse)
     return Forward(out, lse, s_dmask, rng_state)
+
+
+def attend_group(
+    problem: Problem, group: Group, tensors: tuple[Tensor, ...], slopes: Tensor | None
+) -> None:
+    """The forward of one group without dropout and sink: fills out and softmax_lse.
+
+    Args:
+        tensors: q, k and v whole, and the group's space in out and in softmax_lse.
+    """
+    streams = _streams(group, _shared(problem), tensors)
+    scoring = _scoring(problem, group, slopes, None)
+    with torch.autocast(problem.device.type, enabled=False):
+        for _, some, of_some in parts(streams, scoring):
+            attend(some, group.band, of_some)
 
 
 def backward(

@@ -67,12 +67,12 @@ def _bounded_sums(tiles: Tiles, rows: tuple[int, int]) -> tuple[Tensor, None, Te
     queries = tiles.scaled(tiles.queries(rows))
     out, total = torch.zeros_like(queries), queries.new_zeros(*queries.shape[:2], 1)
     for cols in tiles.cols(rows):
-        scores = tiles.products(queries, tiles.keys(cols)).mul_(tiles.gain)
-        weights = tiles.cleared(tiles.raised(scores), rows, cols)
+        products = tiles.products(queries, tiles.keys(cols))
+        weights = tiles.cleared(tiles.raised(products, tiles.gain), rows, cols)
         total.add_(weights.sum(-1, keepdim=True))
         tiles.drop(weights, rows, cols)
         out.baddbmm_(weights, tiles.values(cols))
-        del scores, weights
+        del products, weights
     return out, None, total
 
 

@@ -154,13 +154,13 @@ class Tiles:
     """The tiles of a group: what is computed once for all of them, and the scores of each.
 
     Tensors are (batch * nheads_k, group * rows, ...), so that one product serves the heads that
-    share keys. Scores are in units of which `raised` takes the power: on a CPU exp2 is several
-    times as fast as exp, and expm1 twice as fast as tanh.
+    share keys. On a CPU exp2 is several times as fast as exp, and expm1 twice as fast as tanh.
 
     Attributes:
         kept: the dtype of scores and sums.
         narrow: the dtype of weights in the products of a backward, whose sums are `kept`.
-        unit: how many units a score of 1 is.
+        unit: what scores are multiplied by, so that 2 to their power is exp; 1 where that is left
+            to `raised`: what large scores would be rounded by is seen in float32.
         gain: what `products` are multiplied by to be scores, where there is a softcap.
     """
 
@@ -172,7 +172,7 @@ class Tiles:
         self.kept = accumulator(dtype)
         taken = self._on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
         self.narrow = dtype if taken else self.kept
-        self.unit = LOG2_E if self._on_cpu else 1.0
+        self.unit = LOG2_E if self._on_cpu and dtype.itemsize == 2 else 1.0
         self._by_expm1 = self._on_cpu and self.kept == torch.float32
         self.gain = (scoring.softcap or 1.0) * self.unit
         few = streams.k.numel() * self.kept.itemsize <= CONVERTED_BYTES
@@ -264,8 +264,11 @@ class Tiles:
         more = self.space("grown", grown.shape, self.kept)
         return grown.div_(torch.add(grown, 2.0, out=more))
 
-    def raised(self, scores: Tensor) -> Tensor:
-        """exp, in place, of what is in units."""
+    def raised(self, scores: Tensor, gain: float = 1.0) -> Tensor:
+        """exp of gain * scores, in place."""
+        factor = gain * LOG2_E / self.unit if self._on_cpu else gain
+        if factor != 1:
+            scores.mul_(factor)
         return scores.exp2_() if self._on_cpu else scores.exp_()
 
     def statistics(self, rows: tuple[int, int]) -> Tensor:

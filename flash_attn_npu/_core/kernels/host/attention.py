@@ -14,6 +14,7 @@ from ...ground.second_derivatives import once, watch
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved, accumulator
 from ..bands import Band
+from ..composed.attention import attend_group
 from ..composed.attention import backward as by_tiles
 from ..groups import Group, groups, groups_in_place
 from ..kernel import Kernel
@@ -104,6 +105,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     if problem.tail_q:
         out[problem.total_q :] = 0
         lse[:, problem.total_q :] = math.inf
+    biased = problem.alibi or problem.windowed or not _square(problem)
     for group in laid:
         part, part_lse = group.q.space(out), group.q.space_of_rows(lse)
         attend(
@@ -112,6 +114,9 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
             part_lse,
             _rule(problem, group, slopes),
         )
+        if biased and part_lse.isnan().any():
+            # a bias does not hide NaN, or inf: tiles do
+            attend_group(problem, group, (q, k, v, part, part_lse), slopes)
         group.q.write(out, part)
         group.q.write_rows(lse, part_lse)
     if sink is not None:
@@ -145,6 +150,11 @@ def backward(
         )
         for side, grad, part in zip(sides, grads, parts, strict=True):
             side.write(grad, part)
+
+
+def _square(problem: Problem) -> bool:
+    """Whether all sequences have as many queries as keys, or no bound on the keys."""
+    return problem.right is None or all(rows == keys for rows, keys in problem.sequences)
 
 
 def _long(problem: Problem) -> bool:

@@ -79,6 +79,9 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse (batch, nheads, seqlen_q)) of queries that all see a key."""
+    if causal and scale <= 0:
+        # the kernel multiplies its -inf by the scale
+        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
     if q.shape[2] == 1 and q.shape[1] != k.shape[1] and bias is None:
         # of one query the heads that share keys are the rows of one product
         rows = q.squeeze(2).unflatten(1, (k.shape[1], -1))
