@@ -263,7 +263,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
     dq, dk, dv = _parts(grads, lengths)
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse}
     given = {**tensors, "dq": dq, "dk": dk, "dv": dv, **_named(call, q)}
-    given |= {"deterministic": call.options.deterministic, "rng_state": rng_state}
+    given = {**given, "deterministic": call.options.deterministic, "rng_state": rng_state}
     with nullcontext() if ctx.policy is None else fallback(ctx.policy):
         if lengths is None:
             _low_level._flash_attn_backward(**given)

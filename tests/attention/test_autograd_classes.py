@@ -138,10 +138,11 @@ def test_in_one_graph(one: Class) -> None:
     given = tensors(one, "cpu", torch.float32)
     rest = (*lengths(one, "cpu"), *options(), *last(one))
     torch._dynamo.reset()
+    apply = one.apply
     compiled = torch.compile(
-        lambda *given: one.apply(*given, *rest), backend="aot_eager", fullgraph=True
+        lambda *given: apply(*given, *rest), backend="aot_eager", fullgraph=True
     )
-    expected = one.apply(*given, *rest)
+    expected = apply(*given, *rest)
     out = compiled(*given)
     for ours, theirs in zip(
         (out, *gradients(out, given)), (expected, *gradients(expected, given)), strict=True

@@ -20,6 +20,7 @@ from flash_attn_npu._core.table.attention import BLOCKWISE, HOST, TABLE
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
 from tests.helpers import table_examples
 from tests.helpers.decided import is_fused, plans
+from tests.helpers.old_torch import like_the_installed
 from tests.helpers.table_examples import EXAMPLES
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def test_the_verdict_off_a_card_is_that_of_the_card(
 ) -> None:
     if "a torch_npu" in row:
         pytest.skip("another torch_npu than the simulated card's")
-    there = Absent(torch.npu.get_device_name(), VERSIONS[-2])
+    there = Absent(torch.npu.get_device_name(), like_the_installed())
     on_card = [(plan.name, is_fused(plan)) for plan in plans(EXAMPLES[row], npu, monkeypatch)]
     away = plans(EXAMPLES[row], CPU, monkeypatch)
     told = [choice.on_ascend(plan.problem, there) for plan in away]

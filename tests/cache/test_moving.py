@@ -19,7 +19,10 @@ from flash_attn_npu._core.table import cache as table
 from flash_attn_npu._core.table.choice import refusals
 from flash_attn_npu._core.table.rule import Rule
 from tests.helpers.cache_calls import CacheProblem, check, place
+from tests.helpers.old_torch import needs
 from tests.helpers.wheel import pretend_row, pretended
+
+pytestmark = [needs("npu_scatter_pa_kv_cache", "cache_mode"), needs("npu_gather_pa_kv_cache")]
 
 CHANGES: dict[str, Callable[[Transfer], Transfer]] = {
     "tensors outside an Ascend NPU": lambda p: p._replace(device=torch.device("cpu")),

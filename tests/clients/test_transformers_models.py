@@ -262,6 +262,23 @@ def test_inference_mode_reads_a_mask_once_too(layers: int, installed: None) -> N
     assert copies_of(layers, infer_without_versions, make) == (to_host, to_device)
 
 
+@pytest.mark.parametrize("layers", [2, 10])
+def test_inference_mode_asks_position_ids_made_there_in_every_layer(
+    layers: int, installed: None
+) -> None:
+    """They have no version counter: an answer that is remembered could be stale, unseen."""
+    model = build("mistral", "flash_attention_2", "npu", num_hidden_layers=layers)
+    inputs = on("npu", {"input_ids": packed_inputs(False)["input_ids"]})
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), virtual_ascend.record() as rec:
+            model(**inputs, use_cache=False)
+        found.append(len(rec.device_to_host))
+    # attention asks once where the answer can be remembered, and so may the mask
+    assert found[0] <= 2
+    assert found[1] == found[0] + layers - 1
+
+
 def test_inference_mode_reads_the_lengths_of_images_once(installed: None) -> None:
     pytest.importorskip("transformers", minversion="5.20")
     from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl as configuration

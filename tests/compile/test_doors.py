@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func
 from flash_attn_npu._core.ground.memory import forget_all, memos
+from tests.helpers.old_torch import TORCH
 
 
 def problem() -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def test_compiled_autograd_does_not_trace_a_backward() -> None:
             loss.backward()
         assert all(torch.equal(x.grad, y.grad) for x, y in zip(traced, eager, strict=True))
     # the first lengths are taken for constants, the next ones for any
-    assert len(graphs) <= 5
+    assert len(graphs) <= (5 if TORCH >= (2, 9) else 10)
     assert max(graphs) < 100
 
 

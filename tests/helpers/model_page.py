@@ -97,6 +97,15 @@ left padding, packed sequences, bfloat16, torch.compile.
 transformers 4.57.6 and 5.20 to 5.24 are tested. 4.51 hands windows over one wider than its eager
 attention has them, by its own doing, and knows no sinks.
 
+Lengths, masks and position ids on a card are read once in a forward, whatever the number of layers.
+Under `torch.inference_mode` that needs tensors that were made outside of it, or that transformers
+makes for a forward (masks, the lengths of images): of those flash_attn_npu makes copies with a
+version counter. Position ids that are made inside it are asked once in every layer, where a batch
+has one row: without a counter a remembered answer could be stale. Others are no safer: an answer
+for one forward (a write between two layers would go unseen), a counted tensor in its place
+(`torch.utils.swap_tensors` moves it away under whoever holds its memory), a copy where it
+enters the model (most models make it themselves). `torch.no_grad` has one copy.
+
 ## What transformers itself loses
 
 These are wrong with the real flash-attn too, as what is missing is gone before flash attention is

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu._core.ground import schemas
+from flash_attn_npu._core.ground.absent import VERSIONS
 from flash_attn_npu._core.ground.versions import torch_npu_version
 from flash_attn_npu._core.kernels.host import flash
 
@@ -18,6 +19,7 @@ __all__ = [
     "OWN_FAKES",
     "TORCH",
     "doubled",
+    "like_the_installed",
     "needs",
     "traces",
 ]
@@ -41,6 +43,12 @@ OWN_FAKES = pytest.mark.skipif(
     TORCH < (2, 9),
     reason="torch_npu before 2.9 has other fake operators, or none, for these",
 )
+
+
+def like_the_installed() -> str:
+    """The version of the torch_npu that runs, or a newer one that takes the same."""
+    version = torch_npu_version()
+    return VERSIONS[-2] if version is None or version not in VERSIONS else version
 
 
 def needs(operator: str, *arguments: str) -> pytest.MarkDecorator:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import flash_attn_npu
-from flash_attn_npu._core.ground.absent import VERSIONS, Absent
+from flash_attn_npu._core.ground.absent import Absent
 from flash_attn_npu._core.problems.rowwise import Norm
 from flash_attn_npu._core.table import choice, rowwise
 from flash_attn_npu._core.table.rowwise import TABLE, TORCH
 from flash_attn_npu.errors import UnsupportedError
 from tests.helpers.decided import is_fused, plans
+from tests.helpers.old_torch import like_the_installed
 from tests.helpers.rowwise_examples import EXAMPLES
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ COMPILED = {
 
 @pytest.fixture
 def there(npu: torch.device) -> Absent:
-    return Absent(torch.npu.get_device_name(), VERSIONS[-2])
+    return Absent(torch.npu.get_device_name(), like_the_installed())
 
 
 def test_every_row_has_an_example() -> None:
