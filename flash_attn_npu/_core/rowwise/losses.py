@@ -100,11 +100,12 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
             return cross_entropy(call)
         return losses, z_losses
     refuse_transforms("logits")
-    if key is None and not _is_small(call, options):
+    if key is None and not _is_by_torch(call, options):
         losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]
         return losses, z_losses
+    loss = kernel.recorded if is_small(call.logits) else kernel.unrecorded
     try:
-        return kernel.recorded(call.logits, call.labels.long(), options)
+        return loss(call.logits, call.labels.long(), options)
     except IndexError:
         kernel.check_range(call.labels, options, call.logits.shape[1])
         raise
@@ -124,12 +125,18 @@ def _checked(call: LossCall) -> kernel.Options:
     )
 
 
-def _is_small(call: LossCall, options: kernel.Options) -> bool:
-    """Whether torch's own loss serves, and its autograd."""
-    overwritten = call.inplace_backward and torch.is_grad_enabled() and call.logits.requires_grad
-    if call.process_group is not None or overwritten or not 0 <= options.smoothing <= 1:
+def _is_by_torch(call: LossCall, options: kernel.Options) -> bool:
+    """Whether torch's own loss serves, and its autograd if that keeps little."""
+    logits = call.logits
+    if torch.compiler.is_compiling() or logits.device.type != "cpu" or not logits.shape[0]:
         return False
-    return is_small(call.logits) and not kernel.takes_lse(call.precomputed_lse, options)
+    if call.process_group is not None or not 0 <= options.smoothing <= 1:
+        return False
+    if kernel.takes_lse(call.precomputed_lse, options):
+        return False
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return is_small(logits) and not call.inplace_backward
+    return True
 
 
 def _key(call: LossCall) -> Hashable:

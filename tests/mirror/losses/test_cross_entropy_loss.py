@@ -64,6 +64,19 @@ def test_values_and_gradients(device, case, dtype):
     assert want[labels == options.get("ignore_index", expected.IGNORE)].eq(0).all()
 
 
+@pytest.mark.parametrize("case", expected.CASES)
+def test_values_of_many_logits_without_a_gradient(no_small, monkeypatch, case):
+    """Chunk by chunk, by torch's own loss."""
+    monkeypatch.setattr(kernel, "HOST_CHUNK", 5 * 37)
+    options = expected.CASES[case]
+    logits, labels = expected.make(12, 37, torch.float16, options.get("ignore_index", -100))
+    losses, z_losses = cross_entropy_loss(logits, labels, **options)
+    want, want_z, _ = expected.reference(logits, labels, **options)
+    noise = 16 * torch.finfo(torch.float32).eps * (want.abs() + logits.double().abs().amax(1) + 5)
+    expected.assert_rounded_once(losses, want, noise)
+    expected.assert_rounded_once(z_losses, want_z, noise)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ignore_index", [-100, -1, 4])
 def test_torch_gives_the_same(smoothing, ignore_index):

@@ -23,7 +23,16 @@ from ...ground.storage import overlaps_itself
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Options", "backward", "check", "check_range", "forward", "recorded", "takes_lse"]
+__all__ = [
+    "Options",
+    "backward",
+    "check",
+    "check_range",
+    "forward",
+    "recorded",
+    "takes_lse",
+    "unrecorded",
+]
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits that are widened at a time."""
@@ -128,6 +137,13 @@ def recorded(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, 
     z_losses = options.lse_square_scale * scaled.logsumexp(1).square()
     z_losses = z_losses.masked_fill(ignored, 0.0)
     return losses + z_losses, z_losses.detach()
+
+
+def unrecorded(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """`recorded` of many logits, without a gradient."""
+    parts = [recorded(logits[rows], labels[rows], options) for rows in _chunks(logits)]
+    losses, z_losses = (torch.cat(part) for part in zip(*parts, strict=True))
+    return losses, z_losses
 
 
 def backward(

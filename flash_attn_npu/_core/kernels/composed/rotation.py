@@ -44,7 +44,11 @@ def _turn_as_complex(x: Tensor, turns: Tensor, out: Tensor) -> None:
     """Neighbours as one complex number: torch's CPU walks through every other number slowly."""
     size = 2 * turns.shape[-1]
     head = x[..., :size].to(turns.real.dtype).contiguous()
-    turned = torch.view_as_complex(head.unflatten(-1, (-1, 2))) * turns
+    pairs = torch.view_as_complex(head.unflatten(-1, (-1, 2)))
+    if out.dtype == head.dtype and out.shape[-1] == size and out.is_contiguous():
+        torch.mul(pairs, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+        return
+    turned = pairs * turns
     out[..., :size].copy_(torch.view_as_real(turned).flatten(-2))
 
 
