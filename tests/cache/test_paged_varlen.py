@@ -329,3 +329,15 @@ def test_padding_behind_the_used_keys_leaves_none(device):
     assert torch.isposinf(lse[:, :3]).all()
     torch.testing.assert_close(out[3:], seen)
     torch.testing.assert_close(lse[:, 3:], seen_lse)
+
+
+def test_softmax_lse_of_single_queries_is_contiguous(device: torch.device) -> None:
+    q = torch.randn(3, 4, 16).to(device, torch.float16)
+    k, v = (torch.randn(3, 16, 2, 16).to(device, torch.float16) for _ in range(2))
+    table = torch.arange(3, dtype=torch.int32).view(3, 1).to(device)
+    ends = torch.arange(4, dtype=torch.int32).to(device)
+    _, lse, _ = flash_attn_varlen_func(
+        q, k, v, ends, ends, 1, 1, block_table=table, return_attn_probs=True
+    )
+    assert lse.shape == (4, 3)
+    assert lse.is_contiguous()

@@ -93,6 +93,8 @@ def _dense(problem: Problem, inputs: Inputs, q: Tensor) -> tuple[Tensor, Tensor]
     out = out[:, rows - asked :].contiguous().view(-1, problem.nheads, problem.headdim)
     if _with_lse(problem):
         lse = lse[:, :, rows - asked :, 0].transpose(0, 1).reshape(problem.nheads, -1)
+        # of one query for each sequence that was a view
+        lse = lse.contiguous()
     return out, lse
 
 
