@@ -45,7 +45,6 @@ def _of_rows(
     (douts, delta), scoring = saved, tiles.scoring
     queries, lse = tiles.queries(rows), tiles.statistics(rows)
     scaled = tiles.scaled(queries)
-    narrow_queries, narrow_douts = queries.to(tiles.narrow), douts.to(tiles.narrow)
     dq = torch.zeros_like(queries)
     for cols in tiles.cols(rows):
         keys = tiles.keys(cols)
@@ -59,14 +58,14 @@ def _of_rows(
             dscores.mul_(keep)
             del keep
         part = slice(*cols)
-        dropped = tiles.narrowed("narrow weights", dropped)
-        tiles.add_product(sums[1][:, part], dropped.transpose(1, 2), narrow_douts)
+        # in float32: torch rounds a product of 16 bits to 16, and what tiles add up to may cancel
+        sums[1][:, part].baddbmm_(dropped.transpose(1, 2), douts)
         dscores.sub_(delta).mul_(weights)
         if scoring.softcap:
             # by 1 - tanh^2
             torch.ops.aten.tanh_backward.grad_input(dscores, products, grad_input=dscores)
-        dscores = tiles.narrowed("narrow dscores", tiles.cleared(dscores, rows, cols))
-        tiles.add_product(dq, dscores, tiles.narrow_keys(cols, keys))
-        tiles.add_product(sums[0][:, part], dscores.transpose(1, 2), narrow_queries, scoring.scale)
+        dscores = tiles.cleared(dscores, rows, cols)
+        dq.baddbmm_(dscores, keys)
+        sums[0][:, part].baddbmm_(dscores.transpose(1, 2), queries, alpha=scoring.scale)
         del products, weights, dropped, dscores  # before the next tile is made
     return dq

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...ground.processor import multiplies_bf16
 from ...problems.results import accumulator
 from ..bands import Band, spans
 
@@ -158,7 +157,6 @@ class Tiles:
 
     Attributes:
         kept: the dtype of scores and sums.
-        narrow: the dtype of weights in the products of a backward, whose sums are `kept`.
         unit: what scores are multiplied by, so that 2 to their power is exp; 1 where that is left
             to `raised`: what large scores would be rounded by is seen in float32.
         gain: what `products` are multiplied by to be scores, where there is a softcap.
@@ -170,8 +168,6 @@ class Tiles:
         self.band, self.scoring, self._streams = band, scoring, streams
         dtype, self._on_cpu = streams.q.dtype, streams.q.device.type == "cpu"
         self.kept = accumulator(dtype)
-        taken = self._on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
-        self.narrow = dtype if taken else self.kept
         self.unit = LOG2_E if self._on_cpu and dtype.itemsize == 2 else 1.0
         self._by_expm1 = self._on_cpu and self.kept == torch.float32
         self.gain = (scoring.softcap or 1.0) * self.unit
@@ -232,19 +228,6 @@ class Tiles:
             return self.flat(x[..., slice(*cols), :])
         return self._converted[which][:, slice(*cols)]
 
-    def narrowed(self, name: str, weights: Tensor) -> Tensor:
-        """Of a tile, for products."""
-        if self.narrow == self.kept:
-            return weights
-        space = self.space(name, weights.shape, self.narrow)
-        return weights.to(self.narrow) if space is None else space.copy_(weights)
-
-    def narrow_keys(self, cols: tuple[int, int], keys: Tensor) -> Tensor:
-        """`keys` as the caller has them, where that is narrow."""
-        if self.narrow == self.kept:
-            return keys
-        return self._streams.k[..., slice(*cols), :].flatten(2, 3).flatten(0, 1)
-
     def scaled(self, queries: Tensor) -> Tensor:
         """Queries whose products with keys are scores, or what tanh is taken of."""
         if not self.scoring.softcap:
@@ -287,16 +270,6 @@ class Tiles:
         if self.scoring.slopes is not None:
             self.split(scores).add_(self._bias(rows, cols, hides=False))
         return self.cleared(self.raised(scores), rows, cols)
-
-    def add_product(self, total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-        """Add scale * a @ b, of narrow tensors, to a sum."""
-        if self.narrow == self.kept:
-            total.baddbmm_(a, b, alpha=scale)
-        else:
-            found = self.product("sum", a, b)
-            space = self.space("wide sum", found.shape, self.kept)
-            # not added as it is, which takes twice as long
-            total.add_(found if space is None else space.copy_(found), alpha=scale)
 
     def drop(self, weights: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         """Weights with some dropped, in place, and the others larger for it."""

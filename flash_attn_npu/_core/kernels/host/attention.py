@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ground.processor import multiplies_bf16
 from ...ground.second_derivatives import once, watch
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved, accumulator
 from ..bands import Band
 from ..composed.attention import attend_group
-from ..composed.attention import backward as by_tiles
 from ..groups import Group, groups, groups_in_place
 from ..kernel import Kernel
 from ..sinks import with_sink
@@ -32,9 +30,6 @@ from .flash import (
 from .steps import Step, forward_steps
 
 __all__ = ["KERNEL", "shares_heads"]
-
-LONG, LONG_CAUSAL = 1024, 512
-"""Queries, and keys, of a backward that tiles are faster for."""
 
 COPIED_NUMBERS = 1 << 16
 """Of one tensor: so few are copied to compute sequences together that lie apart."""
@@ -129,9 +124,6 @@ def backward(
     problem: Problem, dout: Tensor, saved: Saved, grads: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Write dq, dk, dv into `grads`, where they lie."""
-    if _long(problem):
-        by_tiles(problem, dout, saved, grads)
-        return
     dq, dk, dv = grads
     if problem.varlen:
         dq[problem.total_q :] = 0
@@ -155,14 +147,6 @@ def backward(
 def _square(problem: Problem) -> bool:
     """Whether all sequences have as many queries as keys, or no bound on the keys."""
     return problem.right is None or all(rows == keys for rows, keys in problem.sequences)
-
-
-def _long(problem: Problem) -> bool:
-    """Whether tiles whose products are of bfloat16, and whose sums are of float32, are faster."""
-    plain = problem.left is None and not problem.alibi
-    taken = plain and problem.dtype == torch.bfloat16 and multiplies_bf16()
-    long = LONG if problem.right is None else LONG_CAUSAL
-    return taken and min(map(min, problem.sequences), default=0) >= long
 
 
 def _groups(problem: Problem) -> Iterator[Group]:

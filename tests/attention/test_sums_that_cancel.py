@@ -1,0 +1,74 @@
+"""Answers that are small beside what they are the sums of: a partial sum must not be rounded.
+
+Random inputs never show it. A dout that is a trend over positions, a v of two halves, or biased
+keys do, and trained models have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attn_npu import flash_attn_func
+
+SEQLEN, HEADDIM = 640, 64
+Made = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def trend() -> Made:
+    """dout from 1 to -1 along the sequence: dv cancels."""
+    q, k, v, dout = (torch.randn(1, SEQLEN, 2, HEADDIM) for _ in range(4))
+    falling = torch.linspace(1, -1, SEQLEN)[:, None, None]
+    return 0.3 * q, k, v, falling * torch.randn(HEADDIM) + 0.01 * dout
+
+
+def halves() -> Made:
+    """v of one sign, then of the other, beside keys with a mean: dq cancels."""
+    q, k, v, dout = (torch.randn(1, SEQLEN, 2, HEADDIM) for _ in range(4))
+    sign = torch.where(torch.arange(SEQLEN) < SEQLEN // 2, 1.0, -1.0)[:, None, None]
+    direction = torch.randn(HEADDIM)
+    keys = 0.3 * k + 5 * torch.randn(HEADDIM)
+    return q, keys, sign * direction + 0.1 * v, direction + 0.1 * dout
+
+
+def answers(
+    made: Made, dtype: torch.dtype, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    q, k, v, dout = (x.to(dtype) for x in made)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [trend, halves])
+def test_what_cancels(
+    make: Callable[[], Made], dtype: torch.dtype, causal: bool, softcap: float
+) -> None:
+    torch.manual_seed(0)
+    made = make()
+    rounded = tuple(x.to(dtype) for x in made)
+    hidden = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).triu(1) & causal
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * HEADDIM**-0.5
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return torch.einsum("bhts,bshd->bthd", weights, v)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v, causal=causal, softcap=softcap)
+        assert isinstance(out, Tensor)
+        return out
+
+    exact = answers(rounded, torch.float64, eager)  # type: ignore[arg-type]
+    plain, found = answers(made, dtype, eager), answers(made, dtype, ours)
+    for name, true, theirs, got in zip(("out", "dq", "dk", "dv"), exact, plain, found, strict=True):
+        allowed = 2 * (theirs.double() - true).abs().max()
+        assert (got.double() - true).abs().max() <= allowed, name
