@@ -17,8 +17,10 @@ __all__ = [
     "HOLDS_KERNELS",
     "NEEDS_SHARED_HEADS",
     "OWN_FAKES",
+    "PAGES_OF_TWO_WIDTHS",
     "TORCH",
     "doubled",
+    "lacks",
     "like_the_installed",
     "needs",
     "traces",
@@ -44,6 +46,16 @@ OWN_FAKES = pytest.mark.skipif(
     reason="torch_npu before 2.9 has other fake operators, or none, for these",
 )
 
+PAGES_OF_TWO_WIDTHS = pytest.mark.skipif(
+    TORCH < (2, 8),
+    reason="torch_npu 2.6 answers from pages in the headdim of queries, whatever that of values",
+)
+
+
+def lacks(operator: str, *arguments: str) -> bool:
+    """Whether the torch_npu that runs has no such operator, or not these arguments of it."""
+    return virtual_ascend.REASON is None and not schemas.has(operator, *arguments)
+
 
 def like_the_installed() -> str:
     """The version of the torch_npu that runs, or a newer one that takes the same."""
@@ -53,9 +65,10 @@ def like_the_installed() -> str:
 
 def needs(operator: str, *arguments: str) -> pytest.MarkDecorator:
     """For tests of an operator that the installed torch_npu may lack."""
-    there = virtual_ascend.REASON is not None or schemas.has(operator, *arguments)
     which = " with ".join((operator, *arguments[:1]))
-    return pytest.mark.skipif(not there, reason=f"torch_npu {torch_npu_version()}: no {which}")
+    return pytest.mark.skipif(
+        lacks(operator, *arguments), reason=f"torch_npu {torch_npu_version()}: no {which}"
+    )
 
 
 def traces(since: tuple[int, int], what: str) -> pytest.MarkDecorator:

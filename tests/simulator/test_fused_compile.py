@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flash_attn_npu._core.ground.schemas import untraceable
 from flash_attn_npu._virtual_ascend import CardRefusal
 from tests.helpers.fused_cases import random
 from tests.helpers.old_torch import OWN_FAKES
@@ -75,6 +76,8 @@ def with_gradients(function: Function, inputs: list[torch.Tensor]) -> list[torch
 @pytest.mark.parametrize("dtype", [torch.float32, BRAIN])
 @pytest.mark.parametrize("name", SERVED)
 def test_served_with_gradients(name: str, dtype: torch.dtype) -> None:
+    if "cross entropy" in name and untraceable(torch.device("npu:0"), "npu_cross_entropy_loss"):
+        pytest.skip("torch_npu 2.6 has no fake operator for it, and the table composes it")
     function, shapes = SERVED[name]
     # a wide second half of a swiglu row: its gradient wants 64 bytes
     inputs = [random(*shape[:-1], 2 * shape[-1], dtype=dtype) for shape in shapes]
@@ -123,6 +126,7 @@ def test_served_without_gradients_only(name: str) -> None:
         with_gradients(compiled(function), [tensor.cpu() for tensor in inputs])
 
 
+@OWN_FAKES
 def test_gemma_rms_norm_loses_its_gradient_in_a_graph_too() -> None:
     x, gamma = random(2, 3, 32).npu().requires_grad_(), random(32).npu()
     with warnings.catch_warnings():
@@ -192,6 +196,7 @@ def outputs(name: str, shapes: Shapes) -> tuple[torch.Tensor, ...]:
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
 
 
+@OWN_FAKES
 def test_the_fake_cross_entropy_holds_a_z_loss_that_the_real_one_has_not() -> None:
     import torch_npu
 

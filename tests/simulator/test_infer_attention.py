@@ -20,6 +20,7 @@ from tests.helpers.infer_cases import (
     sequences_by_rows,
     triangle,
 )
+from tests.helpers.old_torch import PAGES_OF_TWO_WIDTHS, TORCH, needs
 
 pytestmark = pytest.mark.usefixtures("npu")
 
@@ -121,6 +122,7 @@ def narrow(columns: list[int]) -> tuple[list[torch.Tensor], dict[str, Any]]:
     return [q, k, random(sum(columns), 2, 128)], arguments
 
 
+@PAGES_OF_TWO_WIDTHS
 def test_pages_with_values_narrower_than_keys() -> None:
     columns = [140, 2, 260]
     given, keeps = KEPT["causal"]
@@ -135,6 +137,7 @@ def test_pages_with_values_narrower_than_keys() -> None:
     close(lse, sums, 1e-4)
 
 
+@PAGES_OF_TWO_WIDTHS
 @pytest.mark.parametrize("layout", ["BSND", "BSH"])
 def test_dense_values_narrower_than_keys_on_a_950(
     layout: str, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +198,8 @@ def test_no_keys_at_all_give_zeros_and_infinity() -> None:
 
 def test_without_the_flag_there_are_no_statistics() -> None:
     q = random(1, 2, 1, 16)
-    assert infer(q, q, q, "BSND", softmax_lse_flag=False)[1].shape == (0,)
+    # torch_npu 2.6 gives a number that says nothing
+    assert infer(q, q, q, "BSND", softmax_lse_flag=False)[1].shape == (int(TORCH < (2, 8)),)
 
 
 def test_the_scale_is_one_unless_given() -> None:
@@ -266,6 +270,7 @@ def test_the_reported_averages_come_only_when_asked_for(monkeypatch: pytest.Monk
     close(wrong, tensors[2].double().mean(0, keepdim=True).expand(2, 1, 64))
 
 
+@needs("npu_fused_infer_attention_score_v2")
 def test_the_second_version_computes_the_same() -> None:
     import torch_npu
 

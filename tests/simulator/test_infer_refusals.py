@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.infer_cases import infer, packed, random, triangle
+from tests.helpers.old_torch import TORCH, needs
 
 pytestmark = pytest.mark.usefixtures("npu")
 
@@ -363,6 +364,8 @@ OLD: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
+    if name == "dimensions" and TORCH < (2, 8):
+        pytest.skip("torch_npu 2.6 does not compare them")
     rule, call, given = REFUSED[name]
     with pytest.raises(RuntimeError, match=rule):
         call(**given)
@@ -370,6 +373,8 @@ def test_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name: str) -> None:
+    if "D 192 and 128" in name and TORCH < (2, 8):
+        pytest.skip("torch_npu 2.6 answers from pages in the headdim of queries")
     call, given = ACCEPTED[name]
     out, lse = call(**given)
     # every row was computed
@@ -387,6 +392,7 @@ def test_refused_by_old_releases_only(name: str, monkeypatch: pytest.MonkeyPatch
         call(**given)
 
 
+@needs("npu_fused_infer_attention_score_v2")
 def test_the_second_version_refuses_the_compressed_mask_with_one_dense_row() -> None:
     import torch_npu
 

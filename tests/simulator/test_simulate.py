@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,8 @@ def test_a_users_tests_from_an_installed_wheel(npu: object, environment: Environ
     arguments = ("-m", "flash_attn_npu", "--simulate", "-m", "pytest", "-q", "test_program.py")
     done = environment.run(*arguments, TORCH_DEVICE_BACKEND_AUTOLOAD="1", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 passed" in done.stdout
+    models = importlib.util.find_spec("transformers") is not None
+    assert ("9 passed" if models else "7 passed, 2 skipped") in done.stdout
     said = [line for line in done.stderr.splitlines() if line.startswith(MARK)]
     assert "no card has confirmed it" in said[0]
     assert f"{MARK}flash_attn_func: npu_fusion_attention x1" in said
