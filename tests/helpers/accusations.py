@@ -33,6 +33,8 @@ COUNTING: dict[str, tuple[str, ...]] = {
         "test_consistent::test_decode_has_the_bits_of_training",
         "test_consistent::test_without_it_pages_are_read_where_they_lie",
         "test_fused_operators::test_a_norm_without_gradient_adds_in_the_same_launch",
+        "test_fused_operators::test_a_float32_residual_is_added_by_the_operator",
+        "test_fused_operators::test_a_step_looks_the_rows_of_q_and_k_up_once",
         "test_fused_operators::test_loss",
         "test_fused_operators::test_norm",
         "test_kvcache_native::test_mode_and_band",
