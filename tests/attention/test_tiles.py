@@ -14,7 +14,7 @@ from flash_attn_npu._core.kernels.composed import forward, tiles
 from tests.helpers import reference
 from tests.helpers.composed_only import composed_only
 from tests.helpers.peak_bytes import PeakBytes
-from tests.helpers.property_harness import LOUD_EFFORTS
+from tests.helpers.property_harness import EFFORTS
 from tests.helpers.strategies import Problem, dense_problems, varlen_problems
 from tests.helpers.tile_cases import Case, assert_case, masks, solve, tiles_of
 
@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@pytest.mark.parametrize("effort", LOUD_EFFORTS)
+@pytest.mark.parametrize("effort", EFFORTS)
 def test_any_options_over_many_tiles(effort):
     @settings(max_examples=100 * effort)
     @given(case=cases(), side=st.sampled_from((4, 7, 16)))

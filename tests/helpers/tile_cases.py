@@ -163,6 +163,8 @@ def assert_case(case: Case, device: torch.device) -> Named:
         shown = solve(replace(case, sink=False), device) if case.sink else answer
         dropout_mask = masks(case, shown["s_dmask"])
     truth = expected(case, dropout_mask)
+    lse = truth["softmax_lse"][0]
+    highest = lse[lse.isfinite()].abs().max().item() if lse.isfinite().any() else 0.0
     for name, (exact, plain, inherent) in truth.items():
         if name not in answer:
             continue
@@ -172,7 +174,11 @@ def assert_case(case: Case, device: torch.device) -> Named:
             reference.assert_lse_close(answer[name], exact)
         else:
             assert answer[name].dtype == case.problem.dtype
-            reference.assert_close_to_reference(answer[name], exact, plain, name, inherent)
+            loudness = max(1.0, abs(case.loud)) if name == "dq" else 1.0
+            loudest = highest if name != "out" and abs(case.loud) > 1 else 0.0
+            reference.assert_close_to_reference(
+                answer[name], exact, plain, name, inherent, loudness, loudest
+            )
     return answer
 
 

@@ -25,6 +25,7 @@ from .flash import (
     dense,
     launch,
     shares_heads,
+    split_scale,
     with_silence,
 )
 from .steps import Step, forward_steps
@@ -45,17 +46,27 @@ def direct(problem: Problem) -> Any:
         return None
     told = problem.ask.options.return_attn_probs
     mark = once(problem.function) if problem.needs_grad else None
-    scale, causal = problem.softmax_scale, launched.causal
+    factor, scale = split_scale(problem.softmax_scale, problem.dtype)
+    causal = launched.causal
     split = (problem.batch, -1) if problem.varlen else None
+    copies = problem.dtype != wide
+
+    def laid(x: Tensor) -> Tensor:
+        # rows of a contiguous tensor need not be looked at
+        together = x.is_contiguous()
+        x = (x.to(wide) if copies else x).transpose(1, 2)
+        return x if together else dense(x)
 
     def run(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Any:
         if split is not None:
             q, k, v = q.unflatten(0, split), k.unflatten(0, split), v.unflatten(0, split)
-        queries, keys, values = (dense(x.transpose(1, 2).to(wide)) for x in (q, k, v))
-        out, lse = launch(queries, keys, values, scale, causal)
+        queries, keys = laid(q), laid(k)
+        queries = queries * factor if factor != 1 else queries
+        out, lse = launch(queries, keys, laid(v), scale, causal)
         if mark is not None:
             watch(out, mark)
-        out = out.transpose(1, 2).to(q.dtype)
+        out = out.transpose(1, 2)
+        out = out.to(q.dtype) if copies else out
         out = out.flatten(0, 1) if split is not None else out
         if not told:
             return out.contiguous()

@@ -32,6 +32,7 @@ __all__ = [
     "dense",
     "launch",
     "shares_heads",
+    "split_scale",
     "with_silence",
 ]
 
@@ -103,6 +104,16 @@ def _lost(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
     return (scores.tril() if causal else scores).isnan().any(-1)
 
 
+def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What q is multiplied by, and the scale of the launches then.
+
+    The forward multiplies scores by it, the backward lets its product do so: of large scores in
+    float32 a backward would see others, unless the scale rounds nothing.
+    """
+    rounds = math.frexp(abs(scale))[0] not in (0.0, 0.5)
+    return (scale, 1.0) if rounds and dtype.itemsize > 2 else (1.0, scale)
+
+
 @cache
 def shares_heads() -> bool:
     """Whether the installed torch's kernel knows of fewer heads of k and v: asked of it, once."""
@@ -141,19 +152,21 @@ def attend(inputs: Triple, out: Tensor, lse: Tensor, rule: Rule) -> None:
         out[:, :, :blind] = 0
         lse[:, :, :blind] = math.inf
     dtype = _forward_dtype(inputs, out, rule)
+    factor, scale = split_scale(rule.scale, inputs[0].dtype)
     for part in _parts(inputs[0], inputs[1], rule, dtype):
         q, k, v = part.inputs(inputs, dtype)
+        q = q * factor if factor != 1 else q
         biases = _Biases(rule, part, q)
         for step in forward_steps(band, biases.streams):
             rows, keys, bias = slice(*step.rows), slice(*step.keys), biases.of(step)
             given, values = (q[:, :, rows], k[:, :, keys]), v[:, :, keys]
             if q.shape[2] == 1 and bias is None and many_keys(given[1]):
-                found, total = one_query(*given, values, rule.scale)
+                found, total = one_query(*given, values, scale)
             else:
-                found, total = launch(*given, values, rule.scale, step.causal, bias)
+                found, total = launch(*given, values, scale, step.causal, bias)
             part.q(out)[:, :, rows].copy_(found)
             if rule.told:
-                total = with_silence(total, given, step, rule.scale, bias)
+                total = with_silence(total, given, step, scale, bias)
             part.q(lse)[:, :, rows].copy_(total)
 
 
@@ -181,8 +194,10 @@ def attend_backward(
         answer: dout, out and softmax_lse.
     """
     dtype = accumulator(inputs[0].dtype)
+    factor, scale = split_scale(rule.scale, inputs[0].dtype)
     for part in _parts(inputs[0], inputs[1], rule, dtype):
-        given = part.inputs(inputs, dtype)
+        q, k, v = part.inputs(inputs, dtype)
+        given = (q * factor if factor != 1 else q, k, v)
         dout, out = (dense(part.q(x).to(dtype)) for x in answer[:2])
         biases = _Biases(rule, part, given[0])
         steps = backward_steps(rule.band, biases.streams)
@@ -198,8 +213,10 @@ def attend_backward(
                 0.0,
                 step.causal,
                 attn_mask=biases.of(step),
-                scale=rule.scale,
+                scale=scale,
             )
+            if factor != 1:
+                found[0].mul_(factor)
             sums.add(step, found)
         sums.write()
 
