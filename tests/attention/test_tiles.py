@@ -166,6 +166,16 @@ def test_every_sequence_and_head_has_a_mask_of_its_own(packed):
     assert len({tuple(block.flatten().tolist()) for block in blocks}) == len(blocks)
 
 
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=str)
+def test_a_sink_is_not_rounded_again(dtype):
+    sink = torch.linspace(-1.0, 4.0, 7).to(dtype)
+    q, lse = torch.zeros(1, 7, 1, 5, 8, dtype=dtype), torch.empty(1, 7, 1, 5)
+    streams = tiles.Streams(q, q, q, torch.empty_like(q), lse, place=(0,))
+    forward.attend(streams, Band(5, 5, None, None), tiles.Scoring(1.0, sink=sink[:, None, None]))
+    exact = (5 + sink.double().exp()).log()[None, :, None, None].expand_as(lse)
+    reference.assert_lse_close(lse, exact)
+
+
 def test_a_softcap_far_beyond_its_bounds():
     """Where tanh is 1, and -1, and where a score is no number."""
     q, k = torch.tensor([1e4, -1e4, 1e30, 0.01]), torch.tensor([1.0, -3e4, 0.5])

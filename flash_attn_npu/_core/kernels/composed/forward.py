@@ -44,7 +44,7 @@ def _sums(tiles: Tiles, rows: tuple[int, int]) -> tuple[Tensor, Tensor | None, T
     top = queries.new_full((*queries.shape[:2], 1), torch.finfo(tiles.kept).min)
     total = torch.zeros_like(top)
     if scoring.sink is not None:
-        tiles.split(top).copy_(scoring.sink[..., None] * tiles.unit)
+        tiles.split(top).copy_(scoring.sink[..., None].to(tiles.kept) * tiles.unit)
         total.fill_(1.0)
     for cols in tiles.cols(rows):
         scores = tiles.products(queries, tiles.keys(cols))
