@@ -187,6 +187,7 @@ ROWWISE: dict[str, Any] = {
         rows=rowwise_table.MAX_LOSS_ROWS + 1, classes=8
     ),
     "label_smoothing with gradient": rowwise.Loss(options={"label_smoothing": 0.1}),
+    "label_smoothing outside [0, 1)": rowwise.Loss(options={"label_smoothing": 1.0}),
     "logit_scale": rowwise.Loss(options={"logit_scale": 0.5}),
     "lse_square_scale": rowwise.Loss(options={"lse_square_scale": 1e-3}),
     "precomputed_lse": rowwise.Loss(precomputed=True),

@@ -137,6 +137,7 @@ EXAMPLES: dict[str, Example] = {
     "cross entropy of float16 and bfloat16": lost(dtype=HALF),
     f"cross entropy of more than {MAX_LOSS_ROWS} rows": lost(rows=MAX_LOSS_ROWS + 1),
     "label_smoothing with gradient": lost(label_smoothing=0.1, grad=True),
+    "label_smoothing outside [0, 1)": lost(label_smoothing=1.0),
     "logit_scale": lost(logit_scale=0.5),
     "lse_square_scale": lost(lse_square_scale=1e-4),
     "precomputed_lse": lost(precomputed_lse=torch.ones(4)),

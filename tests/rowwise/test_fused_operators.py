@@ -400,16 +400,16 @@ def test_loss(npu: torch.device) -> None:
     assert not z_losses.any()
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_a_smoothed_loss(npu: torch.device, grad: bool) -> None:
+@pytest.mark.parametrize(("smoothing", "grad"), [(0.2, False), (0.2, True), (1.0, False)])
+def test_a_smoothed_loss(npu: torch.device, smoothing: float, grad: bool) -> None:
     logits, labels = torch.randn(6, 11), torch.tensor([3, -100, 0, 10, -100, 7])
     mine = logits.to(npu).requires_grad_(grad)
     (losses, _), launched = names(
-        lambda: cross_entropy_loss(mine, labels.to(npu), label_smoothing=0.2)
+        lambda: cross_entropy_loss(mine, labels.to(npu), label_smoothing=smoothing)
     )
-    assert launched == ([] if grad else ["npu_cross_entropy_loss"])
+    assert launched == ([] if grad or smoothing == 1 else ["npu_cross_entropy_loss"])
     want = torch.nn.functional.cross_entropy(
-        logits.double(), labels, reduction="none", label_smoothing=0.2
+        logits.double(), labels, reduction="none", label_smoothing=smoothing
     )
     torch.testing.assert_close(losses.detach().cpu().double(), want, atol=1e-6, rtol=1e-6)
 

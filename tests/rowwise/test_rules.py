@@ -61,6 +61,7 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "cross entropy of float16 and bfloat16": lambda p: p._replace(dtype=torch.bfloat16),
     "cross entropy of more than 200000 rows": lambda p: p._replace(rows=200_001),
     "label_smoothing with gradient": (lambda p: p._replace(label_smoothing=0.1, needs_grad=True)),
+    "label_smoothing outside [0, 1)": lambda p: p._replace(label_smoothing=1.0),
     "logit_scale": lambda p: p._replace(logit_scale=0.5),
     "lse_square_scale": lambda p: p._replace(lse_square_scale=1e-4),
     "precomputed_lse": lambda p: p._replace(precomputed=True),

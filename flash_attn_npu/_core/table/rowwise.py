@@ -200,6 +200,11 @@ TABLE: tuple[Rule, ...] = (
         dict.fromkeys((CROSS_ENTROPY,), "with a gradient it takes no label_smoothing"),
     ),
     Rule(
+        "label_smoothing outside [0, 1)",
+        lambda p: not 0 <= p.label_smoothing < 1,
+        dict.fromkeys((CROSS_ENTROPY,), "it takes a label_smoothing from 0 to below 1"),
+    ),
+    Rule(
         "logit_scale",
         lambda p: p.logit_scale != 1,
         dict.fromkeys((CROSS_ENTROPY,), "it has no logit_scale"),
