@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from flash_attn_npu.models import bigcode, falcon, gpt, gpt_neox, gptj, llama, opt
 from flash_attn_npu.models.gpt import GPTLMHeadModel
+
+transformers = pytest.importorskip("transformers")
 
 VOCAB = 50
 BATCH, SEQLEN = 2, 11

@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import transformers
 
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
 from flash_attn_npu.models.gpt import GPTLMHeadModel, combine_state_dicts_tp
@@ -31,6 +30,8 @@ from tests.helpers.gpt_oracles import (
     theirs,
     tolerance,
 )
+
+transformers = pytest.importorskip("transformers")
 
 HEAD = 8
 LAYER = {
