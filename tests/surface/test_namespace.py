@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,3 +125,28 @@ def test_only_the_surface_reads_itself() -> None:
         if re.search(r"^(from|import) .*\b_surface\b", file.read_text(), re.MULTILINE)
     }
     assert not readers, "importing the package must not read upstream's surface"
+
+
+def test_an_import_reads_what_a_cpu_asks_for() -> None:
+    """What only a card, or only a report, asks for waits."""
+    later = ("_diagnosis", "_core.verification.attention", "_core.verification.rowwise")
+    later += ("_core.verification.cache", "_surface", "_validation", "_virtual_ascend", "models")
+    names = tuple(f"flash_attn_npu.{name}" for name in later)
+    program = f"""
+import sys
+import torch
+before = set(sys.modules)
+import flash_attn_npu
+new = set(sys.modules) - before
+print(sorted(name for name in new if name.startswith({names})))
+print(*(name for name in ("packaging.version", "transformers", "torch_npu") if name in new))
+flash_attn_npu.doctor
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("\n") == ["[]", "", ""], done.stdout

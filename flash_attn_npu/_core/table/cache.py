@@ -14,7 +14,7 @@ from ..kernels.ascend import transfer as fused
 from ..kernels.composed import transfer as composed
 from ..problems.rowwise import TORCH
 from ..problems.transfer import APPEND, GATHER, Append, Gather, Transfer
-from ..verification.cache import CHECK
+from ..verification.checks import CACHE as CHECK
 from . import installed
 from .rule import Candidate, Rule, Table
 

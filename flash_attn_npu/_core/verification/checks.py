@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .kinds import Check
 
-__all__ = ["ATTENTION", "ROWWISE"]
+__all__ = ["ATTENTION", "CACHE", "ROWWISE"]
 
 
 def _attention() -> Check:
@@ -21,6 +21,12 @@ def _rowwise() -> Check:
     return CHECK
 
 
+def _cache() -> Check:
+    from .cache import CHECK
+
+    return CHECK
+
+
 def _later(check: Callable[[], Check]) -> Check:
     return Check(
         lambda case: check().kinds(case),
@@ -29,4 +35,5 @@ def _later(check: Callable[[], Check]) -> Check:
 
 
 ATTENTION = _later(_attention)
+CACHE = _later(_cache)
 ROWWISE = _later(_rowwise)
