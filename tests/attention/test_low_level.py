@@ -13,6 +13,7 @@ from flash_attn_npu import flash_attn_interface as interface
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
 from tests.helpers import argument_harness as harness
 from tests.helpers.argument_harness import Answer, Arguments
+from tests.helpers.old_torch import lacks
 from tests.helpers.strategies import Problem
 
 P = 0.25
@@ -160,7 +161,8 @@ def test_backward_is_one_launch_from_out_and_lse_alone(npu, function, problem):
     assert given["softmax_sum"].cpu().eq(1).all()
     lse = given["softmax_max"].cpu()[..., 0]
     expected = call["softmax_lse"].t() if "varlen" in function.__name__ else call["softmax_lse"]
-    assert torch.equal(lse, expected)
+    if not lacks("npu_fusion_attention_grad", "softmax_layout"):
+        assert torch.equal(lse, expected)
     harness.assert_right(answer, harness.truth(function, call))
 
 

@@ -133,6 +133,9 @@ def unaliased(call: NormCall) -> NormCall:
 
 def _key(function: str, call: NormCall) -> Hashable:
     """`key_of`; None for calls with more than the usual tensors."""
+    if torch.compiler.is_compiling():
+        # torch 2.6 and 2.8 cannot trace a slice of a NamedTuple
+        return None
     # written out: `any` over these fields would cost as much as all the rest
     more = call.x1 is not None or call.weight1 is not None or call.bias1 is not None
     scaled = call.rowscale is not None or call.layerscale is not None

@@ -165,7 +165,8 @@ def test_operators(allow_decomposition: bool) -> None:
     assert torch.equal(torch.compile(operator, backend=backend, fullgraph=True)(x), x * 2)
     kept = any("twice" in target for target in operators)
     assert kept is not allow_decomposition
-    assert "triton" not in sys.modules
+    # a torch that is built for CUDA loads it itself
+    assert "triton" not in sys.modules or torch.version.cuda
 
 
 def test_an_operator_that_writes() -> None:
