@@ -139,8 +139,8 @@ def check_tokens(name: str, dtype: torch.dtype, tokens: Tensor) -> None:
         assert said.gap > 5e-3
         assert tokens.tolist() == eagers_tokens(name).tolist()
         return
-    assert said.noise < 0.25
-    assert said.shortfall <= said.noise / 2, said
+    # that of eager depends on the tokens, too, and a quarter of a logit is much
+    assert said.shortfall <= min(said.noise, 0.25) / 2, said
     assert said.agreed > 0.95, said
 
 
