@@ -73,7 +73,7 @@ def test_caches_that_are_slices_of_one_tensor(device: torch.device) -> None:
 
     def step(both: Tensor, **call: Any) -> Any:
         return flash_attn_with_kvcache(
-            **call | {"k_cache": both[:, :, 0], "v_cache": both[:, :, 1]}
+            **{**call, "k_cache": both[:, :, 0], "v_cache": both[:, :, 1]}
         )
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
