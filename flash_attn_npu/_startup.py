@@ -199,10 +199,12 @@ def _folder() -> str:
 
 def light(*name: str) -> Any:
     """A module of the package that imports nothing of it, run without the package."""
-    from importlib.util import module_from_spec, spec_from_file_location
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
 
-    file = os.path.join(_folder(), *name) + ".py"
-    spec = spec_from_file_location(f"_{PACKAGE}{'_'.join(name)}", file)
+    # not by its file: the package may lie in a zip
+    place = os.path.join(_folder(), *name[:-1])
+    spec = PathFinder.find_spec(".".join((f"_{PACKAGE}", *name)), [place])
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)

@@ -36,13 +36,14 @@ print(wheels.table(), end="")
 """
 
 
-def child(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def child(*arguments: str, cwd: Path, **told: str) -> subprocess.CompletedProcess[str]:
     """A Python that finds nothing of this checkout by itself."""
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    apart = ("PYTHON", "FLASH_ATTN_NPU_INSTALL")
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(apart)}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=keep | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        env=keep | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} | told,
         capture_output=True,
         text=True,
         timeout=300,
@@ -50,14 +51,15 @@ def child(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_zip_is_imported_like_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [{}, {"FLASH_ATTN_NPU_INSTALL": "1"}], ids=["", "follows"])
+def test_a_zip_is_imported_like_a_folder(told: dict[str, str], tmp_path: Path) -> None:
     """With the data that lies in it: a part of compat_matrix.md comes out as it is committed."""
     archive = tmp_path / "flash.zip"
     with zipfile.ZipFile(archive, "w") as packed:
         for path in sorted((ROOT / "flash_attn_npu").rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 packed.write(path, path.relative_to(ROOT))
-    done = child("-c", IN_A_ZIP, str(archive), cwd=tmp_path)
+    done = child("-c", IN_A_ZIP, str(archive), cwd=tmp_path, **told)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 1000
     assert done.stdout in (ROOT / "compat_matrix.md").read_text()
