@@ -14,9 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from flash_attn_npu._startup import VARIABLE
 from tests.helpers.warm import Warm
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _children_are_told_nothing_by_a_test() -> Iterator[None]:
+    """Later tests of this process start children too."""
+    before = os.environ.get(VARIABLE)
+    yield
+    assert os.environ.get(VARIABLE) == before
 
 
 def _package_root() -> Path:
