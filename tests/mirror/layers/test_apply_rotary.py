@@ -252,3 +252,18 @@ def test_bad_input_is_named_and_has_no_effect(
         apply_rotary(**call, inplace=True)
     if isinstance(x, Tensor):
         assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_an_input_that_begins_at_an_odd_place(
+    interleaved: bool, inplace: bool, device: torch.device
+) -> None:
+    x, (cos, sin) = torch.randn(2, 5, 3, 8), (torch.rand(5, 4), torch.rand(5, 4))
+    odd = torch.empty(x.numel() + 1, device=device)[1:].view(x.shape).copy_(x)
+    turned = apply_rotary(
+        odd, cos.to(device), sin.to(device), interleaved=interleaved, inplace=inplace
+    )
+    plain = apply_rotary(x.clone(), cos, sin, interleaved=interleaved)
+    torch.testing.assert_close(turned.cpu(), plain, atol=1e-6, rtol=1e-6)
+    assert (turned.data_ptr() == odd.data_ptr()) is inplace

@@ -44,8 +44,11 @@ def _turn_as_complex(x: Tensor, turns: Tensor, out: Tensor) -> None:
     """Neighbours as one complex number: torch's CPU walks through every other number slowly."""
     size = 2 * turns.shape[-1]
     head = x[..., :size].to(turns.real.dtype).contiguous()
+    # a complex number begins at an even place
+    head = head.clone() if head.storage_offset() % 2 else head
     pairs = torch.view_as_complex(head.unflatten(-1, (-1, 2)))
-    if out.dtype == head.dtype and out.shape[-1] == size and out.is_contiguous():
+    whole = out.shape[-1] == size and out.is_contiguous() and out.storage_offset() % 2 == 0
+    if out.dtype == head.dtype and whole:
         torch.mul(pairs, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
         return
     turned = pairs * turns
