@@ -13,7 +13,7 @@ from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu._core.ground import chip, settings, usage
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.problems import attention as problems
-from flash_attn_npu._core.table import attention, choice
+from flash_attn_npu._core.table import attention, choice, installed
 from flash_attn_npu._core.table.attention import BLOCKWISE, FUSION, INFER, TABLE
 from flash_attn_npu._core.table.rule import Rule
 from flash_attn_npu._surface import matrix
@@ -39,7 +39,8 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     if isinstance(row, Rule):
         pretend_row(row.name, monkeypatch)
     if isinstance(row, Rule) and row.name in CHIPS:
-        monkeypatch.setattr(attention, "soc_name", lambda device: CHIPS[row.name])
+        for place in (attention, installed):
+            monkeypatch.setattr(place, "soc_name", lambda device: CHIPS[row.name])
         chip._names.put(request.getfixturevalue("npu"), CHIPS[row.name])
     if isinstance(row, Rule) and "CONSISTENT" in row.name:
         monkeypatch.setattr(settings, "_consistent", True)

@@ -16,6 +16,7 @@ from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.ground.settings import verifying
 from flash_attn_npu._core.problems.transfer import APPEND, GATHER, Append, Gather, Transfer
 from flash_attn_npu._core.table import cache as table
+from flash_attn_npu._core.table import installed as shared_rows
 from flash_attn_npu._core.table.choice import refusals
 from flash_attn_npu._core.table.rule import Rule
 from tests.helpers.cache_calls import CacheProblem, check, place
@@ -66,7 +67,7 @@ def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if isinstance(rule, Rule):
         pretend_row(rule.name, monkeypatch)
         if rule.name.startswith("Ascend 310P"):
-            monkeypatch.setattr(table, "soc_name", lambda device: "Ascend310P3")
+            monkeypatch.setattr(shared_rows, "soc_name", lambda device: "Ascend310P3")
     yield
     forget_all()
 

@@ -9,7 +9,7 @@ import torch
 
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.problems.rowwise import Gate, Loss, Norm, Problem, Rotation
-from flash_attn_npu._core.table import rowwise
+from flash_attn_npu._core.table import installed, rowwise
 from flash_attn_npu._core.table.choice import refusals
 from flash_attn_npu._core.table.rowwise import TABLE, WHOLE
 from flash_attn_npu._core.table.rule import Rule
@@ -144,7 +144,7 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     if isinstance(rule, Rule):
         pretend_row(rule.name, monkeypatch)
     if isinstance(rule, Rule) and rule.name == "Ascend 310P and 200I":
-        monkeypatch.setattr(rowwise, "soc_name", lambda device: "Ascend310P3")
+        monkeypatch.setattr(installed, "soc_name", lambda device: "Ascend310P3")
     if isinstance(rule, Rule) and "without a fake operator" in rule.name:
         monkeypatch.setattr(rowwise, "untraceable", lambda device, operator: True)
 

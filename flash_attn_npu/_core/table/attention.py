@@ -75,21 +75,13 @@ TABLE: tuple[Rule, ...] = (
         lambda p: p.empty,
         dict.fromkeys((FUSION, INFER, HOST), "there is nothing to compute"),
     ),
-    Rule(
-        "tensors outside an Ascend NPU",
-        lambda p: p.device.type != "npu",
-        {FUSION: "it runs on Ascend NPUs only", INFER: "it runs on Ascend NPUs only"},
-    ),
+    installed.on_ascend((FUSION, INFER)),
     Rule(
         "tensors outside a CPU",
         lambda p: p.device.type != "cpu",
         {HOST: "it runs on a CPU only"},
     ),
-    Rule(
-        "Ascend 310P and 200I",
-        lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
-        {FUSION: "the chip does not have it", INFER: "the chip does not have it"},
-    ),
+    installed.on_large_chips((FUSION, INFER)),
     installed.supported((FUSION, INFER)),
     *installed.rows(installed.ATTENTION),
     Rule("float16", lambda p: p.dtype == torch.float16),

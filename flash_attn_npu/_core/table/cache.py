@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from ..ground.chip import soc_name
 from ..kernels.ascend import transfer as fused
 from ..kernels.composed import transfer as composed
 from ..problems.rowwise import TORCH
@@ -26,16 +25,8 @@ MAX_TOKEN_BYTES = 148 * 1024
 
 
 TABLE: tuple[Rule, ...] = (
-    Rule(
-        "tensors outside an Ascend NPU",
-        lambda p: p.device.type != "npu",
-        dict.fromkeys(ALL, "it runs on Ascend NPUs only"),
-    ),
-    Rule(
-        "Ascend 310P and 200I",
-        lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
-        dict.fromkeys(ALL, "the chip does not have it"),
-    ),
+    installed.on_ascend(ALL),
+    installed.on_large_chips(ALL),
     Rule("new keys and values in a cache", lambda p: isinstance(p, Append)),
     Rule("keys and values copied out of a cache", lambda p: isinstance(p, Gather)),
     installed.supported(ALL),

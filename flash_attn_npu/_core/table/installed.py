@@ -1,6 +1,6 @@
 """What of torch_npu each fused call needs.
 
-From this the rows of both tables are made that ask the installed torch_npu, and the part of
+From this the rows of all tables are made that ask the installed torch_npu, and the part of
 compat_matrix.md that says what is fused with which torch_npu. The first entry of a call is the
 operator, the others are all the arguments that are passed to it by name or by position, but for
 those of a need of their own.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..._version import OLDEST_TORCH_NPU
+from ..ground.chip import soc_name
 from ..ground.schemas import lacks
 from ..ground.versions import too_old
 from ..problems.rowwise import (
@@ -25,7 +26,8 @@ from ..problems.rowwise import (
 from ..problems.transfer import APPEND, GATHER, Append, Gather
 from .rule import Rule
 
-__all__ = ["ATTENTION", "CACHE", "FUSION", "INFER", "NEEDS", "ROWWISE", "Need", "rows", "supported"]
+__all__ = ["ATTENTION", "CACHE", "FUSION", "INFER", "NEEDS", "ROWWISE", "Need", "on_ascend"]
+__all__ += ["on_large_chips", "rows", "supported"]
 
 INFER = "npu_fused_infer_attention_score"
 FUSION = "npu_fusion_attention"
@@ -157,6 +159,24 @@ CACHE = (
 )
 
 NEEDS = (*ATTENTION, *ROWWISE, *CACHE)
+
+
+def on_ascend(kernels: tuple[str, ...]) -> Rule:
+    """The row that refuses what lies elsewhere."""
+    return Rule(
+        "tensors outside an Ascend NPU",
+        lambda p: p.device.type != "npu",
+        dict.fromkeys(kernels, "it runs on Ascend NPUs only"),
+    )
+
+
+def on_large_chips(kernels: tuple[str, ...], why: str = "the chip does not have it") -> Rule:
+    """The row that refuses the chips of inference cards."""
+    return Rule(
+        "Ascend 310P and 200I",
+        lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
+        dict.fromkeys(kernels, why),
+    )
 
 
 def supported(kernels: tuple[str, ...]) -> Rule:

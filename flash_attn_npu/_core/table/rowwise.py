@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from ..ground.chip import soc_name
 from ..ground.schemas import untraceable
 from ..kernels.ascend import rowwise as fused
 from ..kernels.composed import gates, rotation
@@ -69,16 +68,8 @@ def _in_float64(problem: Problem) -> bool:
 
 
 TABLE: tuple[Rule, ...] = (
-    Rule(
-        "tensors outside an Ascend NPU",
-        lambda p: p.device.type != "npu",
-        dict.fromkeys(ALL, "it runs on Ascend NPUs only"),
-    ),
-    Rule(
-        "Ascend 310P and 200I",
-        lambda p: soc_name(p.device).startswith(("Ascend310", "Ascend200")),
-        dict.fromkeys(ALL, "the chip does not have it, or not for every dtype"),
-    ),
+    installed.on_ascend(ALL),
+    installed.on_large_chips(ALL, "the chip does not have it, or not for every dtype"),
     installed.supported(ALL),
     *installed.rows(installed.ROWWISE),
     Rule("no element", lambda p: p.empty, dict.fromkeys(ALL, "there is nothing to compute")),
