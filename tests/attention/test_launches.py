@@ -36,12 +36,16 @@ def fresh() -> None:
 
 
 def frames(call: Callable[[], Any]) -> list[str]:
-    """The functions of this package that a call runs, one after the other."""
+    """The functions of this package that a call runs, and those they call, one after the other."""
     seen = []
 
+    def ours(frame: Any) -> bool:
+        path = frame.f_code.co_filename if frame else ""
+        return bool(re.search(r"/flash_attn_npu/(?!_virtual_ascend)", path))
+
     def saw(frame: Any, event: str, _: Any) -> None:
-        ours = re.search(r"/flash_attn_npu/(?!_virtual_ascend)", frame.f_code.co_filename)
-        if event == "call" and ours:
+        simulated = "_virtual_ascend" in frame.f_code.co_filename
+        if event == "call" and not simulated and (ours(frame) or ours(frame.f_back)):
             seen.append(frame.f_code.co_name)
 
     sys.setprofile(saw)
@@ -65,9 +69,34 @@ def test_little_stands_before_the_kernel(grad: bool) -> None:
         function(*given, causal=True)
         return frames(lambda: function(*given, causal=True))
 
-    kernel = "watched" if grad else "run"
-    assert run() == ["flash_attn_func", "attend", kernel]
-    assert run(cu, cu, 9, 9) == ["flash_attn_varlen_func", "attend", "known", kernel]
+    # the call of an operator in torch/_ops.py is none of them: C is called at once
+    start, kernel = ["attend", "is_dynamo_compiling"], "watched" if grad else "run"
+    assert run() == ["flash_attn_func", *start, kernel]
+    assert run(cu, cu, 9, 9) == ["flash_attn_varlen_func", *start, "known", kernel]
+
+
+def test_an_operator_that_stands_in_for_the_kernel_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tools that watch operators replace them, before a plan is made or after."""
+    import torch_npu
+
+    given, original = [], torch_npu.npu_fusion_attention
+
+    def watching(*arguments: Any, **options: Any) -> Any:
+        given.append(arguments[3])
+        return original(*arguments, **options)
+
+    q, k, v = dense()
+    for grad in (False, True):
+        q.requires_grad_(grad)
+        flash_attn_func(q, k, v)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch_npu, "npu_fusion_attention", watching)
+            flash_attn_func(q, k, v)
+            flash_attn_func(q, k, v, causal=True)
+        flash_attn_func(q, k, v, causal=True)
+    assert given == [4] * 4
 
 
 def dense(rows: int = 9, keys: int = 9, heads_k: int = 2, dim: int = 16) -> tuple[Tensor, ...]:
