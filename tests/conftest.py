@@ -42,11 +42,6 @@ settings.load_profile("properties")
 def pytest_configure(config: pytest.Config) -> None:
     if REASON is not None and os.environ.get("FLASH_ATTN_NPU_REQUIRE_ASCEND") == "1":
         raise pytest.UsageError(f"the virtual Ascend is required but not running: {REASON}")
-    if searching():
-        # torch_npu's, once in a process, of the first gradient of npu_rms_norm in four bytes
-        config.addinivalue_line(
-            "filterwarnings", "ignore:Cannot create tensor with internal format:UserWarning"
-        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

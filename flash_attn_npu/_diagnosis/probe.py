@@ -114,7 +114,7 @@ def _operators() -> list[dict[str, Any]]:
     from flash_attn_npu._core.table import installed
 
     found = []
-    for need in (*installed.ATTENTION, *installed.ROWWISE):
+    for need in installed.NEEDS:
         missing = [f"{name} is absent" for name, *_ in need.calls if not schemas.has(name)]
         missing += [
             f"{name} has no {argument}"

@@ -19,10 +19,7 @@ from flash_attn_npu.ops.activations import swiglu
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, layer_norm_linear_fn, rms_norm_fn
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Cannot create tensor with internal format:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 Run = Callable[[Tensor, Tensor], Tensor]
 COMPILED: dict[str, tuple[Run, list[str]]] = {

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.old_torch import TORCH
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -57,4 +59,7 @@ def outcomes() -> dict[str, str]:
 
 @pytest.mark.parametrize("page", [page.name for page in PAGES if blocks(page, "python")])
 def test_the_python_of_a_page_runs(outcomes: dict[str, str], page: str) -> None:
+    if "No module named 'torch.nn.attention.varlen'" in outcomes[page]:
+        assert TORCH < (2, 10)
+        pytest.skip("an older torch has no varlen_attn")
     assert outcomes[page] == ""
