@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ..ground.dense_arguments import refuse_transforms
+from ..ground.storage import overlaps_itself
 from ..kernels.composed import cross_entropy as kernel
 from ..problems.rowwise import Loss
 from ..table.choice import begin, choose, recall
 from ..verification.kinds import Refuted
 from .keys import key_of
-from .small import is_small
+from .small import is_few, is_small
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -103,12 +105,43 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
     if key is None and not _is_by_torch(call, options):
         losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]
         return losses, z_losses
-    loss = kernel.recorded if is_small(call.logits) else kernel.unrecorded
+    logits = call.logits
+    loss = kernel.unrecorded
+    if key is not None or is_small(logits):
+        loss = kernel.recorded
+        if call.inplace_backward and logits.requires_grad and torch.is_grad_enabled():
+            logits = _overwritten(logits)
     try:
-        return loss(call.logits, call.labels.long(), options)
+        return loss(logits, call.labels.long(), options)
     except IndexError:
-        kernel.check_range(call.labels, options, call.logits.shape[1])
+        kernel.check_range(call.labels, options, logits.shape[1])
         raise
+
+
+def _overwritten(logits: Tensor) -> Tensor:
+    """The logits, widened, over which autograd writes their gradient once it has computed it."""
+    # the first of the operations that lead away from them, and the last of the way back
+    narrow = logits.dtype in (torch.float16, torch.bfloat16)
+    first, version = logits.float() if narrow else logits.view_as(logits), logits._version
+
+    def overwrite(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor] | None:
+        if logits._version != version:
+            raise UnsupportedError(
+                "inplace_backward",
+                "logits modified by an inplace operation, such as a backward before this one",
+                "logits that hold what they held in the forward",
+                "run one backward, or leave inplace_backward out",
+            )
+        (gradient,) = gradients
+        if gradient is None or torch.is_grad_enabled():
+            return None
+        if not logits.is_contiguous() and overlaps_itself(logits):
+            return None
+        return (logits.detach().copy_(gradient),)
+
+    node: Any = first.grad_fn
+    node.register_hook(overwrite)
+    return first
 
 
 def _checked(call: LossCall) -> kernel.Options:
@@ -135,20 +168,21 @@ def _is_by_torch(call: LossCall, options: kernel.Options) -> bool:
     if kernel.takes_lse(call.precomputed_lse, options):
         return False
     if torch.is_grad_enabled() and logits.requires_grad:
-        return is_small(logits) and not call.inplace_backward
+        return is_small(logits)
     return True
 
 
 def _key(call: LossCall) -> Hashable:
     """`key_of` for a small call, whose labels are not looked at; else None."""
-    more = call.precomputed_lse is not None or call.process_group is not None
-    if more or call.inplace_backward is not False or type(call.ignore_index) is not int:
+    logits, labels, lse, smoothing, scale, square, ignore, inplace, group = call
+    if lse is not None or group is not None or type(ignore) is not int or type(inplace) is not bool:
         return None
-    numbers = (call.label_smoothing, call.logit_scale, call.lse_square_scale)
-    if any(type(number) is not float for number in numbers) or not 0 <= numbers[0] <= 1:
+    # written out: `any` over these would cost as much as the key
+    if not type(smoothing) is type(scale) is type(square) is float or not 0 <= smoothing <= 1:
         return None
-    key = key_of("cross_entropy_loss", (*numbers, call.ignore_index), call.logits, call.labels)
-    return key if key is not None and is_small(call.logits) else None
+    options = (smoothing, scale, square, ignore, inplace)
+    key = key_of("cross_entropy_loss", options, logits, labels)
+    return key if key is not None and is_few(logits) else None
 
 
 def _problem(call: LossCall, options: kernel.Options) -> Loss:

@@ -326,14 +326,24 @@ def test_what_is_kept_for_backward(no_small):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inplace_backward_writes_over_the_logits(no_small, device, dtype):
-    values, labels = expected.make(6, 8, dtype)
+    writes_over_the_logits(device, dtype, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", expected.CASES)
+def test_inplace_backward_writes_over_few_logits(case, dtype):
+    writes_over_the_logits(torch.device("cpu"), dtype, **expected.CASES[case])
+
+
+def writes_over_the_logits(device, dtype, **options):
+    values, labels = expected.make(6, 8, dtype, options.get("ignore_index", expected.IGNORE))
     values, labels = values.to(device), labels.to(device)
-    want = run(values, labels, label_smoothing=0.1)[2]
+    want = run(values, labels, **options)[2]
     leaf = values.clone().requires_grad_()
     logits = leaf * 1
     pointer, seen = logits.data_ptr(), []
     logits.register_hook(lambda grad: seen.append((grad.data_ptr(), grad.clone())))
-    losses = cross_entropy_loss(logits, labels, label_smoothing=0.1, inplace_backward=True)[0]
+    losses = cross_entropy_loss(logits, labels, inplace_backward=True, **options)[0]
     losses.sum().backward(retain_graph=True)
     assert seen[0][0] == pointer
     assert torch.equal(seen[0][1], want)
@@ -342,6 +352,33 @@ def test_inplace_backward_writes_over_the_logits(no_small, device, dtype):
     # the logits are gone, and autograd knows
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inplace_backward_of_few_logits_is_differentiated_elsewhere(dtype):
+    values, labels = expected.make(6, 8, dtype)
+
+    def second(inplace):
+        logits = values.clone().requires_grad_()
+        losses = cross_entropy_loss(logits, labels, inplace_backward=inplace)[0]
+        (grad,) = torch.autograd.grad(losses.sum(), logits, create_graph=True)
+        assert torch.equal(logits.detach(), values)
+        return torch.autograd.grad(grad.float().square().sum(), logits)[0]
+
+    want = second(inplace=False)
+    assert want.abs().sum() > 0
+    assert torch.equal(second(inplace=True), want)
+
+
+def test_inplace_backward_of_few_logits_forgets_ignored_rows():
+    values, labels = expected.make(6, 8, torch.float32)
+    values[labels == expected.IGNORE] = float("nan")
+    logits = values.requires_grad_()
+    losses, _ = cross_entropy_loss(logits, labels, inplace_backward=True)
+    losses.backward(torch.ones(6))
+    assert logits.grad.data_ptr() == logits.data_ptr()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[labels == expected.IGNORE].eq(0).all()
 
 
 def test_logits_keep_their_values_without_inplace_backward():
@@ -364,8 +401,20 @@ def test_inplace_backward_does_not_corrupt_what_another_backward_needs():
         losses.sum().backward()
 
 
-@pytest.mark.parametrize("strides", [(0, 1), (3, 1), (1, 1), (2, 4)], ids=str)
+OVERLAPPING = [(0, 1), (3, 1), (1, 1), (2, 4)]
+
+
+@pytest.mark.parametrize("strides", OVERLAPPING, ids=str)
 def test_inplace_backward_of_overlapping_logits_takes_memory_of_its_own(no_small, strides):
+    takes_memory_of_its_own(strides)
+
+
+@pytest.mark.parametrize("strides", OVERLAPPING, ids=str)
+def test_inplace_backward_of_few_overlapping_logits(strides):
+    takes_memory_of_its_own(strides)
+
+
+def takes_memory_of_its_own(strides):
     memory = torch.randn(40)
     logits = memory.as_strided((4, 8), strides)
     labels = torch.tensor([0, 1, -100, 3])

@@ -41,6 +41,10 @@ HOST_CHUNK = 1 << 17
 """The same on the CPU, where what is computed on the way stays in a core's cache."""
 
 
+READ = 64
+"""Labels that are read one by one."""
+
+
 class Options(NamedTuple):
     """What a loss is made of beside its tensors."""
 
@@ -125,18 +129,32 @@ def recorded(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, 
         IndexError: a label is not a class.
     """
     scaled, ignore = _scaled(logits, options.logit_scale), options.ignore_index
-    ignored = labels == ignore
-    if bool(ignored.any()):
+    squared = options.lse_square_scale != 0
+    ignored = None
+    # without a gradient torch's loss leaves out what ignored rows hold by itself
+    if squared or (scaled.requires_grad and torch.is_grad_enabled()):
+        ignored = _ignored(labels, ignore)
+    if ignored is not None:
         # their gradient is 0 whatever they hold
         scaled = scaled.masked_fill(ignored[:, None], 0.0)
     losses = functional.cross_entropy(
         scaled, labels, ignore_index=ignore, reduction="none", label_smoothing=options.smoothing
     )
-    if options.lse_square_scale == 0:
+    if not squared:
         return losses, torch.zeros_like(losses)
     z_losses = options.lse_square_scale * scaled.logsumexp(1).square()
-    z_losses = z_losses.masked_fill(ignored, 0.0)
+    if ignored is not None:
+        z_losses = z_losses.masked_fill(ignored, 0.0)
     return losses + z_losses, z_losses.detach()
+
+
+def _ignored(labels: Tensor, ignore_index: int) -> Tensor | None:
+    """Which rows do not count; None where all do, as they nearly always do in a small call."""
+    # a few numbers are read faster than they are compared
+    if labels.shape[0] <= READ and ignore_index not in labels.tolist():
+        return None
+    ignored = labels == ignore_index
+    return ignored if bool(ignored.any()) else None
 
 
 def unrecorded(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,81 @@
+"""What a call of a few rows on a CPU costs before and beside torch's kernels: counted, not timed.
+
+The shortest expression of the same numbers is that of `benchmarks.rows`, which is timed there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flash_attn_npu
+from benchmarks.rows import MAKES, call_of
+
+ROOT = str(Path(flash_attn_npu.__file__).parent)
+SHAPE = (2, 8, 64)
+
+MORE: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "cross entropy": ((1, 16), (1, 16)),
+    "cross entropy smoothing": ((1, 16), (1, 16)),
+    "cross entropy z-loss": ((1, 17), (1, 17)),
+    # the gradient is copied once, and where 16 bit are not widened anyway, a view is recorded
+    "cross entropy inplace": ((1, 16), (5, 20)),
+}
+"""Forward, and forward with backward: (operations more than torch's, frames of this package)."""
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(call: Callable[[], Any]) -> int:
+    with _Operations() as seen:
+        call()
+    return seen.count
+
+
+def frames(call: Callable[[], Any]) -> int:
+    """Calls of functions of this package."""
+    count = 0
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(ROOT)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "with backward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", MORE)
+def test_a_small_call_does_little_beside_what_torch_does(
+    name: str, dtype: torch.dtype, grad: bool
+) -> None:
+    pair = MAKES[name](dtype, SHAPE)
+    ours, theirs = (call_of(function, pair, grad) for function in (pair.ours, pair.theirs))
+    for _ in range(2):
+        ours()
+    more, most = MORE[name][grad]
+    assert operations(ours) <= operations(theirs) + more
+    assert frames(ours) <= most
