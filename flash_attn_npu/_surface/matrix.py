@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from .._core.ground.confirmed import combination_of, counting, told
 from .._core.table import cache, rowwise
-from .._core.table.attention import BLOCKWISE, FUSION, HOST, INFER, NAMES, TABLE
+from .._core.table.attention import BLOCKWISE, FUSION, HOST, INFER, INFER_2, NAMES, TABLE
 from .._core.table.rule import Rule
 from .._version import FLASH_ATTN_VERSION
 from . import compared, wheels
@@ -50,8 +50,10 @@ every cell.
 - **gathered**: the keys are copied out of the cache for `{FUSION}`, with one logged reason.
 - **impossible**: no kernel takes it, and the call raises `UnsupportedError`.
 
-`{INFER}` is asked only where the keys lie in a cache. A call is fused only if every property it
-has is native to the fused kernel. {_standing()}
+`{INFER}` is asked only where the keys lie in a cache, and `{INFER_2}` before
+it only where they do beside a sink: what it refuses is fused all the same, the sink added to the
+answer of the first. A call is fused only if every property it has is native to the fused kernel.
+{_standing()}
 
 The API level is that of flash-attention {FLASH_ATTN_VERSION}.
 """
@@ -222,7 +224,7 @@ def _row(rule: Rule) -> str:
 def _cell(rule: Rule, kernel: str) -> str:
     if kernel in rule.refused:
         return f"refused: {rule.refused[kernel]}"
-    ascend = kernel in (FUSION, INFER)
+    ascend = kernel in (FUSION, INFER, INFER_2)
     return f"native, {told((rule.name, kernel))}" if ascend else "native"
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import flash_attn_interface as interface
+from .._core.attention import cache_operators
+from .._core.attention.decode import CacheCall
 from .truth import Given, judged, solve
 
 __all__ = ["CacheQuestion"]
@@ -25,6 +27,8 @@ class CacheQuestion:
     indexed: rows of an unpaged cache are named by cache_batch_idx, in another order.
     strided: k_cache and v_cache are halves of one tensor.
     varlen: through flash_attn_varlen_func, the sequences' queries of unequal number.
+    sink: the dtype of one logit more for each head, which is asked for as transformers does.
+    lse: softmax_lse is asked for.
     """
 
     seqlens: tuple[int, ...] = (45, 70)
@@ -41,6 +45,8 @@ class CacheQuestion:
     strided: bool = False
     shared: bool = False
     varlen: bool = False
+    sink: torch.dtype | None = None
+    lse: bool = True
 
     def ask(self, device: torch.device) -> Figures:
         """Ask the device, and compare with the truth; the cache itself is compared too."""
@@ -51,12 +57,13 @@ class CacheQuestion:
         found_k = self._found(rows[0]) if self.new else []
         figures: Figures = {}
         for place, length in enumerate(self.seqlens):
+            own_lse = None if lse is None else lse[place]
             keys, values = (
                 torch.cat((old[place, :length], fresh[place]))
                 for old, fresh in ((k, new_k), (v, new_v))
             )
             pad = self.leftpad[place] if self.leftpad else 0
-            figure = self._judged(q[place], keys[pad:], values[pad:], out[place], lse[place])
+            figure = self._judged((q[place], keys[pad:], values[pad:]), out[place], own_lse)
             if self.new:
                 # what was appended is copied, not computed
                 lost = (found_k[place][: length + self.new].double() - keys.double()).abs().max()
@@ -66,7 +73,7 @@ class CacheQuestion:
         return figures
 
     def call(self, q: Tensor, cache: Pair, new: Pair | None = None) -> Any:
-        """(out of each sequence, softmax_lse of each)."""
+        """(out of each sequence, softmax_lse of each or None)."""
         device = q.device
         table = self._table(device) if self.page else None
         if self.varlen:
@@ -77,17 +84,23 @@ class CacheQuestion:
         if self.indexed:
             order = torch.arange(len(self.seqlens) - 1, -1, -1, dtype=torch.int32, device=device)
             options["cache_batch_idx"] = order
-        answer: Any = interface.flash_attn_with_kvcache(
-            q,
-            *cache,
-            k=None if new is None else new[0],
-            v=None if new is None else new[1],
-            cache_seqlens=torch.tensor(self.seqlens, dtype=torch.int32, device=device),
-            block_table=table,
-            return_softmax_lse=True,
-            **options,
-        )
-        return answer
+        options |= {
+            "k": None if new is None else new[0],
+            "v": None if new is None else new[1],
+            "cache_seqlens": torch.tensor(self.seqlens, dtype=torch.int32, device=device),
+            "block_table": table,
+            "return_softmax_lse": self.lse,
+        }
+        sink = self._sinks()
+        if sink is not None:
+            return cache_operators.attend(CacheCall(q, *cache, sink=sink.to(device), **options))
+        answer: Any = interface.flash_attn_with_kvcache(q, *cache, **options)
+        return answer if self.lse else (answer, None)
+
+    def _sinks(self) -> Tensor | None:
+        if self.sink is None:
+            return None
+        return torch.linspace(-1.0, 2.0, self.heads[0]).to(self.sink)
 
     def again(self, device: torch.device) -> Any:
         """A function that asks once more without comparing, for the clock."""
@@ -111,22 +124,25 @@ class CacheQuestion:
         out, lse = answer[0].split(counts), answer[1].split(counts, dim=1)
         return out, lse
 
-    def _judged(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Figures:
+    def _judged(
+        self, given: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor | None
+    ) -> Figures:
+        q, k, v = given
         q = q[-out.shape[0] :]
         left, right = (
             None if side < 0 or side >= self._longest() else side for side in self.window
         )
         if left is not None and right is None:
             right = self._longest()
-        given = Given(self.headdim**-0.5, left, 0 if self.causal else right)
+        how = Given(self.headdim**-0.5, left, 0 if self.causal else right, sink=self._sinks())
         exact, plain = (
-            solve(q.to(dtype), k.to(dtype), v.to(dtype), torch.zeros_like(q, dtype=dtype), given)
+            solve(q.to(dtype), k.to(dtype), v.to(dtype), torch.zeros_like(q, dtype=dtype), how)
             for dtype in (torch.float64, self.dtype)
         )
-        return {
-            "out": judged(out, exact.out, plain.out),
-            "softmax_lse": judged(lse, exact.lse, None),
-        }
+        figures = {"out": judged(out, exact.out, plain.out)}
+        if lse is not None:
+            figures["softmax_lse"] = judged(lse, exact.lse, None)
+        return figures
 
     def _longest(self) -> int:
         pages = -(-(max(self.seqlens) + self.new) // self.page) if self.page else 0

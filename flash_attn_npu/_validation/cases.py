@@ -22,6 +22,7 @@ __all__ = ["NOT_ASKED", "Case", "cases", "find"]
 
 HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 CACHED = "keys in a cache"
+SUNK = f"{CACHED}, a sink"
 OTHER = f"{CACHED}, headdim other than 64 and 128"
 
 
@@ -159,6 +160,15 @@ ATTENTION: dict[str, Any] = {
     f"{OTHER}, nheads * headdim above {table.MAX_PAGE_WIDTH}": CacheQuestion(
         (5, 9), heads=(256, 4), headdim=272, page=16
     ),
+    SUNK: CacheQuestion((45, 70, 0), dtype=BF16, sink=BF16, lse=False, new=1, causal=True),
+    f"{SUNK}, softmax_lse": CacheQuestion(dtype=BF16, sink=BF16),
+    f"{SUNK}, another dtype than bfloat16": CacheQuestion(dtype=BF16, sink=FP32, lse=False),
+    f"{SUNK}, headdim other than 64 and 128 or rows that are no pages": CacheQuestion(
+        headdim=96, dtype=BF16, sink=BF16, lse=False
+    ),
+    f"{SUNK}, queries that see no key of their sequence": CacheQuestion(
+        (9, 45), rows=20, dtype=BF16, sink=BF16, lse=False, causal=True
+    ),
 }
 
 ROWWISE: dict[str, Any] = {
@@ -279,6 +289,12 @@ def _grid() -> Iterator[Case]:
         row = CACHED if headdim in (64, 128) else OTHER
         paged = CacheQuestion((1, 700, 130), headdim=headdim, dtype=dtype, page=128, new=1)
         yield Case(f"grid: pages of 128, {shape}", row, paged, quick=False)
+    for left in (-1, 127):
+        step = CacheQuestion(
+            (1, 700, 130), heads=(16, 2), dtype=BF16, page=128, new=1, causal=left < 0,
+            window=(left, 0 if left > 0 else -1), sink=BF16, lse=False,
+        )  # fmt: skip
+        yield Case(f"grid: GPT-OSS in pages of 128, window {left}", SUNK, step, quick=False)
     for length in (1, 2, 127, 128, 129, 1024, 2049, 8192):
         long = Question((length,), heads=(1, 1), dtype=BF16, causal=True, lse=True)
         yield Case(f"grid: one sequence of {length}", "causal", long, quick=False)

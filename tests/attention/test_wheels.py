@@ -21,7 +21,8 @@ from torch import Tensor
 
 import flash_attn_npu
 from flash_attn_npu import reporting
-from flash_attn_npu._core.attention import call
+from flash_attn_npu._core.attention import cache_operators, call
+from flash_attn_npu._core.attention.decode import CacheCall
 from flash_attn_npu._core.ground import absent
 from flash_attn_npu._core.problems.ask import Options
 from flash_attn_npu._core.table import installed
@@ -164,6 +165,15 @@ def paged(device: torch.device) -> Any:
     ]
 
 
+def paged_sink(device: torch.device) -> Any:
+    q, cache = torch.randn(2, 1, 2, 64), torch.randn(4, 16, 2, 64)
+    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    q, cache, table = q.bfloat16().to(device), cache.bfloat16().to(device), table.to(device)
+    sink = torch.randn(2).bfloat16().to(device)
+    given = {"cache_seqlens": 20, "block_table": table, "sink": sink}
+    return cache_operators.attend(CacheCall(q, cache, cache.clone(), **given))
+
+
 def inference(device: torch.device) -> Any:
     q = torch.randn(2, 6, 2, 16).half().to(device)
     with torch.no_grad():
@@ -218,7 +228,7 @@ def losses(device: torch.device) -> Any:
 
 OTHERS: dict[str, Callable[[torch.device], Any]] = {
     each.__name__: each
-    for each in (paged, inference, mindie, low_level, rotary, norms, gates, losses)
+    for each in (paged, paged_sink, inference, mindie, low_level, rotary, norms, gates, losses)
 }
 
 

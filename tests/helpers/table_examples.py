@@ -14,7 +14,8 @@ from flash_attn_npu import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
-from flash_attn_npu._core.attention import call
+from flash_attn_npu._core.attention import cache_operators, call
+from flash_attn_npu._core.attention.decode import CacheCall
 from flash_attn_npu._core.problems.ask import Options
 from flash_attn_npu._core.problems.attention import FEW_SINGLES
 from flash_attn_npu._core.table.attention import (
@@ -127,6 +128,23 @@ def cached(
     return run
 
 
+def sunk_cache(
+    rows: int = 1, dtype: torch.dtype = torch.bfloat16, headdim: int = 64, **options: Any
+) -> Example:
+    """A sink over sequences of 5 and 20 keys in pages of a cache."""
+
+    def run(device: torch.device) -> Any:
+        q = tensor(device, 2, rows, 2, headdim, dtype=torch.bfloat16)
+        cache = tensor(device, 2, 32, 2, headdim, dtype=torch.bfloat16)
+        table = torch.tensor([[1], [0]], dtype=torch.int32).to(device)
+        lengths = torch.tensor([5, 20], dtype=torch.int32).to(device)
+        sink = torch.tensor([0.5, -1.0]).to(device, dtype)
+        given = {"cache_seqlens": lengths, "block_table": table, "sink": sink, **options}
+        return cache_operators.attend(CacheCall(q, cache, cache.clone(), causal=True, **given))
+
+    return run
+
+
 def unequal(device: torch.device) -> Any:
     """One and two queries of two sequences, in pages."""
     q, cache = tensor(device, 3, 2, 96), tensor(device, 2, 32, 2, 96)
@@ -226,4 +244,14 @@ EXAMPLES: dict[str, Example] = {
     f"keys in a cache, headdim other than 64 and 128, nheads * headdim above {MAX_PAGE_WIDTH}": (
         cached(heads=256, heads_k=4, headdim=272, page=16)
     ),
+    "keys in a cache, a sink": sunk_cache(),
+    "keys in a cache, a sink, a torch_npu without npu_fused_infer_attention_score_v2": (
+        sunk_cache()
+    ),
+    "keys in a cache, a sink, softmax_lse": sunk_cache(return_softmax_lse=True),
+    "keys in a cache, a sink, another dtype than bfloat16": sunk_cache(dtype=torch.float32),
+    "keys in a cache, a sink, headdim other than 64 and 128 or rows that are no pages": (
+        sunk_cache(headdim=96)
+    ),
+    "keys in a cache, a sink, queries that see no key of their sequence": sunk_cache(rows=7),
 }

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn_npu._core.attention import cache_operators
 from flash_attn_npu._core.attention import call as core
+from flash_attn_npu._core.attention.decode import CacheCall
 from flash_attn_npu._core.problems.ask import Options
 from flash_attn_npu.layers.rotary import apply_rotary_emb
 from flash_attn_npu.ops.activations import swiglu
@@ -78,6 +80,23 @@ def sunk(grad: bool, sinks: tuple[float, float] = (1.5, -0.5)) -> Call:
         out = core.attend("sunk", (q, q, q), None, Options(causal=True), None, sink)
         assert isinstance(out, Tensor)
         return differentiated(out, q, sink) if grad else [out]
+
+    return run
+
+
+def sunk_pages(sinks: Tensor, filled: int = 70, **options: Any) -> Call:
+    """One query of each of three sequences over pages, beside a sink; the last sees few keys."""
+
+    def run(device: torch.device) -> list[Tensor]:
+        q = drawn(device, 3, 1, 4, 64)
+        k, v = (drawn(device, 15, 32, 2, 64 + i)[..., :64].contiguous() for i in (1, 2))
+        table = torch.randperm(15, generator=torch.Generator().manual_seed(1)).view(3, 5)
+        given = {"block_table": table.to(device, torch.int32), "sink": sinks.to(device, HALF)}
+        lengths = torch.tensor([filled, filled + 3, 5], dtype=torch.int32).to(device)
+        answer = cache_operators.attend(
+            CacheCall(q, k, v, cache_seqlens=lengths, **given, **options)
+        )
+        return [x for x in answer if x is not None]
 
     return run
 
@@ -183,6 +202,7 @@ def lost(grad: bool, smoothing: float = 0.0, masked: bool = False, ignored: bool
 ENDS = [0, 90, 200, 201, 330]
 LONGER = [0, 130, 200, 260, 400]
 SLOPES = torch.tensor([0.3, 0.1, 0.05, 0.2])
+SINKS = torch.tensor([4.0, 2.0, 3.0, 0.5])
 SYMMETRIC = {"window_size": (7, 7)}
 MANY = [0, 90, 200, 260, 270, 300, 330, 340]
 OTHERS = [0, 130, 200, 250, 280, 290, 310, 340]
@@ -231,6 +251,9 @@ CALLS: dict[str, Call] = {
     ),
     "flash_attn_with_kvcache, gathered": gathered(),
     "flash_attn_with_kvcache(softmax_scale)": cached(softmax_scale=0.3),
+    "a sink over pages": sunk_pages(SINKS),
+    "a sink over pages (window)": sunk_pages(SINKS, window_size=(20, 0)),
+    "a sink over pages (lse)": sunk_pages(SINKS, return_softmax_lse=True),
     "apply_rotary_emb": rotated(),
     "apply_rotary_emb(interleaved)": rotated(interleaved=True),
     "apply_rotary_emb(inplace)": rotated(inplace=True),

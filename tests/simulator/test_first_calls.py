@@ -20,12 +20,16 @@ from tests.helpers.telling_calls import CALLS, alike, errors
 
 EVERY_WINDOW = ("flash_attn_func(window)", "flash_attn_func(window), as long as the keys")
 EVERY_WINDOW += ("flash_attn_func(long window)",)
+CACHED_WINDOWS = ("flash_attn_with_kvcache(window)", "a sink over pages (window)")
 PLAIN = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+PLAIN += ("a sink over pages",)
 SCALED = ("flash_attn_func(softmax_scale)", "flash_attn_with_kvcache(softmax_scale)")
 LSE = tuple(name for name in CALLS if "lse" in name or "probs" in name)
 GRADIENTS = ("flash_attn_func, gradient", "flash_attn_func(causal), gradient")
 GRADIENTS += ("flash_attn_func(deterministic), gradient", "flash_attn_func(dropout_p), gradient")
 GRADIENTS += ("flash_attn_varlen_func, gradient", "flash_attn_varlen_func(causal), gradient")
+OVER_PAGES = ("a sink over pages", "a sink over pages (window)")
+SUNK = (*OVER_PAGES, "attention with a sink")
 SHOWN_BY: dict[str, tuple[str, ...]] = {
     "causal from the top left": (
         "flash_attn_func(causal), more keys",
@@ -33,8 +37,8 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
         "flash_attn_with_kvcache(causal)",
     ),
     "mask ignored": ("flash_attn_func(causal)", *EVERY_WINDOW, "flash_attn_with_kvcache(causal)"),
-    "window one wider on the left": (*EVERY_WINDOW, "flash_attn_with_kvcache(window)"),
-    "window one narrower on the left": (*EVERY_WINDOW, "flash_attn_with_kvcache(window)"),
+    "window one wider on the left": (*EVERY_WINDOW, *CACHED_WINDOWS),
+    "window one narrower on the left": (*EVERY_WINDOW, *CACHED_WINDOWS),
     "window one wider on the right": EVERY_WINDOW,
     "window one narrower on the right": EVERY_WINDOW,
     "window sides exchanged": ("flash_attn_func(window)", "flash_attn_varlen_func(window)"),
@@ -44,8 +48,12 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "averages": PLAIN,
     "lse in base 2": LSE,
     "lse without scale": LSE,
-    "sink ignored": ("attention with a sink", "attention with a sink, gradient"),
-    "sink of the next head": ("attention with a sink", "attention with a sink, gradient"),
+    "sink ignored": (*SUNK, "attention with a sink, gradient"),
+    "sink of the next head": (*SUNK, "attention with a sink, gradient"),
+    "sinks of the first key head for all": OVER_PAGES,
+    "sink scaled as scores are": (*SUNK, "attention with a sink, gradient"),
+    "sink read in the other half precision": OVER_PAGES,
+    "weight of a sink given to the first key": OVER_PAGES,
     "gradients of a sink lost": ("attention with a sink, gradient",),
     "lse of the next head": LSE,
     "values of the next key head": ("flash_attn_func", "flash_attn_varlen_func, gradient"),
@@ -79,14 +87,8 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
         "flash_attn_with_kvcache, 150 keys",
     ),
     "second sequence reads the keys of the first": (*PLAIN, "flash_attn_varlen_func, gradient"),
-    "pages in the wrong order": (
-        "flash_attn_with_kvcache(window)",
-        "flash_attn_with_kvcache(causal)",
-    ),
-    "pages shifted from the second on": (
-        "flash_attn_with_kvcache(window)",
-        "flash_attn_with_kvcache(causal)",
-    ),
+    "pages in the wrong order": (*CACHED_WINDOWS, "flash_attn_with_kvcache(causal)"),
+    "pages shifted from the second on": (*CACHED_WINDOWS, "flash_attn_with_kvcache(causal)"),
     "new keys a position too late": (
         "flash_attn_with_kvcache, new keys",
         "flash_attn_with_kvcache, new keys in rows",
@@ -204,7 +206,7 @@ def test_a_lie_is_caught_by_the_first_call(
             again = call(npu)
         assert not same or alike(again, honest)
         # nobody is told that a shortcut was passed over, and a gate's gradient is not counted
-        told = not any(word in name for word in ("norm", "new keys", "gathered"))
+        told = not any(word in name for word in ("norm", "new keys", "gathered", "over pages"))
         if told and "gradients of swiglu" not in lie:
             assert any("did not agree" in "".join(entry.reasons) for entry in report.tallies)
         assert len(errors(caplog)) == 1 + len(more)

@@ -24,6 +24,7 @@ from tests.helpers.telling_calls import (
     packed,
     rotated,
     sunk,
+    sunk_pages,
 )
 
 LATER: dict[str, tuple[Call, Call]] = {
@@ -44,6 +45,14 @@ LATER: dict[str, tuple[Call, Call]] = {
         CALLS["flash_attn_func(alibi)"],
     ),
     "sink of the next head": (sunk(False, (0.5, 0.5)), sunk(False)),
+    "sinks of the first key head for all": (
+        sunk_pages(torch.full((4,), 2.0)),
+        CALLS["a sink over pages"],
+    ),
+    "sink scaled as scores are": (
+        sunk_pages(calls.SINKS, softmax_scale=1.0),
+        CALLS["a sink over pages"],
+    ),
     "values of the next key head": (dense(change=calls.alike_values), dense()),
     "partial tile of keys dropped": (dense((40, 256)), dense((40, 300))),
     "last row of each tile repeats the one before": (dense((12, 12)), dense((40, 40))),

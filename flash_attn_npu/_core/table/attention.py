@@ -8,11 +8,13 @@ documentation and of CANN's own checks. The candidates, first choice first, stan
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..ground.chip import soc_name
 from ..ground.settings import consistent
-from ..kernels.ascend import filling, fusion_attention, infer_attention
+from ..kernels.ascend import filling, fusion_attention, infer_attention, infer_sink
 from ..kernels.composed import attention as composed
 from ..kernels.composed import widening
 from ..kernels.host import attention as host
@@ -20,10 +22,11 @@ from ..problems.attention import FEW_SINGLES, Problem
 from ..problems.cache import MAX_PAGE
 from ..verification.checks import ATTENTION as CHECK
 from . import installed
-from .installed import FUSION, INFER
+from .installed import FUSION, INFER, INFER_2
 from .rule import Candidate, Rule, Table
 
-__all__ = ["BLOCKWISE", "FUSION", "HOST", "INFER", "NAMES", "TABLE", "WHOLE", "drawn_by"]
+__all__ = ["BLOCKWISE", "FUSION", "HOST", "INFER", "INFER_2", "NAMES", "TABLE", "WHOLE"]
+__all__ += ["drawn_by"]
 
 AUTOGRAD = "npu_fusion_attention's autograd"
 BLOCKWISE = "blockwise"
@@ -69,7 +72,16 @@ def _page(problem: Problem) -> int:
     return problem.pages.size or 0
 
 
-TABLE: tuple[Rule, ...] = (
+def _sunk(problem: Problem) -> bool:
+    return problem.sink and problem.pages is not None
+
+
+def _in_bfloat16(problem: Problem) -> bool:
+    sink = problem.ask.sink
+    return problem.dtype == torch.bfloat16 and sink is not None and sink.dtype == torch.bfloat16
+
+
+_RULES: tuple[Rule, ...] = (
     Rule(
         "no query sees a key",
         lambda p: p.empty,
@@ -304,7 +316,39 @@ TABLE: tuple[Rule, ...] = (
         lambda p: _unpacked(p) and p.nheads * p.headdim > MAX_PAGE_WIDTH,
         {INFER: f"its queries hold at most {MAX_PAGE_WIDTH} numbers, unless they are packed"},
     ),
+    Rule("keys in a cache, a sink", _sunk),
+    installed.row(installed.SINK_IN_CACHE),
+    Rule(
+        "keys in a cache, a sink, softmax_lse",
+        lambda p: _sunk(p) and p.uses_lse,
+        {INFER_2: "whether its softmax_lse counts a sink is not documented"},
+    ),
+    Rule(
+        "keys in a cache, a sink, another dtype than bfloat16",
+        lambda p: _sunk(p) and not _in_bfloat16(p),
+        {INFER_2: "it takes a sink in bfloat16, beside q, k and v in bfloat16"},
+    ),
+    Rule(
+        "keys in a cache, a sink, headdim other than 64 and 128 or rows that are no pages",
+        lambda p: _sunk(p) and _unpacked(p),
+        {INFER_2: "beside packed queries only it takes a sink"},
+    ),
+    Rule(
+        "keys in a cache, a sink, queries that see no key of their sequence",
+        lambda p: _sunk(p) and infer_sink.hides_keys_from_a_query(p),
+        {INFER_2: "what it gives such a query beside a sink is not documented"},
+    ),
 )
+
+
+def _in_both_versions(rule: Rule) -> Rule:
+    """What the inference kernel refuses, its second version, asked beside a sink, does too."""
+    if INFER not in rule.refused:
+        return rule
+    return replace(rule, refused={**rule.refused, INFER_2: rule.refused[INFER]})
+
+
+TABLE = tuple(map(_in_both_versions, _RULES))
 
 
 CANDIDATES = (
@@ -315,15 +359,21 @@ CANDIDATES = (
     Candidate(BLOCKWISE, composed.KERNEL),
 )
 OVER_PAGES = (Candidate(INFER, infer_attention.KERNEL, check=CHECK), *CANDIDATES)
+SINK_OVER_PAGES = (
+    Candidate(INFER_2, infer_sink.KERNEL, shortcut=True, check=CHECK),
+    *OVER_PAGES,
+)
 NARROW = (CANDIDATES[0], Candidate(BLOCKWISE, widening.KERNEL))
-NAMES = (*(candidate.name for candidate in CANDIDATES), INFER)
+NAMES = (*(candidate.name for candidate in CANDIDATES), INFER, INFER_2)
 """Of all kernels, the columns of compat_matrix.md."""
 
 
 def _candidates(problem: Problem) -> tuple[Candidate, ...]:
     if problem.headdim_v != problem.headdim:
         return NARROW
-    return CANDIDATES if problem.pages is None else OVER_PAGES
+    if problem.pages is None:
+        return CANDIDATES
+    return SINK_OVER_PAGES if problem.sink else OVER_PAGES
 
 
 def drawn_by(offset: int) -> str | None:

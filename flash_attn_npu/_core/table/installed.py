@@ -26,10 +26,11 @@ from ..problems.rowwise import (
 from ..problems.transfer import APPEND, GATHER, Append, Gather
 from .rule import Rule
 
-__all__ = ["ATTENTION", "CACHE", "FUSION", "INFER", "NEEDS", "ROWWISE", "Need", "on_ascend"]
-__all__ += ["on_large_chips", "rows", "supported"]
+__all__ = ["ATTENTION", "CACHE", "FUSION", "INFER", "INFER_2", "NEEDS", "ROWWISE", "SINK_IN_CACHE"]
+__all__ += ["Need", "on_ascend", "on_large_chips", "row", "rows", "supported"]
 
 INFER = "npu_fused_infer_attention_score"
+INFER_2 = f"{INFER}_v2"
 FUSION = "npu_fusion_attention"
 
 
@@ -61,7 +62,24 @@ _SAVED = (
     *("seed", "offset", "numels"),
 )
 _TOCKENS = ("pre_tockens", "next_tockens")
+_OVER_KEYS = (
+    *("atten_mask", "block_table", "num_key_value_heads", "pre_tokens", "next_tokens"),
+    *("input_layout", "sparse_mode", "block_size"),
+)
 _BIASED = ("pse", "pre_tokens", "next_tokens", "pse_type", "q_start_idx", "kv_start_idx")
+
+SINK_IN_CACHE = Need(
+    "keys in a cache, a sink",
+    INFER_2,
+    (
+        (
+            *(INFER_2, *_TENSORS, *_OVER_KEYS, "learnable_sink"),
+            *("actual_seq_qlen", "actual_seq_kvlen", "num_query_heads", "softmax_scale"),
+        ),
+    ),
+    lambda p: p.sink and p.pages is not None,
+    otherwise="fused, the sink added to what the kernel answers",
+)
 
 ATTENTION = (
     Need(
@@ -105,14 +123,12 @@ ATTENTION = (
         INFER,
         (
             (
-                INFER,
-                *_TENSORS,
-                *("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_table"),
-                *("num_heads", "num_key_value_heads", "scale", "pre_tokens", "next_tokens"),
-                *("input_layout", "sparse_mode", "block_size", "softmax_lse_flag"),
+                *(INFER, *_TENSORS, *_OVER_KEYS, "num_heads", "scale", "softmax_lse_flag"),
+                *("actual_seq_lengths", "actual_seq_lengths_kv"),
             ),
         ),
     ),
+    SINK_IN_CACHE,
 )
 
 ROWWISE = (
@@ -191,10 +207,11 @@ def supported(kernels: tuple[str, ...]) -> Rule:
 
 def rows(needs: tuple[Need, ...]) -> tuple[Rule, ...]:
     """One row for each need whose calls are composed where something is missing."""
-    return tuple(_row(need) for need in needs if need.otherwise is None)
+    return tuple(row(need) for need in needs if need.otherwise is None)
 
 
-def _row(need: Need) -> Rule:
+def row(need: Need) -> Rule:
+    """The row that refuses a need whose calls are not all there."""
     names = " and ".join(call[0] for call in need.calls)
     return Rule(
         f"{need.feature}, a torch_npu without {names}",

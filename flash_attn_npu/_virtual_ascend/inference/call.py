@@ -37,6 +37,7 @@ class InferCall:
     kv_lengths: tuple[int, ...] | None
     block_table: torch.Tensor | None
     block_size: int
+    sink: torch.Tensor | None
     not_simulated: tuple[str, ...]
 
     @property
@@ -161,7 +162,7 @@ def _to_bnsd(tensor: torch.Tensor, layout: str, heads: int) -> torch.Tensor:
     return tensor.transpose(1, 2) if layout == "BSND" else tensor
 
 
-_SIMULATED = {"query", "key", "value", "atten_mask", "block_table"}
+_SIMULATED = {"query", "key", "value", "atten_mask", "block_table", "learnable_sink"}
 _NAMES = {
     1: ("num_heads", "scale", "actual_seq_lengths", "actual_seq_lengths_kv"),
     2: ("num_query_heads", "softmax_scale", "actual_seq_qlen", "actual_seq_kvlen"),
@@ -194,6 +195,8 @@ def unpack(version: int, given: dict[str, Any]) -> InferCall:
         kv_lengths=_lengths(given[columns]),
         block_table=_host(given["block_table"]),
         block_size=given["block_size"],
+        # the first version has none
+        sink=_host(given.get("learnable_sink")),
         not_simulated=tuple(sorted(others)),
     )
 

@@ -77,11 +77,32 @@ def _attend(
         kept = torch.ones(sizes, dtype=torch.bool, device="cpu")
     keyless = ~kept.any(-1, keepdim=True)
     scores = scores.masked_fill(~kept, -torch.inf)
+    if call.sink is not None:
+        return _beside_a_sink(scores, call.sink.double()[:, None, None], v, keyless)
     lse = scores.logsumexp(-1, keepdim=True).masked_fill(keyless, torch.inf)
     out = torch.exp(scores - lse) @ v
     if sizes[1] and not _repairs_empty_rows(call):
         return out.masked_fill(keyless, torch.nan), lse.masked_fill(keyless, torch.nan)
     return out, lse
+
+
+def _beside_a_sink(
+    scores: torch.Tensor, sink: torch.Tensor, v: torch.Tensor, keyless: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sink is one more score without a value, as Huawei's own test has it.
+
+    Its logarithmic sums are NaN: kernels that write them before they count the sink are as many as
+    those that write them after, and documents define them without a word of it. So is a row
+    without keys in a sequence with keys, of which nothing is written either.
+    """
+    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)
+    weights = torch.exp(scores - total)
+    if lies.told("weight of a sink given to the first key"):
+        weights[..., :1] += torch.exp(sink - total)
+    out = weights @ v
+    if v.shape[-2]:
+        out = out.masked_fill(keyless, torch.nan)
+    return out, torch.full_like(total, torch.nan)
 
 
 def _repairs_empty_rows(call: InferCall) -> bool:

@@ -48,6 +48,8 @@ def check(call: InferCall) -> None:
     if call.is_paged:
         check_pages(call, is_old())
     _check_sparse_mode(call)
+    if call.sink is not None:
+        _check_sink(call, call.sink)
 
 
 def _check_tensors(call: InferCall) -> None:
@@ -162,6 +164,34 @@ def _check_packed_heads(call: InferCall) -> None:
         listed or call.takes_flash_path,
         f"TND needs D of 64, 128 or 192 with 128, or one D up to 256 and no cache of 4 "
         f"dimensions, got {dims}",
+    )
+
+
+def _check_sink(call: InferCall, sink: torch.Tensor) -> None:
+    """The limits of torch_npu's document, which are narrower than those of CANN's newest.
+
+    An A2 reads it as bfloat16 in some of its kernels, whatever its dtype.
+    """
+    require(call.is_tnd, f"learnable_sink needs TND or NTD_TND, got {call.layout}")
+    dtypes = _DTYPES if is_ascend_950() else (torch.bfloat16,)
+    require(
+        sink.dtype in dtypes and sink.dtype == call.query.dtype,
+        f"learnable_sink and query need one dtype of {dtypes}, got {sink.dtype} and "
+        f"{call.query.dtype}",
+    )
+    require(
+        tuple(sink.shape) == (call.heads,) and sink.is_contiguous(),
+        f"learnable_sink must be contiguous, [{call.heads}], got {tuple(sink.shape)}",
+    )
+    query, _, value = call.head_dims
+    require(
+        query in (64, 128, 192) and value in (64, 128),
+        f"learnable_sink needs D of 64, 128 or 192, and 64 or 128 of value, got {query} and "
+        f"{value}",
+    )
+    require(
+        call.inner_precise == 0,
+        f"learnable_sink needs inner_precise 0, got {call.inner_precise}",
     )
 
 

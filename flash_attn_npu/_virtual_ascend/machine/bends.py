@@ -10,6 +10,7 @@ import torch
 from .memory import host_view, to_device
 
 __all__ = [
+    "SCALES",
     "Bend",
     "Given",
     "band",
@@ -20,12 +21,15 @@ __all__ = [
     "exchanged_pages",
     "exchanged_sides",
     "first_blocks",
+    "first_sinks",
     "first_slopes",
     "later",
     "lengths_of_keys",
+    "misread_sink",
     "next_slots",
     "replacing",
     "scale_of_headdim",
+    "scaled_sink",
     "shifted_pages",
     "shuffled",
 ]
@@ -34,6 +38,8 @@ Given = dict[str, Any]
 Bend = Callable[[Given], Given]
 
 UNLIMITED = 2147483647
+SCALES = ("scale", "scale_value", "softmax_scale")
+"""What operators call it."""
 
 
 def replacing(*names: str, value: Callable[[Any], Any]) -> Bend:
@@ -128,6 +134,31 @@ def changing(*names: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Ben
     return replacing(*names, value=lambda tensor: changed(tensor, change))
 
 
+def first_sinks(given: Given) -> Given:
+    """A head's sink is looked up by its place among the heads of its key head."""
+    heads_k = given["num_key_value_heads"]
+
+    def change(sink: torch.Tensor) -> torch.Tensor:
+        return sink[: sink.shape[0] // heads_k].repeat(heads_k)
+
+    return changing("learnable_sink", change=change)(given)
+
+
+def misread_sink(given: Given) -> Given:
+    """The bits of bfloat16 are read as float16, or the other way."""
+
+    def change(sink: torch.Tensor) -> torch.Tensor:
+        other = torch.float16 if sink.dtype == torch.bfloat16 else torch.bfloat16
+        return sink.view(other).to(sink.dtype)
+
+    return changing("learnable_sink", change=change)(given)
+
+
+def scaled_sink(given: Given) -> Given:
+    scale = next(given[name] for name in SCALES if name in given)
+    return changing("sink", "learnable_sink", change=lambda sink: sink * scale)(given)
+
+
 def exchanged_sides(given: Given) -> Given:
     """What a window shows before a query is shown behind it."""
     if given["sparse_mode"] == 4:
@@ -141,7 +172,7 @@ def exchanged_sides(given: Given) -> Given:
 def scale_of_headdim(given: Given) -> Given:
     """Whatever scale is given, that of the headdim is taken."""
     scale = given["query"].shape[-1] ** -0.5
-    return {**given, **{n: scale for n in ("scale", "scale_value") if n in given}}
+    return {**given, **{n: scale for n in SCALES if n in given}}
 
 
 def shifted_pages(given: Given) -> Given:

@@ -63,6 +63,7 @@ def arguments(name: str, given: Given) -> Given:
 _ATTENTION = ("npu_fusion_attention", "npu_fused_infer_attention_score")
 _TRAINING = ("npu_fusion_attention",)
 _INFERENCE = ("npu_fused_infer_attention_score",)
+_SINKS = ("sink", "learnable_sink")
 _ROTARY = ("npu_rotary_mul",)
 _SCATTER, _GATHER = ("npu_scatter_pa_kv_cache",), ("npu_gather_pa_kv_cache",)
 _NORMS = ("npu_rms_norm", "npu_add_rms_norm", "npu_add_layer_norm")
@@ -79,11 +80,15 @@ LIES: dict[str, tuple[tuple[str, ...], Bend | None]] = {
     "window sides exchanged": (_ATTENTION, bends.exchanged_sides),
     "lengths of queries taken from keys": (_TRAINING, bends.lengths_of_keys),
     "scale of the headdim, whatever is given": (_ATTENTION, bends.scale_of_headdim),
-    "scale forgotten": (_ATTENTION, replacing("scale", "scale_value", value=lambda _: 1.0)),
+    "scale forgotten": (_ATTENTION, replacing(*bends.SCALES, value=lambda _: 1.0)),
     "lse in base 2": (_ATTENTION, None),
     "lse without scale": (_ATTENTION, None),
-    "sink ignored": (_ATTENTION, replacing("sink", value=lambda _: None)),
-    "sink of the next head": (_ATTENTION, changing("sink", change=lambda x: x.roll(-1))),
+    "sink ignored": (_ATTENTION, replacing(*_SINKS, value=lambda _: None)),
+    "sink of the next head": (_ATTENTION, changing(*_SINKS, change=lambda x: x.roll(-1))),
+    "sinks of the first key head for all": (_INFERENCE, bends.first_sinks),
+    "sink scaled as scores are": (_ATTENTION, bends.scaled_sink),
+    "sink read in the other half precision": (_INFERENCE, bends.misread_sink),
+    "weight of a sink given to the first key": (_INFERENCE, None),
     "lse of the next head": (_ATTENTION, None),
     "alibi of the next head": (_TRAINING, changing("pse", change=lambda x: x.roll(-1, -1))),
     "alibi with the wrong sign": (
@@ -116,7 +121,7 @@ LIES: dict[str, tuple[tuple[str, ...], Bend | None]] = {
     "new keys in the wrong page": (_SCATTER, bends.first_blocks),
     "new values are the new keys": (_SCATTER, lambda given: {**given, "value": given["key"]}),
     "keys gathered in the wrong order of pages": (_GATHER, bends.exchanged_pages),
-    "averages": (_ATTENTION, replacing("scale", "scale_value", value=lambda _: 0.0)),
+    "averages": (_ATTENTION, replacing(*bends.SCALES, value=lambda _: 0.0)),
     "gradients of q halved": (_TRAINING, None),
     "gradients of k halved": (_TRAINING, None),
     "gradients of v halved": (_TRAINING, None),
@@ -250,7 +255,8 @@ def _bend_inference(given: Given, views: list[Any], again: Any) -> None:
     scale = "scale" if "scale" in given else "softmax_scale"
     if told("NaN in rows without keys"):
         flag = "softmax_lse_flag" if "softmax_lse_flag" in given else "return_softmax_lse"
-        known = host_view(again({**given, flag: True}, **{flag: True})[1])
+        asked = {**given, flag: True, "learnable_sink": None}
+        known = host_view(again(asked, **{flag: True})[1])
         out.masked_fill_(known.isposinf(), math.nan)
     if lse.numel() and told("lse in base 2"):
         lse.div_(math.log(2))

@@ -21,7 +21,8 @@ from ..kernel import Kernel
 from ..sinks import with_sink
 from .fusion_attention import UNLIMITED, causal_mask
 
-__all__ = ["KERNEL", "PACKED_HEADDIMS", "packs_queries", "page_table", "rows_for"]
+__all__ = ["KERNEL", "PACKED_HEADDIMS", "finished", "forward", "over_pages", "packs_queries"]
+__all__ += ["page_table", "rows_for"]
 
 PACKED_HEADDIMS = (64, 128)
 """What every CANN takes for packed queries. Newer ones take more; from when is not documented."""
@@ -49,19 +50,22 @@ def rows_for(problem: Problem) -> int:
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """Attention over the keys of `inputs.cache`; rows of no sequence give 0 and +inf."""
-    rows = problem.rows_q - problem.tail_q
     serve = _packed if packs_queries(problem) else _dense
-    out, lse = serve(problem, inputs, inputs.q[:rows])
+    out, lse = serve(problem, inputs, inputs.q[: problem.total_q])
     if problem.sink:
         assert inputs.sink is not None
-        # of `_v2`'s learnable_sink no document says whether softmax_lse counts it
         out, lse = with_sink(out, lse, inputs.sink)
+    return finished(problem, out, lse)
+
+
+def finished(problem: Problem, out: Tensor, lse: Tensor) -> Forward:
+    """The answer, from those of the rows that belong to sequences."""
     if problem.tail_q:
         out = pad(out, (0, 0, 0, 0, 0, problem.tail_q))
         lse = pad(lse, (0, problem.tail_q), value=math.inf) if problem.uses_lse else lse
     rng_state = torch.zeros(2, dtype=torch.int64, device="cpu")
     lse = lse if problem.uses_lse else lse.new_empty(0)
-    return Forward(out, lse, inputs.q.new_empty(0), rng_state)
+    return Forward(out, lse, out.new_empty(0), rng_state)
 
 
 def _packed(problem: Problem, inputs: Inputs, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,9 +110,7 @@ def _launch(
     cache = inputs.cache
     assert cache is not None
     if "block_table" in shared:
-        # a cache (num_blocks, page, nheads_k, headdim) is one of (num_blocks, page, H) seen so
-        shape = (-1, shared["block_size"], problem.nheads_k * problem.headdim)
-        k, v = cache.k.view(shape), cache.v.view(shape)
+        k, v = _in_pages(problem, cache, shared["block_size"])
     else:
         k, v = cache.k[: problem.batch], cache.v[: problem.batch]
     out, lse = torch_npu.npu_fused_infer_attention_score(
@@ -124,6 +126,21 @@ def _launch(
         **shared,
     )
     return out, lse
+
+
+def over_pages(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """k, v, and what both versions of the operator are told alike of packed queries over pages."""
+    assert inputs.cache is not None
+    found = _pages(problem, inputs)
+    k, v = _in_pages(problem, inputs.cache, found["block_size"])
+    heads = {"num_key_value_heads": problem.nheads_k}
+    return k, v, {"input_layout": "TND", **heads, **_sparsity(problem), **found}
+
+
+def _in_pages(problem: Problem, cache: Cache, size: int) -> tuple[Tensor, Tensor]:
+    # a cache (num_blocks, page, nheads_k, headdim) is one of (num_blocks, page, H) seen so
+    shape = (-1, size, problem.nheads_k * problem.headdim)
+    return cache.k.view(shape), cache.v.view(shape)
 
 
 def _with_lse(problem: Problem) -> bool:
