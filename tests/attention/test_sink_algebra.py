@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flash_attn_npu._core.kernels.sinks import with_sink
+from flash_attn_npu._core.kernels.sinks import counting, take_share, with_sink
 from tests.helpers import reference
 
 
@@ -31,3 +31,13 @@ def test_it_is_attention_with_the_sink(packed: bool, dtype: torch.dtype) -> None
     assert out.dtype == dtype
     reference.assert_close_to_reference(out, truth.out, same.out, "out")
     reference.assert_lse_close(lse, truth.softmax_lse)
+    # where it lies, and of a sink in any dtype
+    bare_lse = bare.softmax_lse.float()
+    for kind in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        written = bare.out.to(dtype)
+        take_share(written, bare_lse, sink.to(kind))
+        again = counting(bare_lse, sink.to(kind))
+        assert (written.dtype, again.dtype) == (dtype, torch.float32)
+        if sink.to(kind).double().equal(sink.double()):
+            assert torch.equal(written, out)
+            assert torch.equal(again, lse)

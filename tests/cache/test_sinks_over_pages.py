@@ -128,6 +128,27 @@ def test_the_first_version_and_arithmetic(npu: torch.device, case: str) -> None:
     assert name == FIRST
 
 
+@pytest.mark.parametrize(
+    ("case", "launches"),
+    [
+        # the new keys, attention, lse - sink, its sigmoid, out times that
+        ("a sink that bfloat16 would round", 5),
+        ("another half precision", 5),
+        ("another headdim", 5),
+        # softmax_lse by heads, with the sink, and as it is returned
+        ("softmax_lse", 8),
+    ],
+)
+def test_the_arithmetic_is_a_few_launches(npu: torch.device, case: str, launches: int) -> None:
+    problem, dtype, options = OTHERWISE[case]
+    placed, _ = place(problem, problem.arguments() | options, npu)
+    call = CacheCall(**placed, sink=sinks(problem, dtype).to(npu))
+    cache_operators.attend(call)
+    with virtual_ascend.record() as seen:
+        cache_operators.attend(call)
+    assert len(seen.operators) == launches, seen.operators
+
+
 def test_a_torch_npu_without_the_second_version(npu: torch.device) -> None:
     with pretended("2.6.0"):
         assert launched(PAGED, npu, sinks(PAGED))[0] == FIRST

@@ -49,6 +49,7 @@ COUNTING: dict[str, tuple[str, ...]] = {
         "test_sinks_over_pages::test_a_step_of_gpt_oss_is_two_launches",
         "test_sinks_over_pages::test_a_torch_npu_without_the_second_version",
         "test_sinks_over_pages::test_one_launch",
+        "test_sinks_over_pages::test_the_arithmetic_is_a_few_launches",
         "test_sinks_over_pages::test_the_first_version_and_arithmetic",
         "test_sinks_over_pages::test_windows",
         "test_table::test_the_cell_says_what_happens",

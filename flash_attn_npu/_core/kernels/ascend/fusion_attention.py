@@ -27,7 +27,7 @@ from ...ground.settings import alibi_offset
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved
 from ..kernel import Kernel
-from ..sinks import with_sink
+from ..sinks import counting, take_share
 from . import singles, statistics
 from .determinism import deterministically
 from .selection import Rows
@@ -222,7 +222,8 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     if _reads_statistics(problem):
         lse = _lse(problem, rows, top, total)
         if sink is not None and not _takes_sink(problem):
-            out, lse = with_sink(out, lse, sink)
+            take_share(out, lse, sink)
+            lse = counting(lse, sink)
         lse = rows.restore_lse(lse, None if alone is None else alone.softmax_lse)
     return Forward(
         rows.restore(out, None if alone is None else alone.out),

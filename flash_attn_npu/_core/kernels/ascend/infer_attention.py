@@ -18,7 +18,7 @@ from ...problems.attention import Problem
 from ...problems.cache import Cache
 from ...problems.results import Forward, Inputs
 from ..kernel import Kernel
-from ..sinks import with_sink
+from ..sinks import counting, take_share
 from .fusion_attention import UNLIMITED, causal_mask
 
 __all__ = ["KERNEL", "PACKED_HEADDIMS", "finished", "forward", "over_pages", "packs_queries"]
@@ -54,7 +54,8 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     out, lse = serve(problem, inputs, inputs.q[: problem.total_q])
     if problem.sink:
         assert inputs.sink is not None
-        out, lse = with_sink(out, lse, inputs.sink)
+        take_share(out, lse, inputs.sink)
+        lse = counting(lse, inputs.sink) if problem.uses_lse else lse
     return finished(problem, out, lse)
 
 
@@ -78,7 +79,9 @@ def _packed(problem: Problem, inputs: Inputs, q: Tensor) -> tuple[Tensor, Tensor
         **_pages(problem, inputs),
     }
     out, lse = _launch(problem, inputs, q.contiguous(), shared)
-    return out, lse.squeeze(-1).t().contiguous() if _with_lse(problem) else lse
+    if _with_lse(problem):
+        lse = lse.squeeze(-1).t()
+    return out, lse.contiguous() if problem.uses_lse else lse
 
 
 def _dense(problem: Problem, inputs: Inputs, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,9 +100,8 @@ def _dense(problem: Problem, inputs: Inputs, q: Tensor) -> tuple[Tensor, Tensor]
     out = out[:, rows - asked :].contiguous().view(-1, problem.nheads, problem.headdim)
     if _with_lse(problem):
         lse = lse[:, :, rows - asked :, 0].transpose(0, 1).reshape(problem.nheads, -1)
-        # of one query for each sequence that was a view
-        lse = lse.contiguous()
-    return out, lse
+    # of one query for each sequence that was a view
+    return out, lse.contiguous() if problem.uses_lse else lse
 
 
 def _launch(
