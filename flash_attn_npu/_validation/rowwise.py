@@ -172,7 +172,7 @@ class Gate:
 
         def ours(both: Tensor) -> Tensor:
             x, y = both.chunk(2, dim=-1)
-            gated: Tensor = swiglu(x, y) if self.halves else swiglu(x.clone(), y.clone())  # type: ignore[no-untyped-call]
+            gated: Tensor = swiglu(x, y) if self.halves else swiglu(x.clone(), y.clone())
             return gated
 
         def formula(both: Tensor) -> Tensor:

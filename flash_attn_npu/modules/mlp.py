@@ -214,8 +214,7 @@ def _gated(both: Tensor, activation: _Activation) -> Tensor:
         return F.glu(both, dim=-1)
     y, gate = both.chunk(2, dim=-1)
     if activation is F.silu:
-        gated: Tensor = swiglu(gate, y)  # type: ignore[no-untyped-call]
-        return gated
+        return swiglu(gate, y)
     # npu_geglu is this in one launch for exact gelu, but its gradient has none of its own
     return y * activation(gate)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, relu
 
 from .._core.ground.dtypes import widened
+from .._core.ground.functions import are_plain, bare, unwrapped
 from .._core.rowwise.gates import require_floating, swiglu_bwd, swiglu_fwd
 from ..errors import ArgumentError
 
@@ -191,8 +192,22 @@ class SwiGLUFunction(torch.autograd.Function):
         return swiglu_bwd(x, y, dout)
 
 
-swiglu = SwiGLUFunction.apply
-"""`swiglu(x, y)`: silu(x) * y, differentiable in both, keeping only its inputs."""
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) * y, differentiable in both, keeping only its inputs.
+
+    Arguments, result and errors are those of `swiglu_fwd`.
+
+    Contract: flash-attention 2.8, `swiglu`.
+    """
+    if not are_plain(x, y):
+        return SwiGLUFunction.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]
+    x, y = unwrapped(x), unwrapped(y)
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        return _recorded(x, y)  # type: ignore[no-any-return]
+    return swiglu_fwd(x, y)
+
+
+_recorded = bare(SwiGLUFunction)
 
 
 def _gelu_gradient(g: Tensor, x: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,7 @@ from flash_attn_npu import (
 )
 from flash_attn_npu._core.ground.memory import forget_all
 from tests.helpers import reference
+from tests.helpers.frames import frames
 from tests.helpers.old_torch import lacks
 
 UNLIMITED = 2147483647
@@ -33,27 +32,6 @@ pytestmark = pytest.mark.usefixtures("npu")
 def fresh() -> None:
     forget_all()
     torch.manual_seed(0)
-
-
-def frames(call: Callable[[], Any]) -> list[str]:
-    """The functions of this package that a call runs, and those they call, one after the other."""
-    seen = []
-
-    def ours(frame: Any) -> bool:
-        path = frame.f_code.co_filename if frame else ""
-        return bool(re.search(r"/flash_attn_npu/(?!_virtual_ascend)", path))
-
-    def saw(frame: Any, event: str, _: Any) -> None:
-        simulated = "_virtual_ascend" in frame.f_code.co_filename
-        if event == "call" and not simulated and (ours(frame) or ours(frame.f_back)):
-            seen.append(frame.f_code.co_name)
-
-    sys.setprofile(saw)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return seen
 
 
 @pytest.mark.parametrize("grad", [False, True])

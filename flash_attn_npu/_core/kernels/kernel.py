@@ -21,7 +21,8 @@ class Kernel(NamedTuple):
       be x; direct(problem) -> f(x, cos, sin) -> x rotated, a new tensor.
     - norm: direct(problem) -> f(call, total_dtype, out_dtype) -> the norm and the sum; without it
       the composed norm serves, whose autograd is the flow's.
-    - gate: forward(problem, x, y) -> silu(x) * y; backward(problem, g, x, y) -> (dx, dy).
+    - gate: forward(problem, x, y) -> silu(x) * y; backward(problem, g, x, y) -> (dx, dy);
+      direct(problem) -> f(x, y) -> silu(x) * y, outside of autograd.
     - loss: direct(problem) -> f(logits, labels, ignore_index) -> losses and z_losses of the rows;
       without it the composed loss serves, whose autograd is the flow's.
 

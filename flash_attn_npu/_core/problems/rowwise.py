@@ -88,6 +88,7 @@ class Gate(NamedTuple):
     """`swiglu`: silu(x) * y.
 
     halves: x and y are the two halves, in this order, of the rows of one contiguous tensor.
+    whole: the size and the strides of that tensor.
     row_bytes: the size of a row of x.
     mixed: x and y differ in dtype.
     differentiated: the call itself is, and not a function around it.
@@ -103,6 +104,7 @@ class Gate(NamedTuple):
     mixed: bool
     differentiated: bool
     grad_dtype: torch.dtype | None = None
+    whole: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 class Loss(NamedTuple):

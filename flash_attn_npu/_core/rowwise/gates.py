@@ -5,19 +5,29 @@ Every SwiGLU of this package comes through these functions, outside of autograd.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
 from ..ground.dense_arguments import require_dense
+from ..ground.functions import PLAIN
 from ..ground.records import replaced
 from ..problems.rowwise import Gate
 from ..table.choice import begin, choose, plan, recall
 from .keys import key_of
 
 __all__ = ["require_floating", "swiglu_bwd", "swiglu_fwd"]
+
+_Placed = tuple[tuple[int, ...], tuple[int, ...], Any]
+"""The strides of two tensors in one storage, and how many elements they begin apart."""
+
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_is_alias: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
+_STRIDED = torch.strided
 
 
 def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
@@ -34,13 +44,18 @@ def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
 
     Contract: flash-attention 2.8, `swiglu_fwd`. Wider: differentiable by itself.
     """
-    key, halves = _key(x, y)
+    key, placed = _key(x, y)
     found = None if key is None else recall(key)
     if found is None:
         _check(x=x, y=y)
-        found = choose(_problem(x, y, halves), key)
-    else:
+        found = choose(_problem(x, y, placed), key)
+    elif found.direct is None:
         begin(found)
+    else:
+        # nobody was passed over, so there is no policy to ask
+        found.tally.calls += 1
+    if found.direct is not None:
+        return found.direct(x, y)  # type: ignore[no-any-return]
     gated: Tensor = found.kernel.forward(found.problem, x, y)
     return gated
 
@@ -60,12 +75,12 @@ def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
     Contract: flash-attention 2.8, `swiglu_bwd`.
     """
-    key, halves = _key(x, y, g)
+    key, placed = _key(x, y, g)
     found = None if key is None else recall(key)
     if found is None:
         _check(x=x, y=y, g=g)
         # neither counted nor told: the forward has been
-        found = plan(replaced(_problem(x, y, halves), grad_dtype=g.dtype), key)
+        found = plan(replaced(_problem(x, y, placed), grad_dtype=g.dtype), key)
     dx, dy = found.kernel.backward(found.problem, g, x, y)
     return dx, dy
 
@@ -82,16 +97,33 @@ def require_floating(**tensors: Tensor) -> None:
             raise ArgumentError(name, tensor.dtype, "a floating dtype", f"pass {name}.float()")
 
 
-def _key(x: Tensor, y: Tensor, *others: Tensor) -> tuple[Hashable, bool]:
-    """What a plan is remembered by, and whether x and y are halves: not known while tracing."""
-    key = key_of("swiglu", (), x, y, *others)
-    if key is None:
-        return None, False
-    halves = _are_halves(x, y)
-    return (key, halves), halves
+def _key(x: Tensor, y: Tensor, *others: Tensor) -> tuple[Hashable, _Placed | None]:
+    """What a plan is remembered by, and how x and y lie: not known while tracing."""
+    # `key_of` written out for the two that are always there
+    if _compiling() or type(x) not in PLAIN or type(y) not in PLAIN:
+        return None, None
+    if x.layout is not _STRIDED or y.layout is not _STRIDED:
+        return None, None
+    more = key_of("swiglu", (), *others) if others else _grad_enabled()
+    if more is None:
+        return None, None
+    placed = None
+    try:
+        if not x.is_cpu and _is_alias(x, y):
+            placed = x.stride(), y.stride(), y.storage_offset() - x.storage_offset()
+        # fmt: off
+        return (
+            "swiglu", more, x.shape, x.dtype, x.device, x.requires_grad,
+            y.shape, y.dtype, y.device, y.requires_grad, placed,
+        ), placed
+        # fmt: on
+    except RuntimeError:
+        # a nested tensor has no shape
+        return None, None
 
 
-def _problem(x: Tensor, y: Tensor, halves: bool) -> Gate:
+def _problem(x: Tensor, y: Tensor, placed: _Placed | None) -> Gate:
+    halves = placed is not None and _are_halves(x, y, *placed)
     return Gate(
         function="swiglu",
         device=x.device,
@@ -101,6 +133,7 @@ def _problem(x: Tensor, y: Tensor, halves: bool) -> Gate:
         row_bytes=x.shape[-1] * x.element_size() if x.dim() else 0,
         mixed=x.dtype != y.dtype,
         differentiated=_is_differentiated(x, y),
+        whole=((*x.shape[:-1], 2 * x.shape[-1]), x.stride()) if halves else None,
     )
 
 
@@ -108,21 +141,21 @@ def _is_differentiated(x: Tensor, y: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
 
 
-def _are_halves(x: Tensor, y: Tensor) -> bool:
+def _are_halves(
+    x: Tensor, y: Tensor, strides: tuple[int, ...], others: tuple[int, ...], apart: Any
+) -> bool:
     """Whether the rows of x and y lie behind each other in one contiguous tensor."""
     if x.device.type != "npu" or x.dtype != y.dtype or x.dim() == 0:
         return False
-    strides, width = x.stride(), x.shape[-1]
-    if y.storage_offset() != x.storage_offset() + width or y.stride() != strides:
+    width = x.shape[-1]
+    if apart != width or strides != others or strides[-1] != 1:
         return False
-    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
-        return False
-    apart = 2 * width
+    rows = 2 * width
     for size, stride in zip(x.shape[-2::-1], strides[-2::-1], strict=True):
-        if stride != apart:
+        if stride != rows:
             return False
-        apart *= size
-    return strides[-1] == 1
+        rows *= size
+    return True
 
 
 def _check(x: Tensor, **others: Tensor) -> None:

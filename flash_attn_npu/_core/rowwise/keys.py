@@ -6,11 +6,14 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from ..ground.functions import PLAIN
 
 __all__ = ["key_of"]
 
-PLAIN = (Tensor, torch.nn.Parameter)
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_STRIDED = torch.strided
 
 
 def key_of(
@@ -24,14 +27,19 @@ def key_of(
         options: what matters besides the tensors, in one order.
         tensors, optional: each in one order; of the latter any may be None.
     """
-    if torch.compiler.is_compiling():
+    if _compiling():
         return None
-    facts: list[Any] = [function, torch.is_grad_enabled(), *options]
-    for tensor in (*tensors, *optional) if optional else tensors:
-        if type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_nested:
-            facts += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
-        elif tensor is None and optional:
-            facts.append(None)
-        else:
-            return None
+    grad = _grad_enabled()
+    facts: list[Any] = [function, grad, *options]
+    try:
+        for tensor in (*tensors, *optional) if optional else tensors:
+            if type(tensor) in PLAIN and tensor.layout is _STRIDED:
+                facts += (tensor.shape, tensor.dtype, tensor.device, grad and tensor.requires_grad)
+            elif tensor is None and optional:
+                facts.append(None)
+            else:
+                return None
+    except RuntimeError:
+        # a nested tensor has no shape
+        return None
     return tuple(facts)

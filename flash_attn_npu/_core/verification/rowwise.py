@@ -7,6 +7,7 @@ rows that are looked at: norms and losses are differentiated by torch_npu's auto
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -176,7 +177,10 @@ class _Norm(_Watch):
 
 
 class _Gate(_Watch):
-    wraps = ("forward", "backward")
+    wraps = ("forward", "backward", "direct")
+
+    def direct(self, problem: Gate) -> Callable[[Tensor, Tensor], Tensor]:
+        return partial(self.forward, problem)
 
     def forward(self, problem: Gate, x: Tensor, y: Tensor) -> Tensor:
         gated: Tensor = self.kernel.forward(problem, x, y)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...ground.packets import behind
 from ...ground.second_derivatives import first_order, once, refuse_second, watch
 from ...problems.norms import NormCall
 from ...problems.rowwise import (
@@ -224,10 +225,24 @@ def _added_norm(
 
 def _gate(problem: Gate, x: Tensor, y: Tensor) -> Tensor:
     """silu(x) * y."""
+    gated: Tensor = _gated(problem)(x, y)
+    return gated
+
+
+def _gated(problem: Gate) -> Callable[[Tensor, Tensor], Tensor]:
+    """`_gate` of a problem."""
     import torch_npu
 
-    gated: Tensor = torch_npu.npu_swiglu(_whole(problem, x, y), dim=-1)
-    return gated
+    operator, whole = torch_npu.npu_swiglu, problem.whole
+    fast = behind(operator)
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        both = torch.cat((x, y), -1) if whole is None else torch.as_strided(x, *whole)
+        # tools that watch operators put their own in its place
+        call = fast if torch_npu.npu_swiglu is operator else torch_npu.npu_swiglu
+        return call(both, -1)  # type: ignore[no-any-return]
+
+    return run
 
 
 def _gate_backward(problem: Gate, grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,8 +254,8 @@ def _gate_backward(problem: Gate, grad: Tensor, x: Tensor, y: Tensor) -> tuple[T
 
 def _whole(problem: Gate, x: Tensor, y: Tensor) -> Tensor:
     """The rows of x, each followed by its row of y: where they lie so, without a copy."""
-    if problem.halves:
-        return x.as_strided((*x.shape[:-1], 2 * x.shape[-1]), x.stride())
+    if problem.whole is not None:
+        return x.as_strided(*problem.whole)
     return torch.cat((x, y), dim=-1)
 
 
@@ -267,5 +282,5 @@ def _differentiable_losses(problem: Loss) -> Callable[..., tuple[Tensor, Tensor]
 
 
 ROTATION = Kernel(_rotate, direct=lambda problem: partial(_rotated, problem), at_once=AT_ONCE)
-GATE = Kernel(_gate, _gate_backward)
+GATE = Kernel(_gate, _gate_backward, direct=_gated)
 LOSS = Kernel(direct=_differentiable_losses)

@@ -1,0 +1,35 @@
+"""Calls of autograd functions, without what a call need not ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["PLAIN", "are_plain", "bare", "unwrapped"]
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+unwrapped = torch._C._functorch.unwrap_if_dead
+"""The tensor inside a wrapper that has outlived its functorch transform; else the tensor itself."""
+
+_compiling = torch.compiler.is_dynamo_compiling
+_transforming = torch._C._are_functorch_transforms_active
+_forward_ad = torch.autograd.forward_ad
+
+
+def are_plain(x: Any, y: Any) -> bool:
+    """Whether two tensors are no subclasses, and nothing traces or transforms operations on them.
+
+    To trace, to transform, and to differentiate forward, autograd functions have ways of their own.
+    """
+    if _compiling() or _transforming() or _forward_ad._current_level >= 0:
+        return False
+    return type(x) in PLAIN and type(y) in PLAIN
+
+
+def bare(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for `unwrapped` tensors, of which `are_plain` holds: 1.5 us less."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]

@@ -1,0 +1,63 @@
+"""What stands before the launches of norms, gates and rotations: nothing but look-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual
+
+from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu.ops.activations import swiglu, swiglu_fwd
+from tests.helpers.frames import frames
+
+pytestmark = pytest.mark.usefixtures("npu")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    forget_all()
+    torch.manual_seed(0)
+
+
+def again(call: Callable[[], Any]) -> list[str]:
+    """The functions that a call runs when everything is known of it."""
+    call()
+    return frames(call)
+
+
+GATE = ["swiglu_fwd", "_key", "is_compiling", "run"]
+
+
+def test_a_gate_without_gradient_has_no_autograd_function() -> None:
+    both = torch.randn(3, 64).npu()
+    x, y = both.chunk(2, dim=-1)
+    assert again(lambda: swiglu_fwd(x, y)) == GATE
+    plain = ["swiglu", "are_plain", "is_dynamo_compiling"]
+    assert again(lambda: swiglu(x, y)) == [*plain, *GATE]
+    both.requires_grad_()
+    assert again(lambda: swiglu(*both.chunk(2, dim=-1))) == [
+        *plain,
+        "forward",
+        "save_for_backward",
+        *GATE,
+    ]
+
+
+class _Subclass(Tensor):
+    pass
+
+
+# the first dual of a process compiles torch's own formulas
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_gate_of_a_subclass_or_a_transform_goes_through_the_autograd_function() -> None:
+    x, y = torch.randn(2, 3, 64).npu()
+    seen = frames(lambda: swiglu(x.as_subclass(_Subclass), y))
+    assert seen[:4] == ["swiglu", "are_plain", "is_dynamo_compiling", "apply"]
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda t: swiglu(t, y).sum())(x)
+    with dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        swiglu(make_dual(x, x), y)
