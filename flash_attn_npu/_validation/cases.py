@@ -24,6 +24,8 @@ HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.flo
 CACHED = "keys in a cache"
 SUNK = f"{CACHED}, a sink"
 OTHER = f"{CACHED}, headdim other than 64 and 128"
+LOOKED_UP = rowwise_table.LOOKED_UP
+STARTS = (17, 4)
 
 
 class Case(NamedTuple):
@@ -47,6 +49,7 @@ NOT_ASKED = {
     "GQA and MQA, in a torch that does not share heads on a CPU": "this torch is what it is",
     "Ascend 310P and 200I": "this card is what it is",
     "sink, Ascend 950": "asked by the sink's row on such a card",
+    f"{LOOKED_UP}, Ascend 950": "this card is what it is",
     f"varlen, more than {table.MAX_TOKENS} tokens": "exact arithmetic would take hours",
     f"dense, a seqlen above {table.MAX_TOKENS}": "exact arithmetic would take hours",
     "backward of a dropout mask drawn by blockwise": "asked by the question about dropout",
@@ -179,6 +182,15 @@ ROWWISE: dict[str, Any] = {
     f"{rowwise_table.MAX_ROTARY_HEADS} heads and more": rowwise.Rotation(
         heads=rowwise_table.MAX_ROTARY_HEADS, headdim=16, rotary_dim=16, seqlen=4
     ),
+    f"{LOOKED_UP}, by tables of another dtype": rowwise.Rotation(table=FP32, places=STARTS),
+    f"{LOOKED_UP}, of a part of each head": rowwise.Rotation(rotary_dim=32, places=STARTS),
+    f"{LOOKED_UP}, a headdim of no multiple of {rowwise_table.MROPE_UNIT} bytes": rowwise.Rotation(
+        headdim=80, rotary_dim=80, places=STARTS
+    ),
+    f"{LOOKED_UP}, nheads * headdim above {rowwise_table.MAX_MROPE_WIDTH}": rowwise.Rotation(
+        heads=130, places=STARTS, seqlen=2
+    ),
+    f"{LOOKED_UP}, with gradient": rowwise.Rotation(dtype=BF16, places=STARTS, grad=True),
     "no residual": rowwise.Norm(),
     "norm of mixed dtypes": rowwise.Norm(residual=FP32),
     "layer norm of mixed dtypes, but for a float32 residual without gradient": rowwise.Norm(
@@ -221,6 +233,10 @@ SERVED: dict[str, Any] = {
     "rotation by halves": rowwise.Rotation(dtype=BF16),
     "rotation by pairs": rowwise.Rotation(interleaved=True),
     "rotation by float32 tables": rowwise.Rotation(table=FP32),
+    "rotation at positions in a tensor": rowwise.Rotation(dtype=BF16, places=STARTS, seqlen=1),
+    "rotation by pairs at positions in a tensor": rowwise.Rotation(
+        interleaved=True, places=STARTS, seqlen=3
+    ),
     "rotation of some dimensions": rowwise.Rotation(headdim=96, rotary_dim=64),
     "RMS norm with gradient": rowwise.Norm(grad=True),
     "RMS norm of a sum with gradient": rowwise.Norm(residual=BF16, grad=True),

@@ -55,7 +55,7 @@ def _compared(
 
 @dataclass(frozen=True)
 class Rotation:
-    """apply_rotary of (batch, seqlen, nheads, headdim)."""
+    """apply_rotary of (batch, seqlen, nheads, headdim); places: at positions in a tensor."""
 
     dtype: torch.dtype = torch.float16
     table: torch.dtype | None = None
@@ -64,18 +64,22 @@ class Rotation:
     rotary_dim: int = 64
     interleaved: bool = False
     seqlen: int = 40
+    places: tuple[int, int] | None = None
+    grad: bool = False
 
     def ask(self, device: torch.device) -> Figures:
         """Ask the device, and compare with the truth."""
         (x,) = _drawn(7, self.dtype, (2, self.seqlen, self.heads, self.headdim))
-        position = torch.arange(self.seqlen)[:, None] * 0.01
+        starts = self.places or (0, 0)
+        position = torch.arange(max(starts) + self.seqlen)[:, None] * 0.01
         angle = position * torch.arange(1, self.rotary_dim // 2 + 1)
         table = self.table or self.dtype
         cos, sin = angle.cos().to(table), angle.sin().to(table)
+        rows = torch.tensor(starts)[:, None] + torch.arange(self.seqlen)
 
         def formula(x: Tensor) -> Tensor:
             half = self.rotary_dim // 2
-            c, s = (t.to(x.dtype)[None, :, None] for t in (cos, sin))
+            c, s = (t.to(x.dtype)[rows][:, :, None] for t in (cos, sin))
             if self.interleaved:
                 first, second = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
             else:
@@ -86,10 +90,17 @@ class Rotation:
             )
             return torch.cat((whole, x[..., 2 * half :]), dim=-1)
 
-        def ours(x: Tensor) -> Tensor:
-            return apply_rotary(x, cos.to(device), sin.to(device), interleaved=self.interleaved)
+        tables = cos.to(device), sin.to(device)
+        offsets = torch.tensor(starts).to(device) if self.places else 0
 
-        return _compared(ours, formula, [x], device, grad=False)
+        def ours(x: Tensor) -> Tensor:
+            turned = x
+            # tables that have come before may be looked up by the kernel itself
+            for _ in range(2 if self.places else 1):
+                turned = apply_rotary(x, *tables, offsets, interleaved=self.interleaved)
+            return turned
+
+        return _compared(ours, formula, [x], device, grad=self.grad)
 
 
 @dataclass(frozen=True)

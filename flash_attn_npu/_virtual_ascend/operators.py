@@ -13,7 +13,7 @@ from .machine import derivatives, formats, journal, lies
 from .machine.arithmetic import overload
 from .machine.refusal import not_simulated
 from .machine.registering import original
-from .rowwise import gate_ops, loss_op, norm_ops, rotary_op
+from .rowwise import gate_ops, loss_op, mrope_op, norm_ops, rotary_op
 
 Kernel = Callable[..., Any]
 
@@ -26,6 +26,7 @@ _BUILDERS: dict[str, Callable[[Kernel], Kernel]] = {
     "npu_scatter_pa_kv_cache": paged_cache.scatter_kernel,
     **gate_ops.BUILDERS,
     **loss_op.BUILDERS,
+    **mrope_op.BUILDERS,
     **norm_ops.BUILDERS,
     **rotary_op.BUILDERS,
 }

@@ -103,12 +103,26 @@ def pages(argument: str) -> Call:
     return call
 
 
+SINES: dict[torch.device, Tensor] = {}
+
+
+def stepped(cos: Tensor) -> Tensor:
+    """Three tokens at positions of the host, three times, so that the tables are known."""
+    device = cos.device
+    sin = SINES.setdefault(device, states(7, 9, 16).to(device))
+    x = states(0, 3, 1, 2, 32).to(device)
+    for _ in range(3):
+        out = apply_rotary_emb(x, cos, sin, seqlen_offsets=int32(4, 0, 8))
+    return out
+
+
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 OTHER = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
 CASES: dict[str, tuple[Call, Tensor, Tensor]] = {
     "cu_seqlens": (packed, int32(0, 4, 9), int32(0, 2, 9)),
     "cu_seqlens, Huawei's function": (huawei, int32(0, 4, 9), int32(0, 2, 9)),
     "cu_seqlens, rotation": (turned, int32(0, 4, 9), int32(0, 2, 9)),
+    "rotary tables": (stepped, states(8, 9, 16), states(9, 9, 16)),
     "cache_seqlens": (lambda x: cached("cache_seqlens", x), int32(3, 9), int32(7, 2)),
     "cache_seqlens, new keys": (
         lambda x: appended("cache_seqlens", x),

@@ -37,7 +37,7 @@ from tests.helpers.wheel import Call, Seen, bind, pretended
 
 ASCEND = Path(flash_attn_npu.__file__).parent / "_core" / "kernels" / "ascend"
 NEEDS = installed.NEEDS
-SHORTCUTS = ("of a sum", "new keys", "gathered")
+SHORTCUTS = ("of a sum", "new keys", "gathered", "at positions")
 """Needs whose call gives way to one that does the same with more launches, which nobody is told."""
 
 
@@ -200,7 +200,10 @@ def low_level(device: torch.device) -> Any:
 def rotary(device: torch.device) -> Any:
     x, table = torch.randn(2, 5, 2, 64), torch.rand(5, 32)
     x, table = x.bfloat16().to(device), table.bfloat16().to(device)
-    return [apply_rotary_emb(x, table, table, interleaved=pairs) for pairs in (False, True)]
+    places = torch.tensor([3, 0]).to(device)
+    steps = [apply_rotary_emb(x[:, :2], table, table, seqlen_offsets=places) for _ in range(2)]
+    whole = [apply_rotary_emb(x, table, table, interleaved=pairs) for pairs in (False, True)]
+    return [*steps, *whole]
 
 
 def norms(device: torch.device) -> Any:

@@ -148,6 +148,28 @@ def rotated(
     return run
 
 
+def looked_up(pair: bool = True, interleaved: bool = False, batch: int = 3) -> Call:
+    """A step of decoding, behind one that makes the tables known: of q and k, or of q alone."""
+
+    def run(device: torch.device) -> list[Tensor]:
+        q, k, v = (drawn(device, batch, 1, n, 64) for n in (4, 2, 2))
+        angle = torch.rand(20, 32, generator=torch.Generator().manual_seed(3)) * 3
+        cos, sin = (part.to(device, HALF) for part in (angle.cos(), angle.sin()))
+        at = torch.tensor([5, 11, 2][:batch], dtype=torch.int32).to(device)
+        for _ in range(2):
+            if pair:
+                caches = [torch.zeros(batch, 32, 2, 64).to(device, HALF) for _ in "kv"]
+                out = flash_attn_with_kvcache(
+                    q, *caches, k, v, cos, sin, cache_seqlens=at, causal=True,
+                    rotary_interleaved=interleaved,
+                )  # fmt: skip
+            else:
+                out, caches = apply_rotary_emb(q, cos, sin, interleaved, seqlen_offsets=at), []
+        return [out, *caches[:1]]
+
+    return run
+
+
 def normed(
     rms: bool, residual: bool = True, grad: bool = False, size: float = 1.0, new: bool = False,
     eps: float = 1e-5, prenorm: bool = False, of_sum: torch.dtype | None = None,
@@ -258,6 +280,10 @@ CALLS: dict[str, Call] = {
     "apply_rotary_emb(interleaved)": rotated(interleaved=True),
     "apply_rotary_emb(inplace)": rotated(inplace=True),
     "apply_rotary_emb, gradient": rotated(grad=True),
+    "rotary of a step": looked_up(),
+    "rotary of a step(interleaved)": looked_up(interleaved=True),
+    "rotary of a step of one sequence": looked_up(batch=1),
+    "rotary of a step, q alone": looked_up(pair=False),
     "rms norm": normed(rms=True, residual=False),
     "rms norm, gradient": normed(rms=True, residual=False, grad=True),
     "rms norm of eps 1e-8, gradient": normed(rms=True, residual=False, grad=True, eps=1e-8),

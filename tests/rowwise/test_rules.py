@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flash_attn_npu._core.ground.memory import forget_all
-from flash_attn_npu._core.problems.rowwise import Gate, Loss, Norm, Problem, Rotation
+from flash_attn_npu._core.problems.rowwise import Gate, Lookup, Loss, Norm, Problem, Rotation
 from flash_attn_npu._core.table import installed, rowwise
 from flash_attn_npu._core.table.choice import refusals
-from flash_attn_npu._core.table.rowwise import TABLE, WHOLE
+from flash_attn_npu._core.table.rowwise import LOOKED_UP, TABLE, WHOLE
 from flash_attn_npu._core.table.rule import Rule
 from tests.helpers.wheel import pretend_row
 
@@ -20,6 +20,7 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "Ascend 310P and 200I": lambda p: p,
     "a torch_npu older than 2.6.0": lambda p: p,
     "rotary, a torch_npu without npu_rotary_mul": lambda p: p,
+    "rotary at positions in a tensor, a torch_npu without npu_mrope": lambda p: p,
     "RMS norm, a torch_npu without npu_rms_norm": lambda p: p,
     "RMS norm of a sum, a torch_npu without npu_add_rms_norm and npu_rms_norm_backward": (
         lambda p: p
@@ -34,6 +35,14 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "jit_compile=True, rotation by pairs or of a rotary_dim other than 128": (
         lambda p: p._replace(just_in_time=True)
     ),
+    f"{LOOKED_UP}, by tables of another dtype": lambda p: p._replace(table_dtype=torch.float32),
+    f"{LOOKED_UP}, of a part of each head": lambda p: p._replace(rotary_dim=32),
+    f"{LOOKED_UP}, a headdim of no multiple of 64 bytes": (
+        lambda p: p._replace(headdim=80, rotary_dim=80)
+    ),
+    f"{LOOKED_UP}, nheads * headdim above 4096": lambda p: p._replace(nheads=65),
+    f"{LOOKED_UP}, with gradient": lambda p: p._replace(differentiated=True),
+    f"{LOOKED_UP}, Ascend 950": lambda p: p,
     "no residual": lambda p: p._replace(residual_dtype=None),
     "norm of mixed dtypes": lambda p: p._replace(weight_dtype=torch.float32),
     "layer norm of mixed dtypes, but for a float32 residual without gradient": (
@@ -104,6 +113,18 @@ def plain(npu: torch.device) -> dict[str, Problem]:
             rotary_dim=64,
             interleaved=False,
         ),
+        rowwise.MROPE: Lookup(
+            **common,
+            dtype=torch.bfloat16,
+            table_dtype=torch.bfloat16,
+            nheads=64,
+            headdim=64,
+            rotary_dim=64,
+            interleaved=False,
+            pair=True,
+            several=True,
+            differentiated=False,
+        ),
         rowwise.ADD_RMS_NORM: norm,
         rowwise.RMS_NORM: norm._replace(residual_dtype=None, needs_grad=True),
         rowwise.ADD_LAYER_NORM: layer_norm,
@@ -145,6 +166,8 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         pretend_row(rule.name, monkeypatch)
     if isinstance(rule, Rule) and rule.name == "Ascend 310P and 200I":
         monkeypatch.setattr(installed, "soc_name", lambda device: "Ascend310P3")
+    if isinstance(rule, Rule) and rule.name.endswith("Ascend 950"):
+        monkeypatch.setattr(rowwise, "soc_name", lambda device: "Ascend950PR")
     if isinstance(rule, Rule) and "without a fake operator" in rule.name:
         monkeypatch.setattr(rowwise, "untraceable", lambda device, operator: True)
 

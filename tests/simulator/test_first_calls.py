@@ -30,6 +30,12 @@ GRADIENTS += ("flash_attn_func(deterministic), gradient", "flash_attn_func(dropo
 GRADIENTS += ("flash_attn_varlen_func, gradient", "flash_attn_varlen_func(causal), gradient")
 OVER_PAGES = ("a sink over pages", "a sink over pages (window)")
 SUNK = (*OVER_PAGES, "attention with a sink")
+LOOKUPS = (
+    "rotary of a step",
+    "rotary of a step(interleaved)",
+    "rotary of a step of one sequence",
+    "rotary of a step, q alone",
+)
 SHOWN_BY: dict[str, tuple[str, ...]] = {
     "causal from the top left": (
         "flash_attn_func(causal), more keys",
@@ -114,9 +120,18 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
         "apply_rotary_emb(interleaved)",
         "apply_rotary_emb(inplace)",
         "apply_rotary_emb, gradient",
+        "rotary of a step",
+        "rotary of a step(interleaved)",
+        "rotary of a step, q alone",
     ),
     "rotary turns back": ("apply_rotary_emb", "apply_rotary_emb, gradient"),
     "rotary tables one row late": ("apply_rotary_emb", "apply_rotary_emb, gradient"),
+    "positions one row late": LOOKUPS,
+    "position of the first token for all": ("rotary of a step", "rotary of a step, q alone"),
+    "first row for every position": ("rotary of a step of one sequence", *LOOKUPS),
+    "sin read as cos": LOOKUPS,
+    "keys left as they are": ("rotary of a step", "rotary of a step(interleaved)"),
+    "first head for all": LOOKUPS,
     "norm without bias": (
         "layer norm of a sum",
         "layer norm of a float32 sum",
@@ -206,7 +221,8 @@ def test_a_lie_is_caught_by_the_first_call(
             again = call(npu)
         assert not same or alike(again, honest)
         # nobody is told that a shortcut was passed over, and a gate's gradient is not counted
-        told = not any(word in name for word in ("norm", "new keys", "gathered", "over pages"))
+        unsaid = ("norm", "new keys", "gathered", "over pages", "of a step")
+        told = not any(word in name for word in unsaid)
         if told and "gradients of swiglu" not in lie:
             assert any("did not agree" in "".join(entry.reasons) for entry in report.tallies)
         assert len(errors(caplog)) == 1 + len(more)

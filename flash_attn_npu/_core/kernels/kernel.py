@@ -19,6 +19,8 @@ class Kernel(NamedTuple):
       public function returns.
     - rotation: forward(problem, x, cos, sin, out) writes the rotated dimensions to out, which may
       be x; direct(problem) -> f(x, cos, sin) -> x rotated, a new tensor.
+    - rotation whose rows are looked up: forward(problem, xs, tables, rows) -> xs rotated at these
+      rows of the tables, as new tensors.
     - norm: direct(problem) -> f(call, total_dtype, out_dtype) -> the norm and the sum; without it
       the composed norm serves, whose autograd is the flow's.
     - gate: forward(problem, x, y) -> silu(x) * y; backward(problem, g, x, y) -> (dx, dy);
@@ -32,7 +34,7 @@ class Kernel(NamedTuple):
     reads_pages: attention: it takes keys in a cache as they lie; for the others they are gathered.
     draws: attention: whether the dropout mask of this offset in rng_state is its own, so that its
         backward can repeat it.
-    at_once: rotation: how many elements it is given at a time.
+    at_once: rotations: how many elements it is given at a time.
     observed: attention: as direct, but its function returns beside the public result what the
         kernel answered: see `verification.attention`.
     """

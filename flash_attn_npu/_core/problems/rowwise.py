@@ -12,19 +12,23 @@ __all__ = [
     "ADD_RMS_NORM",
     "CROSS_ENTROPY",
     "LAYER_NORM",
+    "MROPE",
     "RMS_NORM",
     "ROTARY_MUL",
     "SWIGLU",
     "TORCH",
     "Gate",
+    "Lookup",
     "Loss",
     "Norm",
     "Problem",
     "Rotation",
+    "Tables",
     "Turn",
 ]
 
 ROTARY_MUL = "npu_rotary_mul"
+MROPE = "npu_mrope"
 ADD_RMS_NORM = "npu_add_rms_norm"
 RMS_NORM = "npu_rms_norm"
 ADD_LAYER_NORM = "npu_add_layer_norm"
@@ -51,6 +55,30 @@ class Rotation(NamedTuple):
     interleaved: bool
     head_dims: int = 1
     just_in_time: bool = False
+
+
+class Lookup(NamedTuple):
+    """A rotation of one tensor or two whose rows of the tables are those of a tensor.
+
+    table_dtype: what cos and sin promote to.
+    nheads: of the tensor that has more.
+    pair: there are two.
+    several: there is more than one token.
+    differentiated: something in it has a gradient.
+    """
+
+    function: str
+    device: torch.device
+    dtype: torch.dtype
+    table_dtype: torch.dtype
+    empty: bool
+    nheads: int
+    headdim: int
+    rotary_dim: int
+    interleaved: bool
+    pair: bool
+    several: bool
+    differentiated: bool
 
 
 class Norm(NamedTuple):
@@ -130,7 +158,7 @@ class Loss(NamedTuple):
     compiling: bool = False
 
 
-Problem = Rotation | Norm | Gate | Loss
+Problem = Rotation | Lookup | Norm | Gate | Loss
 
 
 class Turn(NamedTuple):
@@ -143,3 +171,11 @@ class Turn(NamedTuple):
     inplace: bool = False
     conjugate: bool = False
     function: str = "apply_rotary"
+
+
+class Tables(NamedTuple):
+    """cos and sin of a rotation, (seqlen_ro, rotary_dim / 2), and both side by side in one."""
+
+    cos: Tensor
+    sin: Tensor
+    joined: Tensor

@@ -22,7 +22,9 @@ from ..ground.lengths import Lengths, host_lengths
 from ..ground.storage import blocks, require_writable
 from ..problems.rowwise import Rotation, Turn
 from ..table.choice import Plan, begin, choose, recall
+from ..table.rowwise import MAX_MROPE_WIDTH
 from .keys import key_of
+from .lookup import turned_at
 
 __all__ = ["check_dense", "rotate", "rotate_alike"]
 
@@ -75,6 +77,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
         positions = _positions(x, cos, sin, turn)
         if turn.inplace:
             require_writable(x=x)
+        if x.device.type == "npu":
+            whole = _turned_alone(x, cos, sin, turn, positions)
+            if whole is not None:
+                return whole
         problem = _problem(turn, x, cos, x.dim() - (3 if turn.cu_seqlens is None else 2))
         found = choose(problem, key) if found is None else begin(found)
     looked_up = partial(_lookup, cos, sin, positions, found.problem.head_dims, turn.conjugate)
@@ -90,8 +96,11 @@ def rotate_alike(xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, turn: Turn) -
     for x in xs:
         check_dense(x, cos, sin, turn.seqlen_offsets)
         problems.append(_problem(turn, x, cos, 1))
-    tokens = tuple([slice(0, size) for size in xs[0].shape[:2]])
     positions = _dense_positions(xs[0], turn.seqlen_offsets)
+    turned = _turned_at(xs, cos, sin, turn, positions)
+    if turned is not None:
+        return turned
+    tokens = _all_tokens(xs[0], turn)
     tables = _lookup(cos, sin, positions, 1, turn.conjugate, tokens)
 
     def looked_up(part: Part) -> tuple[Tensor, Tensor]:
@@ -100,6 +109,38 @@ def rotate_alike(xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, turn: Turn) -
 
     plans = [choose(problem) for problem in problems]
     return [_turned(plan, x, False, looked_up) for plan, x in zip(plans, xs, strict=True)]
+
+
+def _turned_alone(
+    x: Tensor, cos: Tensor, sin: Tensor, turn: Turn, positions: _Positions
+) -> Tensor | None:
+    """`_turned_at` of one tensor, written where it lies if that is asked for."""
+    heads = len(_all_tokens(x, turn))
+    wide = x.shape[heads:].numel() > MAX_MROPE_WIDTH and x.shape[heads] > 1
+    parts = x.tensor_split(2, dim=heads) if wide else (x,)
+    turned = _turned_at(parts, cos, sin, turn, positions)
+    if turned is None:
+        return None
+    if not turn.inplace:
+        return turned[0] if len(turned) == 1 else torch.cat(turned, dim=heads)
+    for part, values in zip(parts, turned, strict=True):
+        part.copy_(values)
+    return x
+
+
+def _turned_at(
+    xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, turn: Turn, positions: _Positions
+) -> list[Tensor] | None:
+    """xs as new tensors, by a kernel that looks rows up by itself; None where there is none."""
+    if isinstance(positions.starts, int):
+        return None
+    rows = partial(positions.rows, _all_tokens(xs[0], turn))
+    return turned_at(xs, cos, sin, turn, rows)
+
+
+def _all_tokens(x: Tensor, turn: Turn) -> Part:
+    tokens = x.shape[: 2 if turn.cu_seqlens is None else 1]
+    return tuple([slice(0, size) for size in tokens])
 
 
 def _key(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Hashable:

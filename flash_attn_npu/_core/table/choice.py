@@ -64,6 +64,7 @@ recall = _plans.recall
 _TABLES: dict[type, Table] = {
     attention.Problem: attention_table.WHOLE,
     rowwise.Rotation: rowwise_table.WHOLE,
+    rowwise.Lookup: rowwise_table.WHOLE,
     rowwise.Norm: rowwise_table.WHOLE,
     rowwise.Gate: rowwise_table.WHOLE,
     rowwise.Loss: rowwise_table.WHOLE,

@@ -19,9 +19,11 @@ from ..problems.rowwise import (
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
     CROSS_ENTROPY,
+    MROPE,
     RMS_NORM,
     ROTARY_MUL,
     SWIGLU,
+    Lookup,
 )
 from ..problems.transfer import APPEND, GATHER, Append, Gather
 from .rule import Rule
@@ -133,6 +135,18 @@ ATTENTION = (
 
 ROWWISE = (
     Need("rotary", ROTARY_MUL, ((ROTARY_MUL, "input", "r1", "r2", "rotary_mode"),)),
+    Need(
+        "rotary at positions in a tensor",
+        MROPE,
+        (
+            (
+                MROPE,
+                *("positions", "query", "key", "cos_sin_cache", "head_size"),
+                *("mrope_section", "rotary_mode"),
+            ),
+        ),
+        lambda p: isinstance(p, Lookup),
+    ),
     Need("RMS norm", RMS_NORM, ((RMS_NORM, "input", "gamma", "epsilon"),)),
     Need(
         "RMS norm of a sum",

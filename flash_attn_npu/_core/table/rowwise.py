@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from ..ground.chip import soc_name
 from ..ground.schemas import untraceable
+from ..kernels.ascend import lookup
 from ..kernels.ascend import rowwise as fused
 from ..kernels.composed import gates, rotation
 from ..kernels.kernel import Kernel
@@ -18,11 +20,13 @@ from ..problems.rowwise import (
     ADD_RMS_NORM,
     CROSS_ENTROPY,
     LAYER_NORM,
+    MROPE,
     RMS_NORM,
     ROTARY_MUL,
     SWIGLU,
     TORCH,
     Gate,
+    Lookup,
     Norm,
     Problem,
     Rotation,
@@ -36,12 +40,15 @@ __all__ = ["ALL", "TABLE", "TORCH", "WHOLE"]
 RMS_NORMS = (ADD_RMS_NORM, RMS_NORM)
 LAYER_NORMS = (ADD_LAYER_NORM, LAYER_NORM)
 NORMS = RMS_NORMS + LAYER_NORMS
-ALL = (ROTARY_MUL, *NORMS, SWIGLU, CROSS_ENTROPY)
+ALL = (ROTARY_MUL, MROPE, *NORMS, SWIGLU, CROSS_ENTROPY)
 ADDING = (ADD_RMS_NORM, ADD_LAYER_NORM)
 
 MAX_ROTARY_DIM = 896
 MAX_ROTARY_HEADS = 1000
 JIT_ROTARY_DIM = 128
+LOOKED_UP = "rotation at positions in a tensor"
+MROPE_UNIT = 64
+MAX_MROPE_WIDTH = 4096
 MAX_LOSS_ROWS = 200_000
 SWIGLU_UNIT = 64
 
@@ -92,6 +99,38 @@ TABLE: tuple[Rule, ...] = (
             "under torch.npu.set_compile_mode(jit_compile=True) it takes halves of a rotary_dim of "
             f"{JIT_ROTARY_DIM} only",
         ),
+    ),
+    Rule(
+        f"{LOOKED_UP}, by tables of another dtype",
+        lambda p: p.table_dtype != p.dtype,
+        {MROPE: "it takes one dtype"},
+    ),
+    Rule(
+        f"{LOOKED_UP}, of a part of each head",
+        lambda p: p.rotary_dim != p.headdim,
+        # ops-transformer 984d8a72: a barrier was missing between queries and keys
+        {MROPE: "of a part of each head its kernel mixes queries and keys up in older CANN"},
+    ),
+    Rule(
+        f"{LOOKED_UP}, a headdim of no multiple of {MROPE_UNIT} bytes",
+        lambda p: p.headdim * p.dtype.itemsize % MROPE_UNIT != 0,
+        {MROPE: f"it takes heads of a multiple of {MROPE_UNIT} bytes"},
+    ),
+    Rule(
+        f"{LOOKED_UP}, nheads * headdim above {MAX_MROPE_WIDTH}",
+        lambda p: p.nheads * p.headdim > MAX_MROPE_WIDTH,
+        # as sglang has it (TODO in its rotary_embedding.py): a core holds all heads of a token
+        {MROPE: f"older CANN takes {MAX_MROPE_WIDTH} numbers of a token at most"},
+    ),
+    Rule(
+        f"{LOOKED_UP}, with gradient",
+        lambda p: p.differentiated,
+        {MROPE: "it has no gradient"},
+    ),
+    Rule(
+        f"{LOOKED_UP}, Ascend 950",
+        lambda p: soc_name(p.device).startswith("Ascend950"),
+        {MROPE: "documents of CANN differ in whether the chip has it"},
     ),
     Rule(
         "no residual",
@@ -234,6 +273,10 @@ ROTATIONS = (
     Candidate(ROTARY_MUL, fused.ROTATION, check=CHECK),
     Candidate(TORCH, rotation.KERNEL),
 )
+LOOKUPS = (
+    Candidate(MROPE, lookup.LOOKUP, shortcut=True, check=CHECK),
+    Candidate(TORCH, rotation.LOOKUP),
+)
 GATES = (Candidate(SWIGLU, fused.GATE, check=CHECK), Candidate(TORCH, gates.KERNEL))
 LOSSES = (Candidate(CROSS_ENTROPY, fused.LOSS, check=CHECK), Candidate(TORCH, Kernel()))
 RMS = (
@@ -253,6 +296,8 @@ def _candidates(problem: Problem) -> tuple[Candidate, ...]:
         return RMS if problem.rms else LAYER
     if isinstance(problem, Rotation):
         return ROTATIONS
+    if isinstance(problem, Lookup):
+        return LOOKUPS
     return GATES if isinstance(problem, Gate) else LOSSES
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.kernel import Kernel
 from ..problems.norms import NormCall
-from ..problems.rowwise import Gate, Loss, Norm, Rotation
+from ..problems.rowwise import Gate, Lookup, Loss, Norm, Rotation, Tables
 from . import rows
 from .judging import Finding, judge, rms
 from .kinds import MISSED, Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled
@@ -63,6 +63,8 @@ _TOLD = (
     "zero_centered",
     "grad_dtype",
     "halves",
+    "pair",
+    "several",
 )
 """The fields of a problem that a kernel depends on, and the table does not name."""
 
@@ -130,7 +132,7 @@ class _Rotation(_Watch):
 class _Turn:
     """A sample of a rotation, read before it may be done in place."""
 
-    def __init__(self, problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, problem: Rotation | Lookup, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         with rows.quietly():
             self.problem, self.picks = problem, rows.some(tuple(x.shape[:-1]))
             lead = (*x.shape[:-1], cos.shape[-1])
@@ -148,6 +150,34 @@ class _Turn:
 
 
 WHERE = "(row, place) in the sample"
+
+
+class _Lookup(_Watch):
+    wraps = ("forward",)
+
+    def forward(
+        self, problem: Lookup, xs: tuple[Tensor, ...], tables: Tables, looked_up: Tensor
+    ) -> list[Tensor]:
+        turned: list[Tensor] = self.kernel.forward(problem, xs, tables, looked_up)
+        if self.idle(xs[0]):
+            return turned
+        with rows.quietly():
+            # of cos and sin themselves: the joined table may be wrong
+            cos, sin = (t.index_select(0, looked_up)[:, None] for t in tables[:2])
+            shape = (len(looked_up), -1, problem.headdim)
+            samples = [_Turn(problem, x.reshape(shape), cos, sin) for x in xs]
+            found = [
+                finding
+                for sample, out in zip(samples, turned, strict=True)
+                for finding in sample.judged(out.view(shape))
+            ]
+            # a token alone is not to be turned as if it were the first
+            first = tables.sin[:1].cpu()
+            alone = not problem.several and bool((samples[0].sin != first).any())
+        if self.agrees(found, all(s.tells or (alone and bool((s.x != 0).any())) for s in samples)):
+            return turned
+        composed: list[Tensor] = self.case.instead().forward(problem, xs, tables, looked_up)
+        return composed
 
 
 class _Norm(_Watch):
@@ -286,6 +316,12 @@ def _probe_loss(
     return [judge("dlogits", actual.cpu(), exact, plain, 1.0, WHERE)]
 
 
-_WATCHES: dict[type, Any] = {Rotation: _Rotation, Norm: _Norm, Gate: _Gate, Loss: _Loss}
+_WATCHES: dict[type, Any] = {
+    Rotation: _Rotation,
+    Lookup: _Lookup,
+    Norm: _Norm,
+    Gate: _Gate,
+    Loss: _Loss,
+}
 
 CHECK = Check(lambda case: (_kind(case),), _watched)

@@ -21,11 +21,13 @@ __all__ = [
     "exchanged_pages",
     "exchanged_sides",
     "first_blocks",
+    "first_heads",
     "first_sinks",
     "first_slopes",
     "later",
     "lengths_of_keys",
     "misread_sink",
+    "next_rows",
     "next_slots",
     "replacing",
     "scale_of_headdim",
@@ -221,3 +223,19 @@ def exchanged_pages(given: Given) -> Given:
         return table
 
     return changing("block_tables", change=change)(given)
+
+
+def next_rows(given: Given) -> Given:
+    """Each token is turned as the one behind it."""
+    rows = given["cos_sin_cache"].shape[0]
+    return changing("positions", change=lambda positions: (positions + 1) % rows)(given)
+
+
+def first_heads(given: Given) -> Given:
+    """Every query head is read where the first one lies."""
+    size = given["head_size"]
+
+    def change(query: torch.Tensor) -> torch.Tensor:
+        return query[:, :size].repeat(1, query.shape[1] // size)
+
+    return changing("query", change=change)(given)

@@ -65,6 +65,7 @@ _TRAINING = ("npu_fusion_attention",)
 _INFERENCE = ("npu_fused_infer_attention_score",)
 _SINKS = ("sink", "learnable_sink")
 _ROTARY = ("npu_rotary_mul",)
+_LOOKUP = ("npu_mrope",)
 _SCATTER, _GATHER = ("npu_scatter_pa_kv_cache",), ("npu_gather_pa_kv_cache",)
 _NORMS = ("npu_rms_norm", "npu_add_rms_norm", "npu_add_layer_norm")
 _GATES = ("npu_swiglu",)
@@ -131,7 +132,7 @@ LIES: dict[str, tuple[tuple[str, ...], Bend | None]] = {
     "gradients of a sink lost": (_TRAINING, None),
     "NaN in rows without keys": (_ATTENTION, None),
     "rotary half and interleaved exchanged": (
-        _ROTARY,
+        _ROTARY + _LOOKUP,
         replacing(
             "rotary_mode", value=lambda mode: "half" if mode == "interleave" else "interleave"
         ),
@@ -140,6 +141,21 @@ LIES: dict[str, tuple[tuple[str, ...], Bend | None]] = {
     "rotary tables one row late": (
         _ROTARY,
         changing("r1", "r2", change=lambda table: table.roll(1, 1)),
+    ),
+    "positions one row late": (_LOOKUP, bends.next_rows),
+    "position of the first token for all": (
+        _LOOKUP,
+        changing("positions", change=lambda rows: rows[:1].expand(len(rows))),
+    ),
+    "first row for every position": (_LOOKUP, changing("positions", change=torch.zeros_like)),
+    "sin read as cos": (
+        _LOOKUP,
+        changing("cos_sin_cache", change=lambda table: table.roll(table.shape[1] // 2, 1)),
+    ),
+    "keys left as they are": (_LOOKUP, None),
+    "first head for all": (
+        _LOOKUP,
+        bends.first_heads,
     ),
     "norm without eps": (_NORMS, replacing("epsilon", value=lambda _: 0.0)),
     "norm without weight": (_NORMS, changing("gamma", change=torch.ones_like)),
@@ -222,6 +238,8 @@ def results(
             _bend_gradients(given, views)
         elif name.startswith(_TRAINING):
             _bend_training(given, views, again)
+        elif name.startswith(_LOOKUP) and told("keys left as they are"):
+            views[1].copy_(host_view(given["key"]))
         elif "backward" in name:
             _bend_backward(name, views)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...problems.rowwise import Rotation
+from ...problems.rowwise import Lookup, Rotation, Tables
 from ..kernel import Kernel
 
-__all__ = ["KERNEL"]
+__all__ = ["KERNEL", "LOOKUP"]
 
 AT_ONCE = 1 << 17
 """Elements: what is computed on the way stays in a core's cache."""
@@ -67,4 +67,17 @@ def _pairs(rotary_dim: int, interleaved: bool) -> tuple[slice, slice]:
     return slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
 
 
+def _look_up(problem: Lookup, xs: tuple[Tensor, ...], tables: Tables, rows: Tensor) -> list[Tensor]:
+    """New tensors; xs are (*tokens, *heads, headdim), rows (tokens,)."""
+    cos, sin = (table.index_select(0, rows)[:, None] for table in tables[:2])
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
+    turning = Rotation(*problem[:5], problem.nheads, problem.rotary_dim, problem.interleaved)
+    for x, out in zip(xs, outs, strict=True):
+        heads, turned = (t.view(len(rows), -1, x.shape[-1]) for t in (x.contiguous(), out))
+        forward(turning, heads, cos, sin, turned)
+        turned[..., problem.rotary_dim :] = heads[..., problem.rotary_dim :]
+    return outs
+
+
 KERNEL = Kernel(forward, at_once=AT_ONCE)
+LOOKUP = Kernel(_look_up, at_once=AT_ONCE)
