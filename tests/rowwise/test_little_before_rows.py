@@ -12,6 +12,7 @@ from torch.autograd.forward_ad import dual_level, make_dual
 
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu.ops.activations import swiglu, swiglu_fwd
+from flash_attn_npu.ops.triton.layer_norm import rms_norm_fn
 from tests.helpers.frames import frames
 
 pytestmark = pytest.mark.usefixtures("npu")
@@ -61,3 +62,21 @@ def test_a_gate_of_a_subclass_or_a_transform_goes_through_the_autograd_function(
         torch.func.grad(lambda t: swiglu(t, y).sum())(x)
     with dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         swiglu(make_dual(x, x), y)
+
+
+@pytest.mark.parametrize(("added", "grad"), [(False, True), (True, False), (True, True)])
+def test_a_norm_is_looked_up_and_launched(added: bool, grad: bool) -> None:
+    x, residual = torch.randn(2, 3, 64).npu().requires_grad_(grad)
+    weight = torch.ones(64).npu()
+    seen = again(lambda: rms_norm_fn(x, weight, None, residual if added else None, prenorm=True))
+    # the arguments as a value, and the answer
+    assert seen.count("<lambda>") == 2
+    look_up = ["rms_norm_fn", "normalize", "_key", "is_compiling", "begin", "permit"]
+    launch = ["_added_norm" if added else "_norm", "launcher", "is_compiling"]
+    launch += ["watch", "is_compiling"]
+    if added and grad:
+        launch = ["apply", "forward", "launcher", "is_compiling"]
+        launch += ["save_for_backward", "set_materialize_grads"]
+    around = ["_fused", "total_dtype", "out_dtype", "_add_and_norm"]
+    named = [name for name in seen if name != "<lambda>"]
+    assert named == [*look_up, *around, *launch, "_in", "_in", "arranged"]

@@ -17,7 +17,7 @@ from ..ground.functions import PLAIN
 from ..ground.records import replaced
 from ..problems.rowwise import Gate
 from ..table.choice import begin, choose, plan, recall
-from .keys import key_of
+from .keys import STRIDED, key_of
 
 __all__ = ["require_floating", "swiglu_bwd", "swiglu_fwd"]
 
@@ -27,7 +27,6 @@ _Placed = tuple[tuple[int, ...], tuple[int, ...], Any]
 _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 _is_alias: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
-_STRIDED = torch.strided
 
 
 def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ def _key(x: Tensor, y: Tensor, *others: Tensor) -> tuple[Hashable, _Placed | Non
     # `key_of` written out for the two that are always there
     if _compiling() or type(x) not in PLAIN or type(y) not in PLAIN:
         return None, None
-    if x.layout is not _STRIDED or y.layout is not _STRIDED:
+    if x.layout is not STRIDED or y.layout is not STRIDED:
         return None, None
     more = key_of("swiglu", (), *others) if others else _grad_enabled()
     if more is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ground.dense_arguments import refuse_transforms
+from ..ground.functions import PLAIN
 from ..ground.records import replaced
 from ..ground.second_derivatives import first_order, once, watch
 from ..kernels.composed import norm_blocks, norm_checks, norms
@@ -21,7 +22,7 @@ from ..problems.buffers import share
 from ..problems.norms import NormCall
 from ..table.choice import Plan, begin, choose, recall
 from ..verification.kinds import Refuted
-from .keys import key_of
+from .keys import STRIDED
 from .small import is_small
 
 __all__ = [
@@ -52,6 +53,8 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
 """What public functions call the fields of NormCall where they call them otherwise."""
 
 _once = once("a norm")
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 
 
 class Answer(NamedTuple):
@@ -132,18 +135,34 @@ def unaliased(call: NormCall) -> NormCall:
 
 
 def _key(function: str, call: NormCall) -> Hashable:
-    """`key_of`; None for calls with more than the usual tensors."""
-    if torch.compiler.is_compiling():
-        # torch 2.6 and 2.8 cannot trace a slice of a NamedTuple
+    """`key_of` written out; None for calls with more than the usual tensors."""
+    if _compiling():
         return None
-    # written out: `any` over these fields would cost as much as all the rest
-    more = call.x1 is not None or call.weight1 is not None or call.bias1 is not None
-    scaled = call.rowscale is not None or call.layerscale is not None
-    if more or scaled or call.out is not None or call.residual_out is not None:
+    # fmt: off
+    (
+        x, weight, bias, residual, x1, weight1, bias1, rowscale, layerscale, out, residual_out,
+        eps, dropout_p, *options,
+    ) = call
+    # fmt: on
+    if not (x1 is weight1 is bias1 is rowscale is layerscale is out is residual_out is None):
         return None
-    if type(call.eps) is not float or type(call.dropout_p) is not float:
+    if type(eps) is not float or type(dropout_p) is not float:
         return None
-    return key_of(function, call[11:], call.x, call.weight, optional=call[2:4])
+    grad = _grad_enabled()
+    facts = [function, grad, eps, dropout_p, *options]
+    try:
+        tensor: Any
+        for tensor in (x, weight, bias, residual):
+            if type(tensor) in PLAIN and tensor.layout is STRIDED:
+                facts += (tensor.shape, tensor.dtype, tensor.device, grad and tensor.requires_grad)
+            elif tensor is None:
+                facts.append(None)
+            else:
+                return None
+    except RuntimeError:
+        # a nested tensor has no shape
+        return None
+    return tuple(facts)
 
 
 def compose(function: str, call: NormCall) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ...ground.chip import soc_name
 from ...ground.memory import Memo
-from ...ground.packets import behind
 from ...ground.schemas import has
 from ...ground.second_derivatives import once, watch
 from ...ground.settings import alibi_offset
@@ -30,6 +29,7 @@ from ..kernel import Kernel
 from ..sinks import counting, take_share
 from . import singles, statistics
 from .determinism import deterministically
+from .packets import behind
 from .selection import Rows
 
 __all__ = ["KERNEL", "UNLIMITED", "Seen", "causal_mask", "differentiates", "fusion_attention"]

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch._ops import OpOverloadPacket
 
-__all__ = ["behind"]
+from ...ground.memory import Memo
+
+__all__ = ["behind", "launcher"]
+
+_compiling = torch.compiler.is_compiling
+_behind: Memo[str, tuple[Callable[..., Any], Callable[..., Any]]] = Memo(
+    "C functions of operators", 64
+)
 
 
 def behind(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,3 +30,17 @@ def behind(operator: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(operator, "_has_torchbind_op_overload", False):
         return operator
     return getattr(operator, "_op", operator)
+
+
+def launcher(name: str) -> Callable[..., Any]:
+    """What is `behind` torch_npu's operator of this name, which tools may have replaced."""
+    import torch_npu
+
+    operator: Callable[..., Any] = getattr(torch_npu, name)
+    if _compiling():
+        return operator
+    known = _behind.recall(name)
+    if known is None or known[0] is not operator:
+        known = operator, behind(operator)
+        _behind.put(name, known)
+    return known[1]
