@@ -120,6 +120,19 @@ def rotated() -> Step:
     ]
 
 
+def gated() -> Step:
+    """A step of decoding through a GatedMlp of exact gelu, without a gradient."""
+    import torch
+
+    from flash_attn_npu.modules.mlp import GatedMlp
+
+    activation = torch.nn.functional.gelu
+    module = GatedMlp(1024, 2816, activation=activation, device="npu:0", dtype=torch.bfloat16)
+    module.requires_grad_(requires_grad=False)
+    x = tensor(4, 1, 1024)
+    return lambda count: module(x)
+
+
 def short() -> Step:
     """64 packed sequences of 32 tokens with softcap."""
     import torch
@@ -147,6 +160,7 @@ CASES: dict[str, Callable[[], Step]] = {
     "training step of an RMS norm of a sum": normed,
     "decode, rotary of q and k": rotated,
     "decode, Llama 128 and its rotary": lambda: decoding((32, 8), 128, rotary=True),
+    "decode, gated MLP of exact gelu": gated,
     "forward, 64 packed sequences of 32 tokens, softcap": short,
 }
 Counts = dict[str, int]

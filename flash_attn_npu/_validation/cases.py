@@ -204,6 +204,10 @@ ROWWISE: dict[str, Any] = {
     "float16": rowwise.Norm(dtype=HALF, residual=HALF),
     "norm with out or residual_out": rowwise.Norm(options={"out": True}),
     f"swiglu of rows of no multiple of {rowwise_table.SWIGLU_UNIT} bytes": rowwise.Gate(columns=24),
+    "exact geglu with gradient": rowwise.Geglu(grad=True),
+    f"exact geglu of more than {rowwise_table.MAX_GEGLU_DIMS} dimensions": rowwise.Geglu(
+        shape=(1,) * rowwise_table.MAX_GEGLU_DIMS + (64,)
+    ),
     "cross entropy of float16 and bfloat16": rowwise.Loss(dtype=BF16),
     f"cross entropy of more than {rowwise_table.MAX_LOSS_ROWS} rows": rowwise.Loss(
         rows=rowwise_table.MAX_LOSS_ROWS + 1, classes=8
@@ -245,6 +249,8 @@ SERVED: dict[str, Any] = {
     "layer norm": rowwise.Norm(rms=False, bias=True, grad=True),
     "swiglu": rowwise.Gate(),
     "swiglu of two tensors": rowwise.Gate(halves=False),
+    "exact geglu": rowwise.Geglu(),
+    "exact geglu, float32": rowwise.Geglu(dtype=FP32),
     "cross entropy": rowwise.Loss(),
 }
 """What no row of the second table names, and is served by its fused operators."""

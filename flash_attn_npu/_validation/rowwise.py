@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.rowwise.gates import geglu
 from ..ops.activations import swiglu
 from ..ops.triton.cross_entropy import cross_entropy_loss
 from ..ops.triton.layer_norm import layer_norm_fn
 from ..ops.triton.rotary import apply_rotary
 from .truth import judged
 
-__all__ = ["Gate", "Loss", "Norm", "Rotation"]
+__all__ = ["Gate", "Geglu", "Loss", "Norm", "Rotation"]
 
 Figures = dict[str, dict[str, float]]
 EPS = 1e-5
@@ -191,6 +192,25 @@ class Gate:
             return x * torch.sigmoid(x) * y
 
         return _compared(ours, formula, [both], device, grad=self.grad)
+
+
+@dataclass(frozen=True)
+class Geglu:
+    """y * gelu(gate) of one tensor, as GatedMlp computes it."""
+
+    dtype: torch.dtype = torch.bfloat16
+    shape: tuple[int, ...] = (17, 128)
+    grad: bool = False
+
+    def ask(self, device: torch.device) -> Figures:
+        """Ask the device, and compare with the truth."""
+        (both,) = _drawn(15, self.dtype, self.shape)
+
+        def formula(both: Tensor) -> Tensor:
+            y, gate = both.chunk(2, dim=-1)
+            return y * torch.nn.functional.gelu(gate)
+
+        return _compared(geglu, formula, [both], device, grad=self.grad)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from .._core.rowwise.gates import geglu
 from ..errors import ArgumentError
 from ..ops.activations import swiglu
 from ..ops.fused_dense import ColumnParallelLinear, FusedMLP, ParallelFusedMLP, RowParallelLinear
@@ -212,10 +213,11 @@ def _gated(both: Tensor, activation: _Activation) -> Tensor:
     """y * activation(gate) of (..., [y, gate])."""
     if activation is F.sigmoid:
         return F.glu(both, dim=-1)
+    if activation is F.gelu:
+        return geglu(both)
     y, gate = both.chunk(2, dim=-1)
     if activation is F.silu:
         return swiglu(gate, y)
-    # npu_geglu is this in one launch for exact gelu, but its gradient has none of its own
     return y * activation(gate)
 
 

@@ -25,6 +25,7 @@ from flash_attn_npu._core.attention import cache_operators, call
 from flash_attn_npu._core.attention.decode import CacheCall
 from flash_attn_npu._core.ground import absent
 from flash_attn_npu._core.problems.ask import Options
+from flash_attn_npu._core.rowwise.gates import geglu
 from flash_attn_npu._core.table import installed
 from flash_attn_npu._core.table.attention import BLOCKWISE, FUSION
 from flash_attn_npu._surface import wheels
@@ -37,7 +38,7 @@ from tests.helpers.wheel import Call, Seen, bind, pretended
 
 ASCEND = Path(flash_attn_npu.__file__).parent / "_core" / "kernels" / "ascend"
 NEEDS = installed.NEEDS
-SHORTCUTS = ("of a sum", "new keys", "gathered", "at positions")
+SHORTCUTS = ("of a sum", "new keys", "gathered", "at positions", "exact geglu")
 """Needs whose call gives way to one that does the same with more launches, which nobody is told."""
 
 
@@ -220,7 +221,8 @@ def norms(device: torch.device) -> Any:
 def gates(device: torch.device) -> Any:
     both = torch.randn(4, 128).bfloat16().to(device).requires_grad_()
     out = swiglu(*both.chunk(2, dim=-1))
-    return [out, *torch.autograd.grad(out, both, torch.ones_like(out))]
+    gelus = geglu(both.detach())
+    return [gelus, out, *torch.autograd.grad(out, both, torch.ones_like(out))]
 
 
 def losses(device: torch.device) -> Any:

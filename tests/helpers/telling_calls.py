@@ -16,6 +16,7 @@ from flash_attn_npu._core.attention import call as core
 from flash_attn_npu._core.attention.decode import CacheCall
 from flash_attn_npu._core.problems.ask import Options
 from flash_attn_npu.layers.rotary import apply_rotary_emb
+from flash_attn_npu.modules.mlp import GatedMlp
 from flash_attn_npu.ops.activations import swiglu
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn
@@ -205,6 +206,17 @@ def gated(grad: bool) -> Call:
     return run
 
 
+def gated_by_gelu(dtype: torch.dtype = HALF) -> Call:
+    def run(device: torch.device) -> list[Tensor]:
+        module = GatedMlp(16, 24, activation=torch.nn.functional.gelu, multiple_of=8)
+        for parameter in module.parameters():
+            parameter.data = drawn(device, *parameter.shape, dtype=dtype) / 4
+        with torch.no_grad():
+            return [module(drawn(device, 5, 16, dtype=dtype))]
+
+    return run
+
+
 def lost(grad: bool, smoothing: float = 0.0, masked: bool = False, ignored: bool = False) -> Call:
     """masked: labels are ignored, as of a prompt and of padding, but for one. ignored: all are."""
 
@@ -295,6 +307,8 @@ CALLS: dict[str, Call] = {
     "layer norm and its sum, gradient": normed(rms=False, grad=True, prenorm=True),
     "swiglu": gated(grad=False),
     "swiglu, gradient": gated(grad=True),
+    "exact geglu": gated_by_gelu(),
+    "exact geglu, float32": gated_by_gelu(torch.float32),
     "cross entropy": lost(grad=False),
     "cross entropy, gradient": lost(grad=True),
     "cross entropy(label_smoothing)": lost(grad=False, smoothing=0.1),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flash_attn_npu._core.ground.memory import forget_all
-from flash_attn_npu._core.problems.rowwise import Gate, Lookup, Loss, Norm, Problem, Rotation
+from flash_attn_npu._core.problems.rowwise import Gate, Geglu, Lookup, Loss, Norm, Problem, Rotation
 from flash_attn_npu._core.table import installed, rowwise
 from flash_attn_npu._core.table.choice import refusals
 from flash_attn_npu._core.table.rowwise import LOOKED_UP, TABLE, WHOLE
@@ -27,6 +27,7 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     ),
     "layer norm of a sum, a torch_npu without npu_add_layer_norm": lambda p: p,
     "swiglu, a torch_npu without npu_swiglu and npu_swiglu_backward": lambda p: p,
+    "exact geglu, a torch_npu without npu_geglu": lambda p: p,
     "cross entropy, a torch_npu without npu_cross_entropy_loss": lambda p: p,
     "no element": lambda p: p._replace(empty=True),
     "float64": lambda p: p._replace(dtype=torch.float64),
@@ -67,6 +68,8 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "swiglu_fwd that is differentiated itself": lambda p: p._replace(differentiated=True),
     "gradient of swiglu in another dtype": lambda p: p._replace(grad_dtype=torch.float32),
     "swiglu of rows of no multiple of 64 bytes": lambda p: p._replace(row_bytes=96),
+    "exact geglu with gradient": lambda p: p._replace(differentiated=True),
+    "exact geglu of more than 8 dimensions": lambda p: p._replace(dims=9),
     "cross entropy of float16 and bfloat16": lambda p: p._replace(dtype=torch.bfloat16),
     "cross entropy of more than 200000 rows": lambda p: p._replace(rows=200_001),
     "label_smoothing with gradient": (lambda p: p._replace(label_smoothing=0.1, needs_grad=True)),
@@ -137,6 +140,7 @@ def plain(npu: torch.device) -> dict[str, Problem]:
             mixed=False,
             differentiated=False,
         ),
+        rowwise.GEGLU: Geglu(**common, dtype=torch.bfloat16, dims=2, differentiated=False),
         rowwise.CROSS_ENTROPY: Loss(
             **common,
             dtype=torch.float32,

@@ -25,6 +25,7 @@ class Kernel(NamedTuple):
       the composed norm serves, whose autograd is the flow's.
     - gate: forward(problem, x, y) -> silu(x) * y; backward(problem, g, x, y) -> (dx, dy);
       direct(problem) -> f(x, y) -> silu(x) * y, outside of autograd.
+    - exact geglu: forward(problem, both) -> y * gelu(gate) of both = [y, gate].
     - loss: direct(problem) -> f(logits, labels, ignore_index) -> losses and z_losses of the rows;
       without it the composed loss serves, whose autograd is the flow's.
 

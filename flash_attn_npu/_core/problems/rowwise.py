@@ -11,6 +11,7 @@ __all__ = [
     "ADD_LAYER_NORM",
     "ADD_RMS_NORM",
     "CROSS_ENTROPY",
+    "GEGLU",
     "LAYER_NORM",
     "MROPE",
     "RMS_NORM",
@@ -18,6 +19,7 @@ __all__ = [
     "SWIGLU",
     "TORCH",
     "Gate",
+    "Geglu",
     "Lookup",
     "Loss",
     "Norm",
@@ -34,6 +36,7 @@ RMS_NORM = "npu_rms_norm"
 ADD_LAYER_NORM = "npu_add_layer_norm"
 LAYER_NORM = "layer_norm"
 SWIGLU = "npu_swiglu"
+GEGLU = "npu_geglu"
 CROSS_ENTROPY = "npu_cross_entropy_loss"
 TORCH = "torch"
 
@@ -135,6 +138,20 @@ class Gate(NamedTuple):
     whole: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
+class Geglu(NamedTuple):
+    """`geglu`: the first half of each row times the exact gelu of the second.
+
+    dims: of the tensor.
+    """
+
+    function: str
+    device: torch.device
+    dtype: torch.dtype
+    empty: bool
+    dims: int
+    differentiated: bool
+
+
 class Loss(NamedTuple):
     """`cross_entropy_loss` of rows of logits.
 
@@ -158,7 +175,7 @@ class Loss(NamedTuple):
     compiling: bool = False
 
 
-Problem = Rotation | Lookup | Norm | Gate | Loss
+Problem = Rotation | Lookup | Norm | Gate | Geglu | Loss
 
 
 class Turn(NamedTuple):

@@ -1,6 +1,6 @@
-"""SwiGLU and its gradients: arguments checked, and the operation that serves.
+"""SwiGLU and its gradients, and exact GeGLU: the operation that serves.
 
-Every SwiGLU of this package comes through these functions, outside of autograd.
+Every one of this package comes through these functions, SwiGLU outside of autograd.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from ...errors import ArgumentError
 from ..ground.dense_arguments import require_dense
 from ..ground.functions import PLAIN
 from ..ground.records import replaced
-from ..problems.rowwise import Gate
+from ..problems.rowwise import GEGLU, Gate, Geglu
 from ..table.choice import begin, choose, plan, recall
+from ..verification.kinds import busy
 from .keys import STRIDED, key_of
 
-__all__ = ["require_floating", "swiglu_bwd", "swiglu_fwd"]
+__all__ = ["geglu", "require_floating", "swiglu_bwd", "swiglu_fwd"]
 
 _Placed = tuple[tuple[int, ...], tuple[int, ...], Any]
 """The strides of two tensors in one storage, and how many elements they begin apart."""
@@ -82,6 +84,25 @@ def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         found = plan(replaced(_problem(x, y, placed), grad_dtype=g.dtype), key)
     dx, dy = found.kernel.backward(found.problem, g, x, y)
     return dx, dy
+
+
+def geglu(both: Tensor) -> Tensor:
+    """y * gelu(gate) of both = [y, gate], (..., 2 * hidden) floating; differentiable.
+
+    That it is two launches instead of one is no loss that anybody is told of.
+    """
+    found = None
+    if both.device.type == "npu" and not _compiling() and not busy(both):
+        differentiated = _grad_enabled() and both.requires_grad
+        found = plan(
+            Geglu("geglu", both.device, both.dtype, not both.numel(), both.dim(), differentiated)
+        )
+    if found is not None and found.name == GEGLU:
+        begin(found)
+        gated: Tensor = found.kernel.forward(found.problem, both)
+        return gated
+    y, gate = both.chunk(2, dim=-1)
+    return y * gelu(gate)
 
 
 def require_floating(**tensors: Tensor) -> None:

@@ -67,6 +67,7 @@ _TABLES: dict[type, Table] = {
     rowwise.Lookup: rowwise_table.WHOLE,
     rowwise.Norm: rowwise_table.WHOLE,
     rowwise.Gate: rowwise_table.WHOLE,
+    rowwise.Geglu: rowwise_table.WHOLE,
     rowwise.Loss: rowwise_table.WHOLE,
     transfer.Append: cache_table.WHOLE,
     transfer.Gather: cache_table.WHOLE,

@@ -19,6 +19,7 @@ from ..problems.rowwise import (
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
     CROSS_ENTROPY,
+    GEGLU,
     MROPE,
     RMS_NORM,
     ROTARY_MUL,
@@ -166,6 +167,7 @@ ROWWISE = (
         SWIGLU,
         ((SWIGLU, "input", "dim"), (f"{SWIGLU}_backward", "grad_output", "input", "dim")),
     ),
+    Need("exact geglu", GEGLU, ((GEGLU, "input", "dim", "approximate", "activate_left"),)),
     Need(
         "cross entropy",
         CROSS_ENTROPY,

@@ -19,6 +19,7 @@ from ..problems.rowwise import (
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
     CROSS_ENTROPY,
+    GEGLU,
     LAYER_NORM,
     MROPE,
     RMS_NORM,
@@ -26,6 +27,7 @@ from ..problems.rowwise import (
     SWIGLU,
     TORCH,
     Gate,
+    Geglu,
     Lookup,
     Norm,
     Problem,
@@ -40,7 +42,7 @@ __all__ = ["ALL", "TABLE", "TORCH", "WHOLE"]
 RMS_NORMS = (ADD_RMS_NORM, RMS_NORM)
 LAYER_NORMS = (ADD_LAYER_NORM, LAYER_NORM)
 NORMS = RMS_NORMS + LAYER_NORMS
-ALL = (ROTARY_MUL, MROPE, *NORMS, SWIGLU, CROSS_ENTROPY)
+ALL = (ROTARY_MUL, MROPE, *NORMS, SWIGLU, GEGLU, CROSS_ENTROPY)
 ADDING = (ADD_RMS_NORM, ADD_LAYER_NORM)
 
 MAX_ROTARY_DIM = 896
@@ -51,6 +53,7 @@ MROPE_UNIT = 64
 MAX_MROPE_WIDTH = 4096
 MAX_LOSS_ROWS = 200_000
 SWIGLU_UNIT = 64
+MAX_GEGLU_DIMS = 8
 
 
 def _mixed(norm: Norm) -> bool:
@@ -215,6 +218,16 @@ TABLE: tuple[Rule, ...] = (
         dict.fromkeys((SWIGLU,), f"it takes rows of a multiple of {SWIGLU_UNIT} bytes"),
     ),
     Rule(
+        "exact geglu with gradient",
+        lambda p: p.differentiated,
+        {GEGLU: "its gradient has none of its own"},
+    ),
+    Rule(
+        f"exact geglu of more than {MAX_GEGLU_DIMS} dimensions",
+        lambda p: p.dims > MAX_GEGLU_DIMS,
+        {GEGLU: f"it takes {MAX_GEGLU_DIMS} dimensions at most"},
+    ),
+    Rule(
         "cross entropy of float16 and bfloat16",
         lambda p: p.dtype in (torch.float16, torch.bfloat16),
         dict.fromkeys((CROSS_ENTROPY,), "it rounds the loss to the dtype of the logits"),
@@ -278,6 +291,10 @@ LOOKUPS = (
     Candidate(TORCH, rotation.LOOKUP),
 )
 GATES = (Candidate(SWIGLU, fused.GATE, check=CHECK), Candidate(TORCH, gates.KERNEL))
+GEGLUS = (
+    Candidate(GEGLU, fused.GEGLU, shortcut=True, check=CHECK),
+    Candidate(TORCH, gates.GEGLU),
+)
 LOSSES = (Candidate(CROSS_ENTROPY, fused.LOSS, check=CHECK), Candidate(TORCH, Kernel()))
 RMS = (
     Candidate(ADD_RMS_NORM, fused.norm(ADD_RMS_NORM), shortcut=True, check=CHECK),
@@ -298,6 +315,8 @@ def _candidates(problem: Problem) -> tuple[Candidate, ...]:
         return ROTATIONS
     if isinstance(problem, Lookup):
         return LOOKUPS
+    if isinstance(problem, Geglu):
+        return GEGLUS
     return GATES if isinstance(problem, Gate) else LOSSES
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "Picks",
     "cross_entropy",
+    "geglu",
     "norm",
     "picked",
     "quietly",
@@ -93,6 +94,12 @@ def swiglu(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """silu(x) * y; differentiable."""
     x, y = x.to(dtype), y.to(dtype)
     return torch.nn.functional.silu(x) * y
+
+
+def geglu(both: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first half times the exact gelu of the second."""
+    y, gate = both.to(dtype).chunk(2, -1)
+    return y * torch.nn.functional.gelu(gate)
 
 
 def cross_entropy(

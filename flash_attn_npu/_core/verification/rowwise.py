@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.kernel import Kernel
 from ..problems.norms import NormCall
-from ..problems.rowwise import Gate, Lookup, Loss, Norm, Rotation, Tables
+from ..problems.rowwise import Gate, Geglu, Lookup, Loss, Norm, Rotation, Tables
 from . import rows
 from .judging import Finding, judge, rms
 from .kinds import MISSED, Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled
@@ -246,6 +246,25 @@ class _Gate(_Watch):
         return composed
 
 
+class _Geglu(_Watch):
+    wraps = ("forward",)
+
+    def forward(self, problem: Geglu, both: Tensor) -> Tensor:
+        gated: Tensor = self.kernel.forward(problem, both)
+        if self.idle(both):
+            return gated
+        with rows.quietly():
+            picks = rows.some(tuple(both.shape[:-1]))
+            halves, actual = (rows.picked(t, picks) for t in (both, gated))
+            exact, plain = (rows.geglu(halves, d) for d in (torch.float64, actual.dtype))
+            y, gate = halves.chunk(2, -1)
+            found = [judge("geglu", actual, exact, plain, rms(y) * rms(gate), WHERE)]
+        if self.agrees(found, not torch.equal(y, gate)):
+            return gated
+        composed: Tensor = self.case.instead().forward(problem, both)
+        return composed
+
+
 def _gate_gradients(x: Tensor, y: Tensor, dout: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         leaves = [t.to(dtype).requires_grad_() for t in (x, y)]
@@ -321,6 +340,7 @@ _WATCHES: dict[type, Any] = {
     Lookup: _Lookup,
     Norm: _Norm,
     Gate: _Gate,
+    Geglu: _Geglu,
     Loss: _Loss,
 }
 

@@ -69,6 +69,7 @@ _LOOKUP = ("npu_mrope",)
 _SCATTER, _GATHER = ("npu_scatter_pa_kv_cache",), ("npu_gather_pa_kv_cache",)
 _NORMS = ("npu_rms_norm", "npu_add_rms_norm", "npu_add_layer_norm")
 _GATES = ("npu_swiglu",)
+_GEGLU = ("npu_geglu",)
 _LOSSES = ("npu_cross_entropy_loss",)
 
 LIES: dict[str, tuple[tuple[str, ...], Bend | None]] = {
@@ -172,6 +173,9 @@ LIES: dict[str, tuple[tuple[str, ...], Bend | None]] = {
     ),
     "swiglu gates the other half": (_GATES, bends.exchanged_halves),
     "gradients of swiglu exchanged": (_GATES, None),
+    "geglu gates the other half": (_GEGLU, bends.exchanged_halves),
+    "geglu activates left": (_GEGLU, replacing("activate_left", value=lambda left: not left)),
+    "geglu by tanh": (_GEGLU, replacing("approximate", value=lambda _: 1)),
     "label smoothing ignored": (_LOSSES, replacing("label_smoothing", value=lambda _: 0.0)),
     "cross entropy of the next class": (
         _LOSSES,

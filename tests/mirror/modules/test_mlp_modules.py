@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from flash_attn_npu import _virtual_ascend as virtual_ascend
+from flash_attn_npu import reporting
 from flash_attn_npu.errors import ArgumentError
 from flash_attn_npu.modules import mlp
 from flash_attn_npu.modules.mlp import GatedMlp, Mlp, ParallelGatedMlp, ParallelMLP
@@ -151,6 +153,58 @@ def test_silu_goes_through_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
     ((gate, y),) = seen
     torch.testing.assert_close(y, x @ module.fc1.weight[:6].t())
     torch.testing.assert_close(gate, x @ module.fc1.weight[6:].t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, *DTYPES[:2]], ids=str)
+def test_exact_gelu_is_one_launch_without_a_gradient(npu: torch.device, dtype: torch.dtype) -> None:
+    """With one it is as ever, as far as second derivatives: the operator's gradient has none."""
+    module = GatedMlp(16, 24, 12, F.gelu, multiple_of=8, device=npu, dtype=dtype)
+    x = torch.randn(2, 5, 16).to(npu, dtype)
+    with virtual_ascend.record() as seen, torch.no_grad(), reporting() as report:
+        out = module(x)
+    asked = [name.rpartition("::")[2] for name in seen.operators]
+    assert asked.count("npu_geglu") == 1
+    assert not {"gelu", "mul"} & set(asked)
+    assert [(entry.function, entry.kernel) for entry in report.tallies] == [("geglu", "npu_geglu")]
+    (launch,) = seen.launches
+    assert launch.arguments["approximate"] == 0
+    assert not launch.arguments["activate_left"]
+    held = [p.detach().cpu() for p in module.parameters()]
+
+    def formula(dtype: torch.dtype) -> Tensor:
+        first, bias1, second, bias2 = (p.to(dtype) for p in held)
+        y, gate = F.linear(x.cpu().to(dtype), first, bias1).chunk(2, -1)
+        return F.linear(y * F.gelu(gate), second, bias2)
+
+    exact = formula(torch.float64)
+    error, plain = ((o.double() - exact).abs().max() for o in (out.cpu(), formula(dtype)))
+    assert error <= 2 * plain + 1e-6
+    with virtual_ascend.record() as seen:
+        module(x)
+        x.requires_grad_()
+        (dx,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        (ddx,) = torch.autograd.grad(dx.square().sum(), x)
+    assert not [launch.name for launch in seen.launches]
+    leaf = x.detach().cpu().double().requires_grad_()
+    first, bias1, second, bias2 = (p.double() for p in held)
+    y, gate = F.linear(leaf, first, bias1).chunk(2, -1)
+    want = F.linear(y * F.gelu(gate), second, bias2).sum()
+    (slope,) = torch.autograd.grad(want, leaf, create_graph=True)
+    (curve,) = torch.autograd.grad(slope.square().sum(), leaf)
+    assert (ddx.cpu().double() - curve).abs().max() < 0.1 * curve.abs().max()
+
+
+def test_exact_gelu_of_every_shape(npu: torch.device) -> None:
+    """Of strided halves, no row at all, and more dimensions than the operator takes."""
+    for shape in ((0, 16), (16,), (3, 2, 16), (*[1] * 8, 16)):
+        both = torch.randn(shape, dtype=torch.float32)
+        for there in (both.to(npu), both.to(npu).repeat_interleave(2, -1)[..., ::2]):
+            out = mlp._gated(there, F.gelu)
+            y, gate = both.double().chunk(2, -1)
+            torch.testing.assert_close(out.cpu().double(), y * F.gelu(gate), atol=1e-5, rtol=1e-5)
+    wide = torch.randn(3, 16, dtype=torch.float64)
+    y, gate = wide.chunk(2, -1)
+    torch.testing.assert_close(mlp._gated(wide.to(npu), F.gelu).cpu(), y * F.gelu(gate))
 
 
 def test_empty_batches(device: torch.device) -> None:

@@ -23,6 +23,7 @@ from ...problems.rowwise import (
     ADD_RMS_NORM,
     RMS_NORM,
     Gate,
+    Geglu,
     Loss,
     Norm,
     Rotation,
@@ -30,7 +31,7 @@ from ...problems.rowwise import (
 from ..kernel import Kernel
 from .packets import behind, launcher
 
-__all__ = ["GATE", "LOSS", "ROTATION", "norm"]
+__all__ = ["GATE", "GEGLU", "LOSS", "ROTATION", "norm"]
 
 AT_ONCE = 1 << 26
 """Elements that are rotated at a time, so that in place means in place."""
@@ -256,6 +257,16 @@ def _whole(problem: Gate, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat((x, y), dim=-1)
 
 
+def _geglu(_: Geglu, both: Tensor) -> Tensor:
+    """y * gelu(gate) of both = [y, gate]; called outside of autograd."""
+    import torch_npu
+
+    # the right half is activated: so say the words of every document of aclnnGeGluV3, though the
+    # formulas of CANN 8.0 to 8.2 have it the other way round
+    gated: Tensor = torch_npu.npu_geglu(both, dim=-1, approximate=0, activate_left=False)[0]
+    return gated
+
+
 def _losses(
     smoothing: float, logits: Tensor, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -280,4 +291,5 @@ def _differentiable_losses(problem: Loss) -> Callable[..., tuple[Tensor, Tensor]
 
 ROTATION = Kernel(_rotate, direct=lambda problem: partial(_rotated, problem), at_once=AT_ONCE)
 GATE = Kernel(_gate, _gate_backward, direct=_gated)
+GEGLU = Kernel(_geglu)
 LOSS = Kernel(direct=_differentiable_losses)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
-from ...problems.rowwise import Gate
+from ...problems.rowwise import Gate, Geglu
 from ..kernel import Kernel
 
-__all__ = ["KERNEL"]
+__all__ = ["GEGLU", "KERNEL"]
 
 
 def forward(_: Gate, x: Tensor, y: Tensor) -> Tensor:
@@ -33,4 +33,11 @@ def _wide(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
 
 
+def _geglu(_: Geglu, both: Tensor) -> Tensor:
+    """y * gelu(gate) of both = [y, gate], in its dtype and step by step, as upstream."""
+    y, gate = both.chunk(2, dim=-1)
+    return y * gelu(gate)
+
+
 KERNEL = Kernel(forward, backward)
+GEGLU = Kernel(_geglu)
