@@ -27,6 +27,12 @@ COMPILED: dict[str, tuple[Run, list[str]]] = {
         lambda x, table: apply_rotary_emb(x[None, :, None], table, table + 1).sum(),
         ["npu_rotary_mul", "npu_rotary_mul"],
     ),
+    "rotation at positions": (
+        lambda x, table: apply_rotary_emb(
+            x[:, None, None], table, table + 1, seqlen_offsets=torch.arange(4, device=x.device)
+        ).sum(),
+        ["npu_rotary_mul", "npu_rotary_mul"],
+    ),
     "rms norm": (
         lambda x, table: rms_norm_fn(x, x[0], None, residual=x).square().sum(),
         ["npu_rms_norm", "npu_rms_norm_backward"],
@@ -54,6 +60,7 @@ def fresh() -> Iterator[None]:
 
 SERVED = {
     "rotation": ("apply_rotary", "npu_rotary_mul"),
+    "rotation at positions": ("apply_rotary", "npu_rotary_mul"),
     "rms norm": ("rms_norm_fn", "npu_rms_norm"),
     "layer norm": ("layer_norm_fn", "layer_norm"),
     "gate": ("swiglu", "torch"),
@@ -77,7 +84,7 @@ def test_one_graph(name: str, npu: torch.device) -> None:
         got.backward()
     tallies = {(entry.function, entry.kernel): entry.calls for entry in report.tallies}
     # the gradient of a rotation is another one
-    count = 2 if name == "rotation" else 1
+    count = 2 if name.startswith("rotation") else 1
     assert tallies == {(f"{SERVED[name][0]} (compiled)", SERVED[name][1]): count}
     assert [launch.name for launch in recorded.launches] == launches
     want = run(theirs, table)

@@ -132,7 +132,7 @@ def _turned_at(
     xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, turn: Turn, positions: _Positions
 ) -> list[Tensor] | None:
     """xs as new tensors, by a kernel that looks rows up by itself; None where there is none."""
-    if isinstance(positions.starts, int):
+    if isinstance(positions.starts, int) or torch.compiler.is_compiling():
         return None
     rows = partial(positions.rows, _all_tokens(xs[0], turn))
     return turned_at(xs, cos, sin, turn, rows)
