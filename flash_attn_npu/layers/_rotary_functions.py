@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._core.ground.dense_arguments import refuse_transforms
+from .._core.ground.functions import PLAIN, bare, is_undisturbed, unwrapped
 from .._core.ground.storage import require_writable
 from .._core.problems.rowwise import Turn
 from .._core.rowwise.rotation import rotate
@@ -152,6 +153,11 @@ def apply_rotary_emb(
     if not _is_differentiated(x):
         turn = Turn(seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
         return rotate(x, cos, sin, turn)
+    plain = type(x) in PLAIN and type(cos) in PLAIN and type(sin) in PLAIN
+    if plain and cu_seqlens is None and type(seqlen_offsets) is int and is_undisturbed():
+        given = unwrapped(x), unwrapped(cos), unwrapped(sin)
+        turned: Tensor = _recorded(*given, interleaved, inplace, seqlen_offsets, None, max_seqlen)
+        return turned
     refuse_transforms("x")
     where = x.clone() if inplace and _is_written_beside(x) else x
     out: Tensor = ApplyRotaryEmb.apply(  # type: ignore[no-untyped-call]
@@ -159,6 +165,8 @@ def apply_rotary_emb(
     )
     return out if where is x else _copied(x, out)
 
+
+_recorded = bare(ApplyRotaryEmb)
 
 apply_rotary_emb_func = apply_rotary_emb
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, relu
 
 from .._core.ground.dtypes import widened
-from .._core.ground.functions import are_plain, bare, unwrapped
+from .._core.ground.functions import PLAIN, bare, is_undisturbed, unwrapped
 from .._core.rowwise.gates import require_floating, swiglu_bwd, swiglu_fwd
 from ..errors import ArgumentError
 
@@ -199,7 +199,7 @@ def swiglu(x: Tensor, y: Tensor) -> Tensor:
 
     Contract: flash-attention 2.8, `swiglu`.
     """
-    if not are_plain(x, y):
+    if not (is_undisturbed() and type(x) in PLAIN and type(y) in PLAIN):
         return SwiGLUFunction.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]
     x, y = unwrapped(x), unwrapped(y)
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):

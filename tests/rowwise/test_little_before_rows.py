@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual
 
 from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu.errors import ArgumentError
+from flash_attn_npu.layers.rotary import apply_rotary_emb
 from flash_attn_npu.ops.activations import swiglu, swiglu_fwd
 from flash_attn_npu.ops.triton.layer_norm import rms_norm_fn
+from flash_attn_npu.ops.triton.rotary import apply_rotary
 from tests.helpers.frames import frames
 
 pytestmark = pytest.mark.usefixtures("npu")
@@ -37,7 +41,7 @@ def test_a_gate_without_gradient_has_no_autograd_function() -> None:
     both = torch.randn(3, 64).npu()
     x, y = both.chunk(2, dim=-1)
     assert again(lambda: swiglu_fwd(x, y)) == GATE
-    plain = ["swiglu", "are_plain", "is_dynamo_compiling"]
+    plain = ["swiglu", "is_undisturbed", "is_dynamo_compiling"]
     assert again(lambda: swiglu(x, y)) == [*plain, *GATE]
     both.requires_grad_()
     assert again(lambda: swiglu(*both.chunk(2, dim=-1))) == [
@@ -57,7 +61,7 @@ class _Subclass(Tensor):
 def test_a_gate_of_a_subclass_or_a_transform_goes_through_the_autograd_function() -> None:
     x, y = torch.randn(2, 3, 64).npu()
     seen = frames(lambda: swiglu(x.as_subclass(_Subclass), y))
-    assert seen[:4] == ["swiglu", "are_plain", "is_dynamo_compiling", "apply"]
+    assert seen[:4] == ["swiglu", "is_undisturbed", "is_dynamo_compiling", "apply"]
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda t: swiglu(t, y).sum())(x)
     with dual_level(), pytest.raises(NotImplementedError, match="jvp"):
@@ -80,3 +84,34 @@ def test_a_norm_is_looked_up_and_launched(added: bool, grad: bool) -> None:
     around = ["_fused", "total_dtype", "out_dtype", "_add_and_norm"]
     named = [name for name in seen if name != "<lambda>"]
     assert named == [*look_up, *around, *launch, "_in", "_in", "arranged"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_rotation_is_looked_up_and_launched(grad: bool) -> None:
+    x = torch.randn(2, 3, 4, 16).npu().requires_grad_(grad)
+    cos, sin = torch.randn(2, 5, 8).npu()
+    key = ["_key", "is_compiling", "remembers_compiling", "_is_set_to_compile"]
+    launch = ["_shared", "_rotated", "_may_share", "_turned", "launcher", "is_compiling"]
+    seen = again(lambda: apply_rotary_emb(x, cos, sin, seqlen_offsets=1))
+    named = [name for name in seen if name != "<lambda>"]
+    start, door = named[: named.index("rotate")], ["apply_rotary_emb", "_is_differentiated"]
+    if grad:
+        door += ["is_undisturbed", "is_dynamo_compiling", "forward", "_save", "save_for_backward"]
+    assert start == door
+    assert named[named.index("rotate") + 1 :] == [*key, *launch]
+
+
+def test_positions_and_compile_modes_are_told_apart() -> None:
+    """What is remembered of a rotation by one position serves no other, nor other tables."""
+    x, tables = torch.randn(2, 3, 4, 16), torch.randn(2, 5, 8)
+    for batch, start, back in itertools.product((1, 2), (0, 1, 2), (False, True)):
+        for rows in (3 + start, 5):
+            given = [x[:batch], *tables[:, :rows]]
+            turned = [
+                apply_rotary(*(t.to(device) for t in given), start, conjugate=back)
+                for device in ("cpu", "npu")
+            ]
+            torch.testing.assert_close(turned[1].cpu(), turned[0])
+    for start in (-1, 3):
+        with pytest.raises(ArgumentError, match="positions"):
+            apply_rotary(x.npu(), *tables.npu(), start)

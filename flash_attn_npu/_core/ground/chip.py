@@ -8,8 +8,15 @@ from .absent import Absent
 from .confirmed import Combination, refuted
 from .memory import Memo
 
-__all__ = ["combination", "compiles_just_in_time", "known_wrong", "soc_name"]
+__all__ = [
+    "combination",
+    "compiles_just_in_time",
+    "known_wrong",
+    "remembers_compiling",
+    "soc_name",
+]
 
+_npus: Memo[torch.device, bool] = Memo("devices that are NPUs", 64)
 _names: Memo[torch.device, str] = Memo("names of chips", 64)
 _combinations: Memo[torch.device, Combination] = Memo("versions of what runs on a chip", 64)
 
@@ -31,8 +38,22 @@ def soc_name(device: torch.device | Absent) -> str:
 
 def compiles_just_in_time(device: torch.device) -> bool:
     """Whether torch.npu.set_compile_mode(jit_compile=True) holds, which may change at any time."""
-    if device.type != "npu":
-        return False
+    return device.type == "npu" and _is_set_to_compile()
+
+
+def remembers_compiling(device: torch.device) -> bool:
+    """`compiles_just_in_time` for what is not traced: a device is asked once whether it is an NPU.
+
+    The name of a device that is not torch's own takes 0.3 us.
+    """
+    npu = _npus.recall(device)
+    if npu is None:
+        npu = device.type == "npu"
+        _npus.put(device, npu)
+    return npu and _is_set_to_compile()
+
+
+def _is_set_to_compile() -> bool:
     import torch_npu
 
     # unset it is what the card is for; is_jit_compile_false says no to that too, whatever the card

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PLAIN", "are_plain", "bare", "unwrapped"]
+__all__ = ["PLAIN", "bare", "is_undisturbed", "unwrapped"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -20,16 +20,14 @@ _transforming = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
 
 
-def are_plain(x: Any, y: Any) -> bool:
-    """Whether two tensors are no subclasses, and nothing traces or transforms operations on them.
+def is_undisturbed() -> bool:
+    """Whether nothing traces, transforms, or differentiates forward what is done.
 
-    To trace, to transform, and to differentiate forward, autograd functions have ways of their own.
+    For these autograd functions have ways of their own.
     """
-    if _compiling() or _transforming() or _forward_ad._current_level >= 0:
-        return False
-    return type(x) in PLAIN and type(y) in PLAIN
+    return not (_compiling() or _transforming() or _forward_ad._current_level >= 0)
 
 
 def bare(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` for `unwrapped` tensors, of which `are_plain` holds: 1.5 us less."""
+    """`function.apply` for `unwrapped` tensors of `PLAIN` types, undisturbed: 2 to 4 us less."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]

@@ -16,17 +16,20 @@ from torch import Tensor
 
 from ...errors import ArgumentError, ArgumentTypeError
 from ..ground import arguments as checks
-from ..ground.chip import compiles_just_in_time
+from ..ground.chip import compiles_just_in_time, remembers_compiling
 from ..ground.dense_arguments import require_dense, require_truth, require_values
+from ..ground.functions import PLAIN
 from ..ground.lengths import Lengths, host_lengths
 from ..ground.storage import blocks, require_writable
 from ..problems.rowwise import Rotation, Turn
 from ..table.choice import Plan, begin, choose, recall
 from ..table.rowwise import MAX_MROPE_WIDTH
-from .keys import key_of
+from .keys import STRIDED
 from .lookup import turned_at
 
 __all__ = ["check_dense", "rotate", "rotate_alike"]
+
+_compiling = torch.compiler.is_compiling
 
 Part = tuple[slice, ...]
 """A block of tokens: some sequences and positions, or some of all tokens."""
@@ -68,6 +71,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
     key = _key(x, cos, sin, turn)
     found = None if key is None else recall(key)
     if found is not None and 0 <= turn.seqlen_offsets <= cos.shape[0] - x.shape[1]:
+        direct = found.direct
+        if direct is not None and not turn.inplace and found.problem.rotary_dim == x.shape[-1]:
+            # nobody was passed over, so there is no policy to ask
+            found.tally.calls += 1
+            return direct(x, *_shared(cos, sin, turn, x.shape))  # type: ignore[no-any-return]
         positions = _Positions(turn.seqlen_offsets, None, x.device)
         if turn.inplace:
             require_writable(x=x)
@@ -144,13 +152,29 @@ def _all_tokens(x: Tensor, turn: Turn) -> Part:
 
 
 def _key(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Hashable:
-    """`key_of` for a padded batch that starts at one position; else None."""
-    if turn.cu_seqlens is not None or type(turn.seqlen_offsets) is not int:
+    """`key_of`, written out, for a padded batch that starts at one position; else None.
+
+    Gradients are no matter of a rotation's plan.
+    """
+    if _compiling() or turn.cu_seqlens is not None or type(turn.seqlen_offsets) is not int:
         return None
     if not type(turn.interleaved) is type(turn.inplace) is type(turn.conjugate) is bool:
         return None
-    key = key_of(turn.function, (turn.interleaved,), x, cos, sin)
-    return None if key is None else (key, compiles_just_in_time(x.device))
+    if not (type(x) in PLAIN and type(cos) in PLAIN and type(sin) in PLAIN):
+        return None
+    if not (x.layout is cos.layout is sin.layout is STRIDED):
+        return None
+    try:
+        # fmt: off
+        return (
+            turn.function, turn.interleaved, x.shape, x.dtype, x.device, cos.shape, cos.dtype,
+            cos.device, sin.shape, sin.dtype, sin.device,
+            not x.is_cpu and remembers_compiling(x.device),
+        )
+        # fmt: on
+    except RuntimeError:
+        # a nested tensor has no shape
+        return None
 
 
 def _turned(
@@ -212,6 +236,19 @@ def _problem(turn: Turn, x: Tensor, cos: Tensor, heads: int) -> Rotation:
         head_dims=heads,
         just_in_time=compiles_just_in_time(x.device),
     )
+
+
+def _shared(cos: Tensor, sin: Tensor, turn: Turn, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """`_lookup` for a padded batch of this shape that starts at one position: (1, seqlen, ...)."""
+    start, seqlen = turn.seqlen_offsets, shape[1]
+    reach, half = cos.shape
+    if start or seqlen != reach:
+        cos, sin = cos[start : start + seqlen], sin[start : start + seqlen]
+    if turn.conjugate:
+        sin = -sin
+    # one view of each, where dimensions one by one would be as many
+    heads = (1,) if len(shape) == 4 else (1,) * (len(shape) - 3)
+    return cos.view(1, seqlen, *heads, half), sin.view(1, seqlen, *heads, half)
 
 
 def _lookup(

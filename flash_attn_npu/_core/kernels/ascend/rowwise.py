@@ -91,8 +91,11 @@ def _rotated(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if cos.dtype != x.dtype:
         # the operator would round the tables to the dtype of x; rounded once, as upstream does
         return _rotated(problem, x.float(), cos.float(), sin.float()).to(x.dtype)
-    if x.dim() == 4 and cos.dim() == 3 and _may_share(problem, *x.shape[:3]):
-        return _turned(x, cos[None], sin[None], problem.interleaved).contiguous()
+    if x.dim() == 4 and _may_share(problem, x.shape[0], x.shape[2]):
+        if cos.dim() == 3:
+            cos, sin = cos[None], sin[None]
+        if cos.shape[0] == 1:
+            return _turned(x, cos, sin, problem.interleaved).contiguous()
     tokens = x.dim() - problem.head_dims - 1
     total = math.prod(x.shape[:tokens])
     shape = (*x.shape[:tokens], *cos.shape[cos.dim() - x.dim() + tokens :])
@@ -104,7 +107,7 @@ def _rotated(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return whole
 
 
-def _may_share(problem: Rotation, batch: int, seqlen: int, nheads: int) -> bool:
+def _may_share(problem: Rotation, batch: int, nheads: int) -> bool:
     """Whether a padded batch goes as it is, with one table for all of its sequences."""
     if problem.head_dims != 1:
         return False
@@ -122,15 +125,13 @@ def _rotate(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor)
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (batch, tokens, nheads, rotary_dim) by (1, tokens, 1, rotary_dim / 2) of cos and sin."""
-    import torch_npu
-
     turned: Tensor
     if interleaved:
         cos, sin = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
-        turned = torch_npu.npu_rotary_mul(x, cos, sin, rotary_mode="interleave")
+        turned = launcher("npu_rotary_mul")(x, cos, sin, "interleave")
     else:
         cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-        turned = torch_npu.npu_rotary_mul(x, cos, sin)
+        turned = launcher("npu_rotary_mul")(x, cos, sin)
     return turned
 
 
