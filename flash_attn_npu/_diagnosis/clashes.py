@@ -150,10 +150,11 @@ def _of_packages() -> Iterator[Clash]:
 def _activated() -> bool:
     """Whether the metadata of flash-attn is what `activate` wrote."""
     try:
-        told = metadata.distribution("flash_attn").metadata["Summary"]
+        fields = metadata.distribution("flash_attn").metadata
     except metadata.PackageNotFoundError:
         return False
-    return PROVIDER in (told or "")
+    # a field that is not there is a warning from Python 3.12 on, and will be an error
+    return "Summary" in fields and PROVIDER in fields["Summary"]
 
 
 def _of_this_process() -> Iterator[Clash]:

@@ -35,6 +35,12 @@ def distribution(folder: Path, name: str, version: str, **fields: str) -> None:
     (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *lines, ""]))
 
 
+def of_one_version(folder: Path) -> None:
+    """A torch and a torch_npu that belong together, whatever is installed."""
+    distribution(folder, "torch", "2.13.0")
+    distribution(folder, "torch_npu", "2.13.0")
+
+
 def package(folder: Path, name: str, text: str = "") -> None:
     (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / name / "__init__.py").write_text(text)
@@ -77,6 +83,7 @@ def test_a_whole_machine_has_no_clash(machine: Path, monkeypatch: pytest.MonkeyP
 
 def test_cann_that_is_not_sourced(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cann(machine, "8.5.0", sourced=False, monkeypatch=monkeypatch)
+    of_one_version(machine)
     (clash,) = found()
     assert clash.fatal
     assert "CANN 8.5.0 is installed, but not sourced" in clash.what
@@ -84,6 +91,7 @@ def test_cann_that_is_not_sourced(machine: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_cann(machine: Path) -> None:
+    of_one_version(machine)
     (clash,) = found()
     assert (clash.fatal, clash.what) == (True, "torch_npu is installed, but no CANN is found")
 
