@@ -22,8 +22,9 @@ from ..problems.buffers import share
 from ..problems.norms import NormCall
 from ..table.choice import Plan, begin, choose, recall
 from ..verification.kinds import Refuted
+from . import few_norms
 from .keys import STRIDED
-from .small import is_small
+from .small import is_few, is_small
 
 __all__ = [
     "RENAMED",
@@ -86,17 +87,17 @@ def normalize(function: str, call: NormCall) -> Answer:
             return _fused(found, call)
         except Refuted:
             return normalize(function, call)
-    refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
-    answer = _unrecorded(call) if not found.problem.needs_grad else None
+    if key is None or torch._C._are_functorch_transforms_active():
+        refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
+    needs_grad = found.problem.needs_grad
+    if key is not None and is_few(call.x):
+        return _few(call, needs_grad)
+    answer = None if needs_grad else _unrecorded(call)
     if answer is not None:
         return answer
     prenorm = call.prenorm or call.residual_out is not None
     inner = replaced(unaliased(call), out=None, residual_out=None, prenorm=prenorm)
-    if not prenorm and call.weight1 is None and is_small(call.x):
-        # one result: of several, autograd would take what nobody uses for no part of the graph
-        return in_buffers(call, _recorded(inner))
-    results = _Normalize.apply(*inner)  # type: ignore[no-untyped-call]
-    return in_buffers(call, _answered(inner, results))
+    return in_buffers(call, _few(inner, needs_grad) if is_small(call.x) else _recorded(inner))
 
 
 def _unrecorded(call: NormCall) -> Answer | None:
@@ -105,20 +106,38 @@ def _unrecorded(call: NormCall) -> Answer | None:
         return None
     masks = norms.draw_masks(call)
     if call.out is None and call.residual_out is None:
-        normed = norms.rms_norm(call, *masks) if is_small(call.x) else None
-        return _answer(call, normed or norm_blocks.forward(call, *masks), masks)
+        return _answer(call, norm_blocks.forward(call, *masks), masks)
     written = norm_blocks.in_blocks(call, *masks)
     return None if written is None else _answer(call, written, masks)
 
 
-def _recorded(call: NormCall) -> Answer:
-    """The answer to a small call, whose operations torch's autograd keeps."""
+def _few(call: NormCall, needs_grad: bool) -> Answer:
+    """The answer to a small call without buffers."""
+    # of several results, torch's autograd would take what nobody uses for no part of the graph
+    if needs_grad and (call.prenorm or call.weight1 is not None):
+        return _by_few(call) if few_norms.serves(call) else _recorded(call)
+    masks = norms.draw_masks(call)
     if call.rowscale is not None:
         call = call._replace(rowscale=call.rowscale.detach())
-    masks = norms.draw_masks(call)
-    normed = norms.rms_norm(call, *masks) or norms.forward(call, *masks)
-    watch(normed.y, _once)
+    rms = norms.rms_norm(call, *masks) if call.is_rms_norm else None
+    normed = rms or norms.forward(call, *masks)
+    if needs_grad:
+        watch(normed.y, _once)
     return _answer(call, normed, masks)
+
+
+def _by_few(call: NormCall) -> Answer:
+    masks = norms.draw_masks(call)
+    given = call[: few_norms.TENSORS]
+    results = few_norms.FewLayerNorms.apply(*given, call, masks)  # type: ignore[no-untyped-call]
+    y1 = None if call.weight1 is None else results[1]
+    return Answer(results[0], y1, results[-1] if call.prenorm else None, *masks)
+
+
+def _recorded(call: NormCall) -> Answer:
+    """The answer to a call without buffers, whose gradient is `gradients`."""
+    results = _Normalize.apply(*call)  # type: ignore[no-untyped-call]
+    return _answered(call, results)
 
 
 def _answer(call: NormCall, normed: Normed, masks: tuple[Tensor | None, Tensor | None]) -> Answer:
@@ -135,7 +154,7 @@ def unaliased(call: NormCall) -> NormCall:
 
 
 def _key(function: str, call: NormCall) -> Hashable:
-    """`key_of` written out; None for calls with more than the usual tensors."""
+    """`key_of` written out; None for calls with buffers, whose memory is looked at."""
     if _compiling():
         return None
     # fmt: off
@@ -144,15 +163,17 @@ def _key(function: str, call: NormCall) -> Hashable:
         eps, dropout_p, *options,
     ) = call
     # fmt: on
-    if not (x1 is weight1 is bias1 is rowscale is layerscale is out is residual_out is None):
+    if out is not None or residual_out is not None:
         return None
     if type(eps) is not float or type(dropout_p) is not float:
         return None
     grad = _grad_enabled()
     facts = [function, grad, eps, dropout_p, *options]
+    given: Any = (x, weight, bias, residual)
+    if not (x1 is weight1 is bias1 is rowscale is layerscale is None):
+        given += (x1, weight1, bias1, rowscale, layerscale)
     try:
-        tensor: Any
-        for tensor in (x, weight, bias, residual):
+        for tensor in given:
             if type(tensor) in PLAIN and tensor.layout is STRIDED:
                 facts += (tensor.shape, tensor.dtype, tensor.device, grad and tensor.requires_grad)
             elif tensor is None:
@@ -260,12 +281,16 @@ def gradients(
     pairs = zip(order, needed[: len(order)], strict=True)
     known = ctx.dtypes
     dtypes = {field: known[field] for field, needs in pairs if needs and field in known}
-    with torch.no_grad():
-        saved = Saved(*saved_tensors[: len(Saved._fields)])
+    saved = Saved(*saved_tensors[: len(Saved._fields)])
+    if not torch.is_grad_enabled():
         grads = norm_blocks.backward(saved, ctx.terms, dtypes, dy, dy1, dtotal)
+        once: Any = [grads.get(name) for name in order]
+    else:
+        with torch.no_grad():
+            grads = norm_blocks.backward(saved, ctx.terms, dtypes, dy, dy1, dtotal)
         rounded = [grads.get(name) for name in order]
-    once = first_order("a norm", rounded, dy, dy1, dtotal, *saved_tensors)
-    return *once, *(None for _ in needed[len(order) :])
+        once = first_order("a norm", rounded, dy, dy1, dtotal, *saved_tensors)
+    return *once, *[None for _ in needed[len(order) :]]
 
 
 def in_buffers(call: NormCall, answer: Answer) -> Answer:

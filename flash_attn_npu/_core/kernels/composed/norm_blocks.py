@@ -52,8 +52,7 @@ def backward(
     if dy1 is None and dtotal is None and _is_by_torch(saved, terms, dtypes, dy):
         return _by_torch(saved, terms, dtypes, dy)
     if not _is_large(saved.total):
-        found = norms.backward(saved, terms, dtypes, dy, dy1, dtotal)
-        return {name: gradient.to(dtypes[name]) for name, gradient in found.items()}
+        return _rounded(norms.backward(saved, terms, dtypes, dy, dy1, dtotal), dtypes)
     rows, whole = saved.total.shape[:-1], saved.total.shape
     shared = "x" in dtypes and "residual" in dtypes and _are_one(saved, terms, dtypes)
     grads = {
@@ -74,7 +73,19 @@ def backward(
                 grads[name][part].copy_(gradient)
     if shared:
         grads["residual"] = grads["x"]
-    return {name: gradient.to(dtypes[name]) for name, gradient in grads.items()}
+    return _rounded(grads, dtypes)
+
+
+def _rounded(grads: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, gradient in grads.items():
+        dtype = dtypes[name]
+        known = found.get("residual") if name == "x" else None
+        if known is not None and known.dtype == dtype and gradient is grads["residual"]:
+            found[name] = known
+        else:
+            found[name] = gradient if gradient.dtype == dtype else gradient.to(dtype)
+    return found
 
 
 def _is_by_torch(saved: Saved, terms: Terms, dtypes: Mapping[str, torch.dtype], dy: Tensor) -> bool:

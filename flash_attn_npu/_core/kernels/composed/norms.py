@@ -27,14 +27,19 @@ __all__ = [
     "Terms",
     "affine",
     "backward",
+    "by_torch",
+    "cast",
     "draw_masks",
     "effective",
     "forward",
     "is_alone",
+    "kept",
     "out_dtype",
     "problem_of",
     "rms_norm",
+    "rounded_total",
     "standardised",
+    "summed",
     "tensors_of",
     "terms_of",
     "total_dtype",
@@ -148,26 +153,20 @@ def draw_masks(call: NormCall) -> tuple[Tensor | None, Tensor | None]:
     if call.dropout_p == 0:
         return None, None
     kept = 1.0 - call.dropout_p
-    mask, mask1 = (
-        None
-        if addend is None
-        else torch.empty(addend.shape, dtype=torch.bool, device=addend.device).bernoulli_(kept)
-        for addend in (call.x, call.x1)
-    )
-    return mask, mask1
+    return _drawn(call.x, kept), None if call.x1 is None else _drawn(call.x1, kept)
+
+
+def _drawn(addend: Tensor, kept: float) -> Tensor:
+    return torch.empty(addend.shape, dtype=torch.bool, device=addend.device).bernoulli_(kept)
 
 
 def forward(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed:
     """The norm, with dropout by the given masks, differentiable by torch's autograd."""
+    if layer_norm.serves(call.x, call.is_rms_norm):
+        return _of_layer(call, mask, mask1)
     dtype, alone = out_dtype(call), is_alone(call, mask)
-    native = layer_norm.serves(call.x, call.is_rms_norm)
-    if native and alone and dtype == call.x.dtype and not _is_recorded(call):
-        return _by_torch(call, call.x, _rounded_total(call, alone, call.x))
-    s = _cast(call.x, wide_dtype(call)) if alone else _summed(call, mask, mask1)
-    total = _rounded_total(call, alone, s)
-    if native:
-        # not the 16-bit rows: the kernel's own gradient would round its sums over them
-        return _by_torch(call, s, total)
+    s = cast(call.x, wide_dtype(call)) if alone else summed(call, mask, mask1)
+    total = rounded_total(call, alone, s)
     mean = None if call.is_rms_norm else s.mean(-1, keepdim=True)
     centred = s if mean is None else s - mean
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + call.eps)
@@ -180,16 +179,26 @@ def forward(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed
     return Normed(y, y1, total, mean, rstd)
 
 
-def _summed(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Tensor:
-    terms = terms_of(call)
-    s = _kept(call.x, mask, call.rowscale, terms)
-    if call.layerscale is not None:
-        s = s * call.layerscale.to(terms.wide)
-    if call.x1 is not None:
-        s = s + _kept(call.x1, mask1, None, terms)
-    if call.residual is not None:
-        s = s + call.residual.to(terms.wide)
-    return s
+def summed(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Tensor:
+    """s, not rounded yet: x itself, where it is nothing else."""
+    wide, x1 = wide_dtype(call), call.x1
+    scaled = call.rowscale is not None or call.layerscale is not None
+    if scaled or mask is not None or call.rowscale_const != 1:
+        terms = terms_of(call)
+        s = kept(call.x, mask, call.rowscale, terms)
+        if call.layerscale is not None:
+            s = s * call.layerscale.to(wide)
+        x1 = None if x1 is None else kept(x1, mask1, None, terms)
+    else:
+        s = cast(call.x, wide)
+    if x1 is not None:
+        s = s + _addend(x1, wide)
+    return s if call.residual is None else s + _addend(call.residual, wide)
+
+
+def _addend(tensor: Tensor, wide: torch.dtype) -> Tensor:
+    """As it came on the host, where an addition widens what it reads."""
+    return tensor if tensor.is_cpu else tensor.to(wide)
 
 
 def rms_norm(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed | None:
@@ -197,32 +206,51 @@ def rms_norm(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Norme
     if not call.is_rms_norm or call.weight1 is not None or call.x.device.type != "cpu":
         return None
     alone = is_alone(call, mask)
-    s = _cast(call.x, wide_dtype(call)) if alone else _summed(call, mask, mask1)
+    s = cast(call.x, wide_dtype(call)) if alone else summed(call, mask, mask1)
     weight = effective(call.weight, s.dtype, call.zero_centered_weight)
     y = functional.rms_norm(s, s.shape[-1:], weight, call.eps)
     if call.bias is not None:
         y = y + call.bias.to(s.dtype)
-    return Normed(_cast(y, out_dtype(call)), None, _rounded_total(call, alone, s), None, None)
+    return Normed(cast(y, out_dtype(call)), None, rounded_total(call, alone, s), None, None)
 
 
 def _is_recorded(call: NormCall) -> bool:
-    given = tensors_of(call).values()
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    """Of a call with one addend."""
+    # a loop: a generator takes as long as a small norm's kernel
+    for tensor in (call.x, call.weight, call.bias, call.weight1, call.bias1):
+        if tensor is not None and tensor.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
-def _by_torch(call: NormCall, rows: Tensor, total: Tensor) -> Normed:
-    """`forward` of a layer norm on the host, of rows that are summed up."""
-    wide, dtype = wide_dtype(call), out_dtype(call)
+def _of_layer(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed:
+    """`forward` of a layer norm on the host."""
+    x, wide, dtype = call.x, wide_dtype(call), out_dtype(call)
+    alone = is_alone(call, mask)
+    if not alone:
+        rows = summed(call, mask, mask1)
+    elif x.dtype == wide or (x.dtype == dtype and not _is_recorded(call)):
+        rows = x
+    else:
+        # not the 16-bit rows: the kernel's own gradient would round its sums over them
+        rows = x.to(wide)
+    y, mean, rstd = by_torch(call, rows, call.weight, call.bias)
+    y1 = None
+    if call.weight1 is not None:
+        y1 = by_torch(call, rows, call.weight1, call.bias1)[0]
+    return Normed(y, y1, rounded_total(call, alone, rows), mean, rstd)
 
-    def normed(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        scale = effective(weight, wide, call.zero_centered_weight)
-        return layer_norm.forward(
-            rows, scale, None if bias is None else _cast(bias, wide), call.eps
-        )
 
-    y, mean, rstd = normed(call.weight, call.bias)
-    y1 = None if call.weight1 is None else normed(call.weight1, call.bias1)[0].to(dtype)
-    return Normed(_cast(y, dtype), y1, total, mean, rstd)
+def by_torch(
+    call: NormCall, rows: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer norm of rows on the host as it is returned, their mean and rstd."""
+    # 16-bit rows are widened by the kernel itself
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    scale = effective(weight, wide, call.zero_centered_weight)
+    bias = None if bias is None else cast(bias, wide)
+    y, mean, rstd = layer_norm.forward(rows, scale, bias, call.eps)
+    return cast(y, out_dtype(call)), mean, rstd
 
 
 def standardised(s: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
@@ -253,27 +281,27 @@ def backward(
         wanted: among weight, bias, weight1, bias1, residual, x1, layerscale and x.
     """
     wide = terms.wide
-    total, dy = saved.total.to(wide), dy.to(wide)
+    total, dy = cast(saved.total, wide), cast(dy, wide)
     pairs = [("weight", "bias", saved.weight, dy)]
     if dy1 is not None and saved.weight1 is not None:
-        pairs.append(("weight1", "bias1", saved.weight1, dy1.to(wide)))
+        pairs.append(("weight1", "bias1", saved.weight1, cast(dy1, wide)))
     grads: dict[str, Tensor] = {}
     if layer_norm.serves(total, saved.mean is None):
         ds = _back_by_torch(saved, terms, wanted, total, pairs, grads)
     else:
         ds = _back(saved, terms, wanted, total, pairs, grads)
     if dtotal is not None:
-        ds = ds + dtotal.to(wide)
+        ds = ds + _addend(dtotal, wide)
     if "residual" in wanted:
         grads["residual"] = ds
     if "x1" in wanted:
-        grads["x1"] = _kept(ds, saved.mask1, None, terms)
+        grads["x1"] = kept(ds, saved.mask1, None, terms)
     if "layerscale" in wanted and saved.x is not None:
-        grads["layerscale"] = _over_rows(ds * _kept(saved.x, saved.mask, saved.rowscale, terms))
+        grads["layerscale"] = _over_rows(ds * kept(saved.x, saved.mask, saved.rowscale, terms))
     if "x" in wanted:
         if saved.layerscale is not None:
             ds = ds * saved.layerscale.to(wide)
-        grads["x"] = _kept(ds, saved.mask, saved.rowscale, terms)
+        grads["x"] = kept(ds, saved.mask, saved.rowscale, terms)
     return grads
 
 
@@ -329,7 +357,8 @@ def _back_by_torch(
     return ds
 
 
-def _rounded_total(call: NormCall, alone: bool, s: Tensor) -> Tensor:
+def rounded_total(call: NormCall, alone: bool, s: Tensor) -> Tensor:
+    """s as it is kept and returned; `alone`: it is x as it came."""
     dtype = total_dtype(call)
     if not alone or dtype != call.x.dtype:
         return s.to(dtype).contiguous()
@@ -344,9 +373,9 @@ def is_alone(call: NormCall, mask: Tensor | None) -> bool:
     return call.rowscale is None and call.layerscale is None and call.rowscale_const == 1
 
 
-def _kept(values: Tensor, mask: Tensor | None, rowscale: Tensor | None, terms: Terms) -> Tensor:
+def kept(values: Tensor, mask: Tensor | None, rowscale: Tensor | None, terms: Terms) -> Tensor:
     """Scaling and dropout; it is linear and its own transpose, so it serves both directions."""
-    values = values.to(terms.wide)
+    values = cast(values, terms.wide)
     if rowscale is not None:
         values = values * rowscale.to(terms.wide).reshape(*values.shape[:-1], 1)
     if terms.scale != 1:
@@ -354,14 +383,15 @@ def _kept(values: Tensor, mask: Tensor | None, rowscale: Tensor | None, terms: T
     return values if mask is None else torch.where(mask, values, 0.0)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in this dtype."""
     # a small norm is over before a few calls of `to` have found nothing to do
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def effective(weight: Tensor, wide: torch.dtype, zero_centered_weight: bool) -> Tensor:
     """What a row is multiplied by."""
-    weight = _cast(weight, wide)
+    weight = cast(weight, wide)
     return weight + 1.0 if zero_centered_weight else weight
 
 
