@@ -188,7 +188,7 @@ ROWWISE: dict[str, Any] = {
         headdim=80, rotary_dim=80, places=STARTS
     ),
     f"{LOOKED_UP}, nheads * headdim above {rowwise_table.MAX_MROPE_WIDTH}": rowwise.Rotation(
-        heads=130, places=STARTS, seqlen=2
+        heads=131, places=STARTS, seqlen=2
     ),
     f"{LOOKED_UP}, with gradient": rowwise.Rotation(dtype=BF16, places=STARTS, grad=True),
     "no residual": rowwise.Norm(),
@@ -240,6 +240,20 @@ SERVED: dict[str, Any] = {
     "rotation at positions in a tensor": rowwise.Rotation(dtype=BF16, places=STARTS, seqlen=1),
     "rotation by pairs at positions in a tensor": rowwise.Rotation(
         interleaved=True, places=STARTS, seqlen=3
+    ),
+    "rotation of a step": rowwise.Rotation(dtype=BF16, places=STARTS, seqlen=1, pair=True),
+    "rotation of a step, float16": rowwise.Rotation(places=STARTS, seqlen=1, pair=True),
+    "rotation of a step of one sequence": rowwise.Rotation(
+        dtype=BF16, places=(17,), seqlen=1, pair=True
+    ),
+    "rotation of a step by pairs": rowwise.Rotation(
+        dtype=BF16,
+        headdim=128,
+        rotary_dim=128,
+        interleaved=True,
+        places=STARTS,
+        seqlen=1,
+        pair=True,
     ),
     "rotation of some dimensions": rowwise.Rotation(headdim=96, rotary_dim=64),
     "RMS norm with gradient": rowwise.Norm(grad=True),

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.problems.rowwise import Turn
 from .._core.rowwise.gates import geglu
+from .._core.rowwise.rotation import rotate_alike
 from ..ops.activations import swiglu
 from ..ops.triton.cross_entropy import cross_entropy_loss
 from ..ops.triton.layer_norm import layer_norm_fn
@@ -56,7 +58,11 @@ def _compared(
 
 @dataclass(frozen=True)
 class Rotation:
-    """apply_rotary of (batch, seqlen, nheads, headdim); places: at positions in a tensor."""
+    """apply_rotary of (batch, seqlen, nheads, headdim).
+
+    places: at positions in a tensor, one for each sequence. pair: with the first head once more as
+    a tensor of its own, as a step of decoding rotates q and k.
+    """
 
     dtype: torch.dtype = torch.float16
     table: torch.dtype | None = None
@@ -65,13 +71,14 @@ class Rotation:
     rotary_dim: int = 64
     interleaved: bool = False
     seqlen: int = 40
-    places: tuple[int, int] | None = None
+    places: tuple[int, ...] | None = None
+    pair: bool = False
     grad: bool = False
 
     def ask(self, device: torch.device) -> Figures:
         """Ask the device, and compare with the truth."""
-        (x,) = _drawn(7, self.dtype, (2, self.seqlen, self.heads, self.headdim))
         starts = self.places or (0, 0)
+        (x,) = _drawn(7, self.dtype, (len(starts), self.seqlen, self.heads, self.headdim))
         position = torch.arange(max(starts) + self.seqlen)[:, None] * 0.01
         angle = position * torch.arange(1, self.rotary_dim // 2 + 1)
         table = self.table or self.dtype
@@ -79,6 +86,7 @@ class Rotation:
         rows = torch.tensor(starts)[:, None] + torch.arange(self.seqlen)
 
         def formula(x: Tensor) -> Tensor:
+            x = torch.cat((x, x[:, :, :1]), 2) if self.pair else x
             half = self.rotary_dim // 2
             c, s = (t.to(x.dtype)[rows][:, :, None] for t in (cos, sin))
             if self.interleaved:
@@ -98,6 +106,10 @@ class Rotation:
             turned = x
             # tables that have come before may be looked up by the kernel itself
             for _ in range(2 if self.places else 1):
+                if self.pair:
+                    turn = Turn(offsets, interleaved=self.interleaved)
+                    turned = torch.cat(rotate_alike((x, x[:, :, :1]), *tables, turn), 2)
+                    continue
                 turned = apply_rotary(x, *tables, offsets, interleaved=self.interleaved)
             return turned
 

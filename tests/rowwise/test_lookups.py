@@ -14,6 +14,8 @@ from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import flash_attn_with_kvcache, reporting
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.kernels.ascend import lookup
+from flash_attn_npu._core.problems.rowwise import Turn
+from flash_attn_npu._core.rowwise.rotation import rotate_alike
 from flash_attn_npu.layers.rotary import (
     RotaryEmbedding,
     apply_rotary_emb,
@@ -255,6 +257,41 @@ def test_more_heads_than_it_takes_go_in_two_halves(npu: torch.device) -> None:
     out, names = asked(lambda: apply_rotary_emb(x, cos, sin, seqlen_offsets=at))
     assert names == ["npu_mrope", "cat"]
     close_to_exact(out, turned(x, cos, sin, False, STARTS))
+
+
+@pytest.mark.parametrize("heads", [(40, 8), (96, 8), (130, 2), (81, 9)])
+def test_a_step_of_more_heads_is_one_launch_too(npu: torch.device, heads: tuple[int, int]) -> None:
+    """Each token is looked up as several: that of Qwen 32B has 40 heads of 128."""
+    n = heads[0]
+    width = 128 if n < 100 else 64
+    q, k = (torch.randn(3, 1, h, width).to(npu, BRAIN) for h in heads)
+    cos, sin = tables(npu, width)
+    turn = Turn(torch.tensor(STARTS, dtype=torch.int32), function="f")
+
+    def step() -> Any:
+        return rotate_alike((q, k), cos, sin, turn)
+
+    outs, names = asked(step)
+    if n == 130:
+        # neither half has few enough heads
+        assert names.count("npu_rotary_mul") == 2
+    else:
+        assert names == ["npu_mrope"]
+    for out, x in zip(outs, (q, k), strict=True):
+        close_to_exact(out, turned(x, cos, sin, False, STARTS))
+
+
+def test_a_captured_graph_looks_rows_up_itself(
+    npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was kept before a capture is not a part of it, and what is made there not a value."""
+    x, (cos, sin), at = torch.randn(3, 1, 2, 64).to(npu, BRAIN), tables(npu), starts(npu)
+    for _ in range(2):
+        apply_rotary_emb(x, cos, sin, seqlen_offsets=at)
+    monkeypatch.setattr(torch.npu, "is_current_stream_capturing", lambda: True, raising=False)
+    with virtual_ascend.record() as seen:
+        apply_rotary_emb(x, cos, sin, seqlen_offsets=at)
+    assert [launch.name for launch in seen.launches] == ["npu_rotary_mul"]
 
 
 def test_gradients(npu: torch.device) -> None:

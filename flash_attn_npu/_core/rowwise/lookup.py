@@ -15,6 +15,7 @@ from ..ground.memory import Memo
 from ..kernels.ascend.lookup import side_by_side
 from ..problems.rowwise import MROPE, Lookup, Tables, Turn
 from ..table.choice import begin, plan
+from ..table.rowwise import MAX_MROPE_WIDTH
 from ..verification.kinds import busy
 
 __all__ = ["turned_at"]
@@ -40,21 +41,44 @@ def turned_at(
     device = xs[0].device
     if device.type != "npu" or turn.conjugate or any(map(busy, (*xs, cos, sin))):
         return None
-    found = plan(_problem(xs, cos, sin, turn))
+    dims = 2 if turn.cu_seqlens is None else 1
+    folds = _folds(xs, dims)
+    parts = xs
+    if folds > 1:
+        parts = tuple([x.reshape(*x.shape[:dims], folds, -1, x.shape[-1]) for x in xs])
+        dims += 1
+    found = plan(_problem(parts, cos, sin, turn, dims))
     if found.name != MROPE or sum(x.numel() for x in xs) > found.kernel.at_once:
         return None
     joined = side_by_side(cos, sin)
     if joined is None:
         return None
     begin(found)
+    at = rows()
+    at = at if folds == 1 else at[..., None].expand(*at.shape, folds)
     tables = Tables(cos, sin, joined)
-    turned: list[Tensor] = found.kernel.forward(found.problem, xs, tables, _on(rows(), device))
-    return turned
+    turned: list[Tensor] = found.kernel.forward(found.problem, parts, tables, _on(at, device))
+    if folds == 1:
+        return turned
+    return [out.view(x.shape) for out, x in zip(turned, xs, strict=True)]
 
 
-def _problem(xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, turn: Turn) -> Lookup:
+def _folds(xs: tuple[Tensor, ...], dims: int) -> int:
+    """Into how many tokens each is cut, so that none of two has too many heads; 1 if none can."""
+    heads, headdim = [x.shape[dims:-1].numel() for x in xs], xs[0].shape[-1]
+    if max(heads) * headdim <= MAX_MROPE_WIDTH or len(xs) == 1:
+        return 1
+    fitting = (
+        folds
+        for folds in range(2, min(heads) + 1)
+        if not any(n % folds for n in heads) and max(heads) // folds * headdim <= MAX_MROPE_WIDTH
+    )
+    return next(fitting, 1)
+
+
+def _problem(xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, turn: Turn, dims: int) -> Lookup:
+    """dims: how many dimensions of xs are tokens."""
     x = xs[0]
-    dims = 2 if turn.cu_seqlens is None else 1
     tokens = x.shape[:dims].numel()
     return Lookup(
         function=turn.function,
