@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError, UnsupportedError
+from ...errors import ArgumentError
 from ..ground import arguments
+from ..ground.functions import refuse_tangents
 from ..ground.lengths import Lengths, host_lengths, recall_lengths
 from ..problems.ask import Ask, Facts, Options, Packed
 from ..problems.results import Inputs
@@ -38,6 +39,7 @@ _functorch = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
 _grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
+EAGER = "eager attention"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -54,7 +56,7 @@ def attend(
         return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
     q, k, v = inputs
     if _forward_ad._current_level >= 0:
-        _refuse_tangents(q=q, k=k, v=v, sink=sink)
+        refuse_tangents(EAGER, q=q, k=k, v=v, sink=sink)
     packed = None
     if lengths is not None:
         # `_packed` written out for what is mostly given
@@ -127,7 +129,7 @@ def attend_narrow(
     if traced or q.device.type != "npu" or any(type(x) not in _PLAIN for x in inputs):
         return None
     if _forward_ad._current_level >= 0:
-        _refuse_tangents(q=q, k=k, v=v)
+        refuse_tangents(EAGER, q=q, k=k, v=v)
     ask = Ask(
         function,
         q=Facts.of(q),
@@ -187,18 +189,6 @@ def _packed(
     return lengths_q, lengths_k, max_seqlen_q, max_seqlen_k
 
 
-def _refuse_tangents(**tensors: Tensor | None) -> None:
-    """No kernel has forward-mode derivatives; without this they would silently be zero."""
-    for argument, tensor in tensors.items():
-        if tensor is not None and _forward_ad.unpack_dual(tensor).tangent is not None:
-            raise UnsupportedError(
-                argument,
-                "a tensor with a forward-mode tangent",
-                "reverse-mode differentiation, as in flash-attention",
-                "use torch.autograd.grad or backward() here, or eager attention",
-            )
-
-
 def unpacked(argument: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
     """The parts of a (batch, seqlen, parts, nheads, headdim) or (total, ...) tensor, as views.
 
@@ -236,7 +226,7 @@ def attend_paged(
         )
     arguments.require_plain_or_none(alibi_slopes=alibi_slopes)
     if _forward_ad._current_level >= 0:
-        _refuse_tangents(q=q, k=k, v=v)
+        refuse_tangents(EAGER, q=q, k=k, v=v)
     plain, packed = Options.checked(*options), _packed(*lengths)
     if not needs_grad:
         lengths = (*lengths[:2], *packed[2:])

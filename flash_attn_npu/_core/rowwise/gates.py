@@ -14,12 +14,12 @@ from torch.nn.functional import gelu
 
 from ...errors import ArgumentError
 from ..ground.dense_arguments import require_dense
-from ..ground.functions import PLAIN
+from ..ground.functions import PLAIN, refuse_tangents
 from ..ground.records import replaced
 from ..problems.rowwise import GEGLU, Gate, Geglu
 from ..table.choice import begin, choose, plan, recall
 from ..verification.kinds import busy
-from .keys import STRIDED, key_of
+from .keys import PLAIN_TORCH, STRIDED, key_of
 
 __all__ = ["geglu", "require_floating", "swiglu_bwd", "swiglu_fwd"]
 
@@ -56,6 +56,7 @@ def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
         # nobody was passed over, so there is no policy to ask
         found.tally.calls += 1
     if found.direct is not None:
+        refuse_tangents(PLAIN_TORCH, x=x, y=y)
         return found.direct(x, y)  # type: ignore[no-any-return]
     gated: Tensor = found.kernel.forward(found.problem, x, y)
     return gated

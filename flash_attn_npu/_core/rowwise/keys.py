@@ -9,7 +9,10 @@ import torch
 
 from ..ground.functions import PLAIN
 
-__all__ = ["STRIDED", "key_of"]
+__all__ = ["PLAIN_TORCH", "STRIDED", "key_of"]
+
+PLAIN_TORCH = "plain torch operations"
+"""What to call for derivatives that no fused kernel has."""
 
 _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ..ground.dense_arguments import refuse_transforms
+from ..ground.functions import refuse_tangents
 from ..ground.storage import overlaps_itself
 from ..kernels.composed import cross_entropy as kernel
 from ..problems.rowwise import Loss
 from ..table.choice import begin, choose, recall
 from ..verification.kinds import Refuted
-from .keys import key_of
+from .keys import PLAIN_TORCH, key_of
 from .small import is_few, is_small
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
         options = kernel.Options(*call[3:7])
         begin(found)
     if found.direct is not None:
+        refuse_tangents(PLAIN_TORCH, logits=call.logits)
         try:
             losses, z_losses = found.direct(call.logits, call.labels, options.ignore_index)
         except Refuted:

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from ..ground.dense_arguments import refuse_transforms
-from ..ground.functions import PLAIN
+from ..ground.functions import PLAIN, goes_forward, refuse_tangents
 from ..ground.records import replaced
 from ..ground.second_derivatives import first_order, once, watch
 from ..kernels.composed import norm_blocks, norm_checks, norms
 from ..kernels.composed.norms import Normed, Saved
 from ..problems.buffers import share
 from ..problems.norms import NormCall
+from ..problems.rowwise import LAYER_NORM
 from ..table.choice import Plan, begin, choose, recall
 from ..verification.kinds import Refuted
 from . import few_norms
-from .keys import STRIDED
+from .keys import PLAIN_TORCH, STRIDED
 from .small import is_few, is_small
 
 __all__ = [
@@ -193,6 +194,11 @@ def compose(function: str, call: NormCall) -> None:
 
 def _fused(found: Plan, call: NormCall) -> Answer:
     assert found.direct is not None
+    # torch's own layer norm has derivatives of every kind
+    if goes_forward() and found.name != LAYER_NORM:
+        named = RENAMED.get(found.problem.function, {})
+        given = {field: getattr(call, field) for field in ("x", "weight", "bias", "residual")}
+        refuse_tangents(PLAIN_TORCH, **{named.get(f, f): tensor for f, tensor in given.items()})
     total_dtype = norms.total_dtype(call) if call.prenorm else call.x.dtype
     y, total = found.direct(call, total_dtype, norms.out_dtype(call))
     if call.prenorm and call.residual is None and total.dtype == call.x.dtype:
