@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..ground import arguments
-from ..ground.functions import refuse_tangents
+from ..ground.functions import FORWARD, refuse_tangents
 from ..ground.lengths import Lengths, host_lengths, recall_lengths
 from ..problems.ask import Ask, Facts, Options, Packed
 from ..problems.results import Inputs
@@ -38,7 +38,6 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
 _grad_enabled = torch.is_grad_enabled
-_forward_ad = torch.autograd.forward_ad
 EAGER = "eager attention"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -55,7 +54,7 @@ def attend(
     if _compiling() or _dispatch_modes() or (lengths is not None and _tracing()):
         return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
     q, k, v = inputs
-    if _forward_ad._current_level >= 0:
+    if FORWARD._current_level >= 0:
         refuse_tangents(EAGER, q=q, k=k, v=v, sink=sink)
     packed = None
     if lengths is not None:
@@ -128,7 +127,7 @@ def attend_narrow(
     traced = _compiling() or _dispatch_modes() or _tracing() or _functorch()
     if traced or q.device.type != "npu" or any(type(x) not in _PLAIN for x in inputs):
         return None
-    if _forward_ad._current_level >= 0:
+    if FORWARD._current_level >= 0:
         refuse_tangents(EAGER, q=q, k=k, v=v)
     ask = Ask(
         function,
@@ -225,7 +224,7 @@ def attend_paged(
             function, inputs, lengths, options, alibi_slopes, block_table=block_table
         )
     arguments.require_plain_or_none(alibi_slopes=alibi_slopes)
-    if _forward_ad._current_level >= 0:
+    if FORWARD._current_level >= 0:
         refuse_tangents(EAGER, q=q, k=k, v=v)
     plain, packed = Options.checked(*options), _packed(*lengths)
     if not needs_grad:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 
-__all__ = ["PLAIN", "bare", "goes_forward", "is_undisturbed", "refuse_tangents", "unwrapped"]
+__all__ = ["FORWARD", "PLAIN", "bare", "is_undisturbed", "refuse_tangents", "unwrapped"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -19,7 +19,8 @@ unwrapped = torch._C._functorch.unwrap_if_dead
 
 _compiling = torch.compiler.is_dynamo_compiling
 _transforming = torch._C._are_functorch_transforms_active
-_forward_ad = torch.autograd.forward_ad
+FORWARD = torch.autograd.forward_ad
+"""Where a dual level is entered, its `_current_level` is not below 0."""
 
 
 def is_undisturbed() -> bool:
@@ -27,12 +28,7 @@ def is_undisturbed() -> bool:
 
     For these autograd functions have ways of their own.
     """
-    return not (_compiling() or _transforming() or _forward_ad._current_level >= 0)
-
-
-def goes_forward() -> bool:
-    """Whether forward-mode differentiation is going on; not asked while a graph is traced."""
-    return not _compiling() and _forward_ad._current_level >= 0
+    return not (_compiling() or _transforming() or FORWARD._current_level >= 0)
 
 
 def bare(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -43,14 +39,16 @@ def bare(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 def refuse_tangents(instead: str, **tensors: Tensor | None) -> None:
     """Raise for a forward-mode tangent: behind a fused kernel it would silently be zero.
 
+    Called where a dual level is entered; nothing is asked while a graph is traced.
+
     Args:
         instead: what to call where one is needed.
         tensors: by the names of the caller's arguments.
     """
-    if not goes_forward():
+    if _compiling():
         return
     for argument, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and _forward_ad.unpack_dual(tensor).tangent is not None:
+        if isinstance(tensor, Tensor) and FORWARD.unpack_dual(tensor).tangent is not None:
             raise UnsupportedError(
                 argument,
                 "a tensor with a forward-mode tangent",

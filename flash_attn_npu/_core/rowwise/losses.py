@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ..ground.dense_arguments import refuse_transforms
-from ..ground.functions import refuse_tangents
+from ..ground.functions import FORWARD, refuse_tangents
 from ..ground.storage import overlaps_itself
 from ..kernels.composed import cross_entropy as kernel
 from ..problems.rowwise import Loss
@@ -97,7 +97,8 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
         options = kernel.Options(*call[3:7])
         begin(found)
     if found.direct is not None:
-        refuse_tangents(PLAIN_TORCH, logits=call.logits)
+        if FORWARD._current_level >= 0:
+            refuse_tangents(PLAIN_TORCH, logits=call.logits)
         try:
             losses, z_losses = found.direct(call.logits, call.labels, options.ignore_index)
         except Refuted:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ground.dense_arguments import refuse_transforms
-from ..ground.functions import PLAIN, goes_forward, refuse_tangents
+from ..ground.functions import FORWARD, PLAIN, refuse_tangents
 from ..ground.records import replaced
 from ..ground.second_derivatives import first_order, once, watch
 from ..kernels.composed import norm_blocks, norm_checks, norms
@@ -195,7 +195,7 @@ def compose(function: str, call: NormCall) -> None:
 def _fused(found: Plan, call: NormCall) -> Answer:
     assert found.direct is not None
     # torch's own layer norm has derivatives of every kind
-    if goes_forward() and found.name != LAYER_NORM:
+    if FORWARD._current_level >= 0 and found.name != LAYER_NORM:
         named = RENAMED.get(found.problem.function, {})
         given = {field: getattr(call, field) for field in ("x", "weight", "bias", "residual")}
         refuse_tangents(PLAIN_TORCH, **{named.get(f, f): tensor for f, tensor in given.items()})

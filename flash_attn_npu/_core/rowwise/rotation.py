@@ -18,7 +18,7 @@ from ...errors import ArgumentError, ArgumentTypeError
 from ..ground import arguments as checks
 from ..ground.chip import compiles_just_in_time, remembers_compiling
 from ..ground.dense_arguments import require_dense, require_truth, require_values
-from ..ground.functions import PLAIN, goes_forward, refuse_tangents
+from ..ground.functions import FORWARD, PLAIN, refuse_tangents
 from ..ground.lengths import Lengths, host_lengths
 from ..ground.storage import blocks, require_writable
 from ..problems.rowwise import Rotation, Turn
@@ -68,7 +68,7 @@ class _Positions(NamedTuple):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
     """What `apply_rotary` promises, reported under the name `turn.function`."""
-    if goes_forward() and isinstance(x, Tensor) and x.device.type == "npu":
+    if FORWARD._current_level >= 0 and isinstance(x, Tensor) and x.device.type == "npu":
         refuse_tangents(PLAIN_TORCH, x=x, cos=cos, sin=sin)
     key = _key(x, cos, sin, turn)
     found = None if key is None else recall(key)
