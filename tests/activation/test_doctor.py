@@ -273,3 +273,16 @@ def test_the_simulated_card_is_examined_and_named_so(python: Callable[..., Any])
         assert all(not need["missing"] for need in operators)
     assert told["combination"]["soc"].startswith("Ascend910B")
     assert told["confirmed"] == "a simulated card, which confirms nothing"
+
+
+def test_its_page_in_the_documents_is_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in [name for name in os.environ if name.startswith(settings.PREFIX)]:
+        monkeypatch.delenv(variable)
+    for variable in settings.OF_OTHERS:
+        monkeypatch.delenv(variable, raising=False)
+    shown = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    for need in NEEDS:
+        operators = ", ".join(call[0] for call in need.calls)
+        assert f"\n  [ok] {need.feature}: {operators}\n" in shown
+    lines = [f"  {name:<18} {value} ({source})" for name, value, source in settings.in_force()]
+    assert shown.count("\n".join(["settings", *lines])) == shown.count("\nsettings\n") == 5
