@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn_npu
 from benchmarks.rows import MAKES, call_of
+from flash_attn_npu._core.rowwise import small
+from flash_attn_npu.ops.triton.rotary import apply_rotary
 
 ROOT = str(Path(flash_attn_npu.__file__).parent)
 SHAPE = (2, 8, 64)
 
 MORE: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    # 16-bit tables are widened at every call, the expression has prepared its own
+    "rotary": ((6, 13), (11, 28)),
+    "rotary interleaved": ((4, 13), (7, 28)),
     "rms_norm": ((0, 23), (0, 25)),
     "rms_norm with residual": ((0, 25), (0, 75)),
     "layer_norm": ((0, 29), (0, 31)),
@@ -86,3 +92,41 @@ def test_a_small_call_does_little_beside_what_torch_does(
     more, most = MORE[name][grad]
     assert operations(ours) <= operations(theirs) + more
     assert frames(ours) <= most
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "whole": lambda x: x,
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one of three": lambda x: torch.stack((x, x, x), 2)[:, :, 1],
+    "an odd place": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "every other": lambda x: torch.stack((x, x), -1)[..., 0],
+    "one head for all": lambda x: x[:, :, :1].expand(x.shape),
+    "two axes of heads": lambda x: x.unflatten(2, (2, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_few_rows_are_rotated_as_many_are(
+    monkeypatch: pytest.MonkeyPatch, layout: str, interleaved: bool, dtype: torch.dtype
+) -> None:
+    """Bit by bit, into a contiguous tensor of its own."""
+    x = LAYOUTS[layout](torch.randn(2, 5, 4, 16).to(dtype))
+    wide = torch.randn(2, 9, 8)
+    for start, table_dtype, conjugate in ((0, dtype, False), (3, torch.float32, True)):
+        cos, sin = wide.to(table_dtype)
+        call = partial(
+            apply_rotary, x, cos, sin, start, interleaved=interleaved, conjugate=conjugate
+        )
+        call()
+        before = x.clone()
+        few = call()
+        with monkeypatch.context() as patched:
+            patched.setattr(small, "SMALL", 0)
+            many = call()
+        assert torch.equal(few, many)
+        assert torch.equal(x, before)
+        assert few.is_contiguous()
+        assert not few._is_view()
+        assert few.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()

@@ -74,6 +74,23 @@ def test_values_and_gradients(
 
 @each_dtype
 @each_pairing
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
+@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
+def test_tables_that_require_a_gradient_are_read_as_others(
+    device: torch.device, dtype: torch.dtype, interleaved: bool, inplace: bool, offsets: Any
+) -> None:
+    cos, sin = (table.to(device) for table in tables(8, 8, dtype))
+    wanted = [table.clone().requires_grad_() for table in (cos, sin)]
+    for _ in range(2):
+        x = torch.randn(2, 4, 3, 16).to(device, dtype)
+        options = (interleaved, inplace, on(device, offsets))
+        want = rotary.apply_rotary_emb(x.clone(), cos, sin, *options)
+        got = rotary.apply_rotary_emb(x, *wanted, *options)
+        torch.testing.assert_close(got.detach(), want)
+
+
+@each_dtype
+@each_pairing
 @each_offset
 def test_packed_sequences(
     device: torch.device, dtype: torch.dtype, interleaved: bool, offsets: Any

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...problems.rowwise import Lookup, Rotation, Tables
 from ..kernel import Kernel
 
-__all__ = ["KERNEL", "LOOKUP"]
+__all__ = ["KERNEL", "LOOKUP", "few", "serves_few"]
 
 AT_ONCE = 1 << 17
 """Elements: what is computed on the way stays in a core's cache."""
@@ -23,12 +23,12 @@ def forward(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor)
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(wide), sin.to(wide)
-    if problem.interleaved and x.device.type == "cpu" and not _is_recorded(x):
+    if problem.interleaved and x.device.type == "cpu" and not _is_recorded(x, cos, sin):
         _turn_as_complex(x, torch.complex(cos, sin), out)
         return
     first, second = _pairs(2 * cos.shape[-1], problem.interleaved)
     a, b = x[..., first], x[..., second]
-    if out is not x and x.dtype == wide and not _is_recorded(x):
+    if out is not x and x.dtype == wide and not _is_recorded(x, cos, sin):
         torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin)
         return
@@ -38,6 +38,44 @@ def forward(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor)
     # written part by part, not by torch.cat, which autocast on the CPU refuses for float16
     out[..., first].copy_(turned_a)
     out[..., second].copy_(turned_b)
+
+
+def serves_few(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `few` may rotate x, which is on a CPU and not traced."""
+    whole = problem.rotary_dim == x.shape[-1] and not problem.empty
+    kept = x.requires_grad or cos.requires_grad or sin.requires_grad
+    return whole and not (kept and torch.is_grad_enabled())
+
+
+def few(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
+    """x as a new tensor, in few operations.
+
+    Args:
+        x: (batch, seqlen, ..., headdim), all of it rotated.
+        cos, sin: (seqlen, headdim / 2).
+        conjugate: rotate back.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    narrow, plain = x.dtype != wide, torch.contiguous_format
+    given = x.to(wide, memory_format=plain) if narrow else x.contiguous()
+    cos, sin = (cos, sin) if cos.dtype is wide is sin.dtype else (cos.to(wide), sin.to(wide))
+    (seqlen, half), heads = cos.shape, (1,) * (x.dim() - 3)
+    if problem.interleaved:
+        turns = torch.complex(cos, -sin if conjugate else sin).view(seqlen, *heads, half)
+        # a complex number begins at an even place
+        given = given.clone() if given.storage_offset() % 2 else given
+        # what will be rounded is written where it lies
+        out = given if narrow else torch.empty(x.shape, dtype=wide, device=x.device)
+        torch.mul(given.view(turns.dtype), turns, out=out.view(turns.dtype))
+    else:
+        out, pairs = torch.empty(x.shape, dtype=wide, device=x.device), (*x.shape[:-1], 2, half)
+        given, turned = given.view(pairs), out.view(pairs)
+        torch.mul(given, cos.view(seqlen, *heads, 1, half), out=turned)
+        (a, b), (turned_a, turned_b) = given.unbind(-2), turned.unbind(-2)
+        sin, sign = sin.view(seqlen, *heads, half), 1 if conjugate else -1
+        turned_a.addcmul_(b, sin, value=sign)
+        turned_b.addcmul_(a, sin, value=-sign)
+    return out.to(x.dtype) if narrow else out
 
 
 def _turn_as_complex(x: Tensor, turns: Tensor, out: Tensor) -> None:
@@ -55,9 +93,11 @@ def _turn_as_complex(x: Tensor, turns: Tensor, out: Tensor) -> None:
     out[..., :size].copy_(torch.view_as_real(turned).flatten(-2))
 
 
-def _is_recorded(x: Tensor) -> bool:
+def _is_recorded(*tensors: Tensor) -> bool:
     """Whether somebody keeps the operations, so that none may write into a tensor it is given."""
-    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _pairs(rotary_dim: int, interleaved: bool) -> tuple[slice, slice]:
