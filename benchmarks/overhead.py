@@ -94,18 +94,17 @@ def packed_calls(grad: bool) -> Calls:
     q, k, v = tensors(BATCH * SEQLEN, HEADS, HEADDIM, grad=grad)
     cumulative = [SEQLEN * i for i in range(BATCH + 1)]
     cu = torch.tensor(cumulative, dtype=torch.int32).to(q.device)
-    packed = (q, k, v, cu, cu)
     calls = direct_calls(q, k, v, "TND", cumulative[1:])
     calls |= {
         "flash_attn_varlen_func": lambda: flash_attn_varlen_func(
-            *packed, SEQLEN, SEQLEN, causal=True
+            q, k, v, cu, cu, SEQLEN, SEQLEN, causal=True
         ),
-        "attention_forward_varlen": lambda: attention_forward_varlen(*packed, causal=True),
+        "attention_forward_varlen": lambda: attention_forward_varlen(q, k, v, cu, cu, causal=True),
     }
     theirs = transformers_wrapper()
     if theirs is not None:
         calls["transformers' npu_flash_attn_varlen_func"] = lambda: theirs(
-            *packed, SEQLEN, SEQLEN, causal=True
+            q, k, v, cu, cu, SEQLEN, SEQLEN, causal=True
         )
     huawei = mindiesd_function()
     if huawei is not None:

@@ -22,6 +22,7 @@ __all__ = [
     "host_ends",
     "host_lengths",
     "interned",
+    "lengths_read",
     "not_lengths",
     "recall_lengths",
     "remember_lengths",
@@ -64,6 +65,8 @@ _ends_memo: PerTensorMemo[list[int]] = PerTensorMemo("ends of the sequences of a
 _interned: Memo[tuple[int, ...], Lengths] = Memo(
     "cumulative lengths by their values", MEMO_SIZE, nbytes=1 << 26
 )
+lengths_read = _memo.recall
+"""By the id of a tensor what was read of one that had it: see `PerTensorMemo.known`."""
 recall_lengths = _memo.known
 """The lengths remembered of a tensor, None if there are none."""
 

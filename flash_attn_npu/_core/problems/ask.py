@@ -115,15 +115,19 @@ class Ask(NamedTuple):
     def at_door(cls, key: tuple[Any, ...]) -> Ask:
         """From the key of the hot path.
 
-        That is: function, three facts of each of q, k and v, packed, options, alibi_slopes, sink,
-        needs_grad. Attention is asked for as a public function does.
+        That is: function, the shapes of q, k and v, their dtype and their device, or the three
+        where they differ, packed, options, alibi_slopes, sink, needs_grad. Attention is asked for
+        as a public function does.
         """
-        function, *facts, packed, options, alibi_slopes, sink, needs_grad = key
+        function, *shapes, dtype, device, packed, options, alibi_slopes, sink, needs_grad = key
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * 3
+        devices = device if isinstance(device, tuple) else (device,) * 3
+        q, k, v = map(Facts, shapes, dtypes, devices)
         return cls(
             function,
-            q=Facts(*facts[:3]),
-            k=Facts(*facts[3:6]),
-            v=Facts(*facts[6:]),
+            q=q,
+            k=k,
+            v=v,
             packed=None if packed is None else Packed(*packed),
             options=options,
             alibi_slopes=alibi_slopes,
