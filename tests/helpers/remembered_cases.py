@@ -330,9 +330,9 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
     "norm": (
         norm,
         NORMS,
-        ("plans of calls",),
+        ("plans of calls", "C functions of operators"),
     ),
-    "rotation": (rotation, TURNS, ("plans of calls",)),
+    "rotation": (rotation, TURNS, ("plans of calls", "devices that are NPUs")),
     "mask": (masked, MASKED, ("attention masks of transformers",)),
     "position ids": (positioned, FROM_TRANSFORMERS, ("position ids of transformers",)),
 }
