@@ -47,6 +47,8 @@ def installed(npu: torch.device) -> Iterator[None]:
     flash._loaded_implementation = None
     TENSORS["mask"] = MASK.to(npu)
     TENSORS["ids"] = torch.tensor([[0, 1, 2, 0, 1, 2]]).to(npu)
+    angle = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    TENSORS["cos"], TENSORS["sin"] = (t.half().to(npu) for t in (angle.cos(), angle.sin()))
     with flash_attn_npu.install():
         yield
     TENSORS.clear()

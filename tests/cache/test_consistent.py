@@ -12,7 +12,9 @@ from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import flash_attn_varlen_func, flash_attn_with_kvcache, reporting
 from flash_attn_npu._core.ground import settings
 from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu.modules.mlp import GatedMlp
 
+GELU = torch.nn.functional.gelu
 FUSION, INFER = "npu_fusion_attention", "npu_fused_infer_attention_score"
 LENGTHS = (70, 33, 5)
 
@@ -73,3 +75,20 @@ def test_without_it_pages_are_read_where_they_lie(npu: torch.device) -> None:
     with virtual_ascend.record() as record:
         flash_attn_with_kvcache(q, cache, cache, cache_seqlens=20)
     assert served(record) == [INFER]
+
+
+def test_a_step_is_rotated_and_gated_as_in_training(npu: torch.device, consistent: None) -> None:
+    """By operators that training has too, so that their last bits are the same."""
+    q, k, v = (torch.randn(3, 1, n, 64).to(npu, torch.bfloat16) for n in (4, 2, 2))
+    cos, sin = torch.randn(2, 20, 32).to(npu, torch.bfloat16)
+    caches = [torch.zeros(3, 32, 2, 64, dtype=torch.bfloat16, device=npu) for _ in range(2)]
+    at = torch.tensor([5, 0, 11], dtype=torch.int32).to(npu)
+    module = GatedMlp(64, 32, activation=GELU, device=npu, dtype=torch.bfloat16)
+    for _ in range(3):
+        with virtual_ascend.record() as record, torch.no_grad():
+            flash_attn_with_kvcache(q, *caches, k, v, cos, sin, cache_seqlens=at, causal=True)
+            gated = module(q.flatten(0, 2))
+        names = [launch.name for launch in record.launches]
+        assert names.count("npu_rotary_mul") == 2
+        assert not {"npu_mrope", "npu_geglu"} & set(names)
+    assert torch.equal(gated, module(q.flatten(0, 2)))

@@ -131,6 +131,15 @@ def rotation(make: Maker) -> Any:
     return apply_rotary_emb(x, cos, sin, **make.options())
 
 
+def looked_up(make: Maker) -> Any:
+    """Rows of tables that all variants of one dtype share."""
+    x, at = make.tensor("x", 2, 1, 2, 64), make.ints("at", [4, 7])
+    cos, sin = (TENSORS[name].to(x.device, x.dtype) for name in ("cos", "sin"))
+    for _ in range(2):
+        out = apply_rotary_emb(x.clone(), cos, sin, seqlen_offsets=at, **make.options())
+    return out
+
+
 def buffers(make: Maker) -> Any:
     """dq and dk between each other's elements, which is right, or `apart` other elements off."""
     q, k, v, dout = (make.tensor(name, 2, 5, 2, 64) for name in ("q", "k", "v", "dout"))
@@ -333,6 +342,16 @@ CASES: dict[str, tuple[Callable[[Maker], Any], dict[str, Variant], tuple[str, ..
         ("plans of calls", "C functions of operators"),
     ),
     "rotation": (rotation, TURNS, ("plans of calls", "devices that are NPUs")),
+    "rows of tables": (
+        looked_up,
+        {name: v for name, v in TURNS.items() if name != "seqlen_offsets=3"}
+        | {"other rows": {"at": [0, 8]}, "the first row": {"at": [0, 0]}},
+        (
+            "cos and sin side by side, by cos",
+            "cos and sin side by side, by sin",
+            "positions that are rotated",
+        ),
+    ),
     "mask": (masked, MASKED, ("attention masks of transformers",)),
     "position ids": (positioned, FROM_TRANSFORMERS, ("position ids of transformers",)),
 }

@@ -44,6 +44,7 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     f"{LOOKED_UP}, nheads * headdim above 4096": lambda p: p._replace(nheads=65),
     f"{LOOKED_UP}, with gradient": lambda p: p._replace(differentiated=True),
     f"{LOOKED_UP}, Ascend 950": lambda p: p,
+    rowwise.CONSISTENT: lambda p: p,
     "no residual": lambda p: p._replace(residual_dtype=None),
     "norm of mixed dtypes": lambda p: p._replace(weight_dtype=torch.float32),
     "layer norm of mixed dtypes, but for a float32 residual without gradient": (
@@ -126,6 +127,7 @@ def plain(npu: torch.device) -> dict[str, Problem]:
             interleaved=False,
             pair=True,
             several=True,
+            whole=True,
             differentiated=False,
         ),
         rowwise.ADD_RMS_NORM: norm,
@@ -170,6 +172,8 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         pretend_row(rule.name, monkeypatch)
     if isinstance(rule, Rule) and rule.name == "Ascend 310P and 200I":
         monkeypatch.setattr(installed, "soc_name", lambda device: "Ascend310P3")
+    if isinstance(rule, Rule) and rule.name == rowwise.CONSISTENT:
+        monkeypatch.setattr(rowwise, "consistent", lambda: True)
     if isinstance(rule, Rule) and rule.name.endswith("Ascend 950"):
         monkeypatch.setattr(rowwise, "soc_name", lambda device: "Ascend950PR")
     if isinstance(rule, Rule) and "without a fake operator" in rule.name:

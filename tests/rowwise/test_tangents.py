@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
+from flash_attn_npu._core.rowwise.gates import geglu
 from flash_attn_npu.errors import UnsupportedError
 from flash_attn_npu.layers.rotary import apply_rotary_emb
 from flash_attn_npu.ops.activations import swiglu_fwd
@@ -83,7 +84,7 @@ def test_where_torch_differentiates_forward_it_does() -> None:
         return rms_norm_fn(x, weight.to(x.device), None, dropout_p=1e-30)
 
     with torch.no_grad(), dual_level():
-        for function in (norm, scaled):
+        for function in (norm, scaled, geglu):
             dual = make_dual(x, tangent), make_dual(x.npu(), tangent.npu())
             expected, found = (unpack_dual(function(one)).tangent for one in dual)
             torch.testing.assert_close(found.cpu(), expected)

@@ -67,6 +67,7 @@ class Lookup(NamedTuple):
     nheads: of the tensor that has more.
     pair: there are two.
     several: there is more than one token.
+    whole: it is looked up in whole tables that are known, not in the rows of these tokens.
     differentiated: something in it has a gradient.
     """
 
@@ -81,6 +82,7 @@ class Lookup(NamedTuple):
     interleaved: bool
     pair: bool
     several: bool
+    whole: bool
     differentiated: bool
 
 

@@ -94,7 +94,9 @@ def geglu(both: Tensor) -> Tensor:
     That it is two launches instead of one is no loss that anybody is told of.
     """
     found = None
-    if both.device.type == "npu" and not _compiling() and not busy(both):
+    # what goes forward is left to torch, whose own operations have tangents
+    asked = both.device.type == "npu" and not _compiling() and FORWARD._current_level < 0
+    if asked and not busy(both):
         differentiated = _grad_enabled() and both.requires_grad
         found = plan(
             Geglu("geglu", both.device, both.dtype, not both.numel(), both.dim(), differentiated)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ground.functions import FORWARD
 from ..ground.memory import Memo
-from ..kernels.ascend.lookup import side_by_side
+from ..kernels.ascend.lookup import meet, side_by_side
 from ..problems.rowwise import MROPE, Lookup, Tables, Turn
 from ..table.choice import begin, plan
 from ..table.rowwise import MAX_MROPE_WIDTH
@@ -39,7 +40,9 @@ def turned_at(
         rows: gives one for each token, on the host or on a device.
     """
     device = xs[0].device
-    if device.type != "npu" or turn.conjugate or any(map(busy, (*xs, cos, sin))):
+    if device.type != "npu" or turn.conjugate or FORWARD._current_level >= 0:
+        return None
+    if any(map(busy, (*xs, cos, sin))):
         return None
     dims = 2 if turn.cu_seqlens is None else 1
     folds = _folds(xs, dims)
@@ -47,20 +50,44 @@ def turned_at(
     if folds > 1:
         parts = tuple([x.reshape(*x.shape[:dims], folds, -1, x.shape[-1]) for x in xs])
         dims += 1
-    found = plan(_problem(parts, cos, sin, turn, dims))
-    if found.name != MROPE or sum(x.numel() for x in xs) > found.kernel.at_once:
-        return None
     joined = side_by_side(cos, sin)
-    if joined is None:
+    problem = _problem(parts, cos, sin, turn, dims)._replace(whole=joined is not None)
+    found = plan(problem)
+    if found.name == MROPE and joined is None:
+        joined = meet(cos, sin)
+        found = found if joined is None else plan(problem._replace(whole=True))
+    if found.name != MROPE or sum(x.numel() for x in xs) > found.kernel.at_once:
         return None
     begin(found)
     at = rows()
-    at = at if folds == 1 else at[..., None].expand(*at.shape, folds)
-    tables = Tables(cos, sin, joined)
-    turned: list[Tensor] = found.kernel.forward(found.problem, parts, tables, _on(at, device))
+    at = _on(at if folds == 1 else at[..., None].expand(*at.shape, folds), device)
+    tables = None if joined is None else Tables(cos, sin, joined)
+    if tables is None:
+        tables, at = _of_rows(cos, sin, at)
+    turned: list[Tensor] = found.kernel.forward(found.problem, parts, tables, at)
     if folds == 1:
         return turned
     return [out.view(x.shape) for out, x in zip(turned, xs, strict=True)]
+
+
+def _of_rows(cos: Tensor, sin: Tensor, at: Tensor) -> tuple[Tables, Tensor]:
+    """Tables of these rows alone, and where in them each lies: so all calls have the same bits."""
+    # index_select refuses a negative row; cos[at] would count it from the end
+    cos, sin = cos.index_select(0, at), sin.index_select(0, at)
+    return Tables(cos, sin, torch.cat((cos, sin), dim=-1)), _counted(len(at), at.device)
+
+
+def _counted(tokens: int, device: torch.device) -> Tensor:
+    """0, 1, ... on the device."""
+    if tokens > MOST_ROWS:
+        return torch.arange(tokens, device=device)
+    there = _rows.recall((tokens, device))
+    if there is None:
+        # it outlives this call
+        with torch.inference_mode(False):
+            there = torch.arange(tokens, device="cpu").to(device)
+        _rows.put((tokens, device), there)
+    return there
 
 
 def _folds(xs: tuple[Tensor, ...], dims: int) -> int:
@@ -92,6 +119,7 @@ def _problem(xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, turn: Turn, dims:
         interleaved=bool(turn.interleaved),
         pair=len(xs) == 2,
         several=tokens > 1,
+        whole=False,
         differentiated=torch.is_grad_enabled() and any(t.requires_grad for t in (*xs, cos, sin)),
     )
 

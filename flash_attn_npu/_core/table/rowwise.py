@@ -11,6 +11,7 @@ import torch
 
 from ..ground.chip import soc_name
 from ..ground.schemas import untraceable
+from ..ground.settings import consistent
 from ..kernels.ascend import lookup
 from ..kernels.ascend import rowwise as fused
 from ..kernels.composed import gates, rotation
@@ -48,6 +49,7 @@ ADDING = (ADD_RMS_NORM, ADD_LAYER_NORM)
 MAX_ROTARY_DIM = 896
 MAX_ROTARY_HEADS = 1000
 JIT_ROTARY_DIM = 128
+CONSISTENT = "what decoding alone does in one launch, under FLASH_ATTN_NPU_CONSISTENT=1"
 LOOKED_UP = "rotation at positions in a tensor"
 MROPE_UNIT = 64
 MAX_MROPE_WIDTH = 4096
@@ -134,6 +136,11 @@ TABLE: tuple[Rule, ...] = (
         f"{LOOKED_UP}, Ascend 950",
         lambda p: soc_name(p.device).startswith("Ascend950"),
         {MROPE: "documents of CANN differ in whether the chip has it"},
+    ),
+    Rule(
+        CONSISTENT,
+        lambda p: consistent(),
+        dict.fromkeys((MROPE, GEGLU), "training is served otherwise, with other last bits"),
     ),
     Rule(
         "no residual",

@@ -65,6 +65,7 @@ _TOLD = (
     "halves",
     "pair",
     "several",
+    "whole",
 )
 """The fields of a problem that a kernel depends on, and the table does not name."""
 

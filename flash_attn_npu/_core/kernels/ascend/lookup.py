@@ -14,7 +14,7 @@ from ...ground.memory import PerTensorMemo
 from ...problems.rowwise import Lookup, Tables
 from ..kernel import Kernel
 
-__all__ = ["LOOKUP", "side_by_side"]
+__all__ = ["LOOKUP", "meet", "side_by_side"]
 
 AT_ONCE = 1 << 26
 """Elements of all tensors: what is written in place needs as much again meanwhile."""
@@ -48,17 +48,23 @@ _by_sin: PerTensorMemo[_Pair] = PerTensorMemo(
 
 
 def side_by_side(cos: Tensor, sin: Tensor) -> Tensor | None:
-    """[cos, sin], kept as long as both are what they are; None of a pair that never came before.
+    """[cos, sin], if it is kept; None of a pair that did not come twice before."""
+    pair = _by_cos.known(cos)
+    return pair.joined if pair is not None and pair is _by_sin.known(sin) else None
+
+
+def meet(cos: Tensor, sin: Tensor) -> Tensor | None:
+    """`side_by_side` of a pair that is not kept, from its second call on.
 
     What is made anew for every call would cost more to put side by side than it spares.
     """
     pair = _by_cos.known(cos)
     if pair is None or pair is not _by_sin.known(sin):
         pair = _Pair()
-    elif pair.joined is None and cos.nbytes <= MOST_BYTES:
+    elif cos.nbytes <= MOST_BYTES:
         pair = _Pair(_joined(cos, sin))
     else:
-        return pair.joined
+        return None
     _by_cos.tell(cos, pair)
     _by_sin.tell(sin, pair)
     return pair.joined
