@@ -17,6 +17,7 @@ from flash_attn_npu import (
     flash_attn_varlen_func,
 )
 from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu.errors import ArgumentError
 from tests.helpers import reference
 from tests.helpers.frames import frames
 from tests.helpers.old_torch import lacks
@@ -51,6 +52,24 @@ def test_little_stands_before_the_kernel(grad: bool) -> None:
     start, kernel = ["attend", "is_dynamo_compiling"], "watched" if grad else "run"
     assert run() == ["flash_attn_func", *start, kernel]
     assert run(cu, cu, 9, 9) == ["flash_attn_varlen_func", *start, kernel]
+
+
+@pytest.mark.parametrize("changed", ["q", "k", "v"])
+def test_one_tensor_of_another_dtype_or_device_is_another_call(changed: str) -> None:
+    """What is remembered of three tensors alike serves no others, and the other way round."""
+    given = dict(zip("qkv", dense(), strict=True))
+    for function in (flash_attn_func, packed_alike):
+        for other in (given[changed].half(), given[changed].cpu(), given[changed].to("meta")):
+            for _ in range(2):
+                same_values(function(*given.values()), *given.values())
+                with pytest.raises(ArgumentError):
+                    function(*(given | {changed: other}).values())
+
+
+def packed_alike(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    cu = torch.tensor([0, 9, 18], dtype=torch.int32)
+    out = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), cu, cu, 9, 9)
+    return out.view(q.shape)
 
 
 def test_an_operator_that_stands_in_for_the_kernel_is_called(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...ground.functions import PLAIN, bare, is_undisturbed, unwrapped
 from ...ground.second_derivatives import first_order, once, refuse_second, watch
 from ...problems.norms import NormCall
 from ...problems.rowwise import (
@@ -84,6 +85,20 @@ class _AddRmsNorm(torch.autograd.Function):
                     dx = dx + dtotal
         once = first_order("a norm", (dx, dweight), dy, dtotal, total, weight)
         return once[0], once[0], once[1], None
+
+
+_bare_add_rms_norm = bare(_AddRmsNorm)
+
+
+def _recorded_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`_AddRmsNorm.apply`, without its questions where they need not be asked."""
+    plain = type(x) in PLAIN and type(residual) in PLAIN and type(weight) in PLAIN
+    if plain and is_undisturbed():
+        given = unwrapped(x), unwrapped(residual), unwrapped(weight)
+        return _bare_add_rms_norm(*given, eps)  # type: ignore[no-any-return]
+    return _AddRmsNorm.apply(x, residual, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _rotated(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -165,7 +180,8 @@ def _add_and_norm(
     if call.zero_centered_weight:
         weight = weight.float() + 1
     if operator == ADD_RMS_NORM and needs_grad:
-        normed, total = _AddRmsNorm.apply(rows, added, weight, eps)  # type: ignore[no-untyped-call]
+        assert added is not None
+        normed, total = _recorded_norm(rows, added, weight, eps)
     elif operator in (ADD_RMS_NORM, ADD_LAYER_NORM):
         normed, total = _added_norm(operator, rows, weight, bias, added, eps)
     else:
