@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func
+from flash_attn_npu._core.ground.processor import multiplies_bf16
 from flash_attn_npu._core.kernels.bands import Band
-from flash_attn_npu._core.kernels.host import flash, steps
+from flash_attn_npu._core.kernels.host import flash, steps, strips
 from flash_attn_npu._core.table.attention import HOST
 from tests.helpers.old_torch import GROUP, NEEDS_SHARED_HEADS
 from tests.helpers.peak_bytes import PeakBytes
@@ -36,6 +37,22 @@ def steps_of(rows: int) -> Iterator[None]:
         patch.setattr(flash, "COPIED_BYTES", 1)
         patch.setattr(flash, "BIAS_BYTES", 1)
         yield
+
+
+@contextmanager
+def strips_of(keys: int, rows: int) -> Iterator[None]:
+    """Every backward of bfloat16 by strips of so many keys, tiles of rows, few heads together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "LONG", 1)
+        patch.setattr(flash, "LONG_CAUSAL", 1)
+        patch.setattr(flash, "STREAM_ROWS", 3 * rows)
+        patch.setattr(strips, "SMALLEST_BLOCK", keys)
+        patch.setattr(strips, "LARGEST_BLOCK", keys)
+        patch.setattr(strips, "TILE_ELEMENTS", keys * rows)
+        yield
+
+
+NEEDS_BF16 = pytest.mark.skipif(not multiplies_bf16(), reason="strips are for such a CPU only")
 
 
 @pytest.fixture
@@ -100,6 +117,26 @@ def test_any_options_by_many_steps(effort):
     @given(case=cases(), rows=st.sampled_from((2, 5, 16)))
     def run(case: Case, rows: int) -> None:
         with steps_of(rows):
+            assert_case(case, CPU)
+
+    run()
+
+
+@st.composite
+def plain_cases(draw: st.DrawFn) -> Case:
+    packed, fields = draw(st.booleans()), FIELDS | {"dtype": st.just(BF16)}
+    problem = draw(varlen_problems(**fields) if packed else dense_problems(**fields))
+    sink, loud = draw(st.booleans()), draw(st.sampled_from((1.0, 4.0, -4.0, 10.0, -10.0)))
+    return Case(problem, packed, sink=sink, loud=loud)
+
+
+@NEEDS_BF16
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_any_band_by_strips(effort):
+    @settings(max_examples=100 * effort)
+    @given(case=plain_cases(), keys=st.sampled_from((4, 7, 16)), rows=st.sampled_from((3, 8)))
+    def run(case: Case, keys: int, rows: int) -> None:
+        with strips_of(keys, rows):
             assert_case(case, CPU)
 
     run()
@@ -218,6 +255,21 @@ def test_memory_at_64k_tokens_is_that_of_inputs_and_outputs(dtype, slopes):
         flash.attend_backward((q, k, k), (q, out, lse), (dq, dk, dv), rule)
     assert peak.peak <= 4 * tensors + flash.BIAS_BYTES
     assert all(x.isfinite().all() for x in (out, lse, dq, dk, dv))
+
+
+@NEEDS_BF16
+def test_strips_are_as_large_as_said():
+    heads, rows, keys, headdim = 4, 1 << 13, 1 << 10, 16
+    q, k = torch.randn(1, heads, rows, headdim).to(BF16), torch.randn(1, heads, keys, headdim)
+    lse, k = torch.zeros(q.shape[:3]), k.to(BF16)
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+    rule = flash.Rule(Band(rows, keys, None, None), headdim**-0.5)
+    with PeakBytes() as peak:
+        flash.attend_backward((q, k, k), (q, q, lse), grads, rule)
+    # what is float32 of q and dq, and what else there is of one head
+    share = min(heads, max(1, torch.get_num_threads())) * 8 * q[:, 0].nbytes
+    held = 2 * strips.STRIP_BYTES + 2 * 4 * strips.TILE_ELEMENTS
+    assert strips.STRIP_BYTES < peak.peak <= held + share
 
 
 def test_the_report_names_it(reporting_of_one_call):

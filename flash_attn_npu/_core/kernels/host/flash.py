@@ -22,7 +22,8 @@ from ...ground.processor import multiplies_bf16
 from ...problems.results import accumulator
 from ..bands import Band
 from .decoding import many_keys, one_query
-from .steps import SMALLEST_BLOCK, Step, backward_steps, forward_steps
+from .steps import SMALLEST_BLOCK, Step, backward_steps, forward_steps, left_of
+from .strips import Spaces, Strips, streams, strip_backward
 
 __all__ = [
     "COPIED_BYTES",
@@ -41,6 +42,12 @@ COPIED_BYTES = 1 << 22
 
 FEWEST_KEYS = 16
 """With fewer the kernel's maximum passes over NaN, and a row of them counts as one without keys."""
+
+LONG, LONG_CAUSAL = 1024, 512
+"""Queries, and keys, of a backward that strips are faster for."""
+
+STREAM_ROWS = 1 << 11
+"""Rows of streams that share strips: short ones are few launches then."""
 
 BIAS_BYTES = 1 << 23
 """Of the bias of one launch, unless one head takes more."""
@@ -193,6 +200,9 @@ def attend_backward(
     Args:
         answer: dout, out and softmax_lse.
     """
+    if _long(inputs[0], inputs[1], rule):
+        _by_strips(inputs, answer, grads, rule)
+        return
     dtype = accumulator(inputs[0].dtype)
     factor, scale = split_scale(rule.scale, inputs[0].dtype)
     for part in _parts(inputs[0], inputs[1], rule, dtype):
@@ -219,6 +229,30 @@ def attend_backward(
                 found[0].mul_(factor)
             sums.add(step, found)
         sums.write()
+
+
+def _long(q: Tensor, k: Tensor, rule: Rule) -> bool:
+    """Whether products of bfloat16, where a sum is one product, are the faster way."""
+    plain = rule.slopes is None and left_of(rule.band) is None
+    taken = plain and q.dtype == torch.bfloat16 and multiplies_bf16()
+    long = LONG if rule.band.right is None else LONG_CAUSAL
+    return taken and min(q.shape[2], k.shape[2]) >= long
+
+
+def _by_strips(
+    inputs: Triple, answer: tuple[Tensor, Tensor, Tensor], grads: Triple, rule: Rule
+) -> None:
+    """`attend_backward` of long bfloat16."""
+    (_, heads_q, seqlen_q, _), (batch, heads_k) = inputs[0].shape, inputs[1].shape[:2]
+    group, spaces = heads_q // heads_k, Spaces()
+    room = max(torch.get_num_threads(), STREAM_ROWS // (seqlen_q * group))
+    for part in _shares(batch, heads_k, group, room):
+        heads = part.heads_k.stop - part.heads_k.start
+        dout, out, lse = (part.q(x) for x in answer)
+        flat = (streams(x, heads) for x in (*part.grads(inputs), dout, out, lse[..., None]))
+        q, k, v, dout, out, lse = flat
+        given = Strips(q, k, v, dout, out, lse[..., 0], group)
+        strip_backward(given, part.grads(grads), rule.band, rule.scale, spaces)
 
 
 class _Part(NamedTuple):
@@ -255,6 +289,11 @@ def _parts(q: Tensor, k: Tensor, rule: Rule, dtype: torch.dtype) -> Iterator[_Pa
     if rule.slopes is not None:
         numbers = group * min(SMALLEST_BLOCK, q.shape[2]) * seqlen_k
         room = min(room, BIAS_BYTES // (dtype.itemsize * max(numbers, 1)))
+    yield from _shares(batch, heads_k, group, room)
+
+
+def _shares(batch: int, heads_k: int, group: int, room: int) -> Iterator[_Part]:
+    """So many sequences times heads of k at a time, at most."""
     some, few = max(1, room // heads_k), max(1, min(room, heads_k))
     for first in range(0, batch, some):
         for head in range(0, heads_k, few):

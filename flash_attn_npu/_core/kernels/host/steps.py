@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..bands import Band, spans
 
-__all__ = ["Step", "backward_steps", "forward_steps"]
+__all__ = ["Step", "backward_steps", "forward_steps", "left_of"]
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 """Rows of a block: few waste little at the rim of a window, many waste little on launches."""
@@ -46,7 +46,7 @@ def forward_steps(band: Band, streams: int) -> list[Step]:
 
 def backward_steps(band: Band, streams: int) -> list[Step]:
     """As in the forward, but that a row may stand in two steps: gradients only add up."""
-    if streams or _left(band) is not None:
+    if streams or left_of(band) is not None:
         return forward_steps(band, streams)
     rows, ahead = (band.blind, band.seqlen_q), _ahead(band)
     if not ahead or ahead >= band.seqlen_k - 1:
@@ -55,7 +55,7 @@ def backward_steps(band: Band, streams: int) -> list[Step]:
     return [Step(rows, (0, ahead)), Step(rows, (ahead, last), causal=True)]
 
 
-def _left(band: Band) -> int | None:
+def left_of(band: Band) -> int | None:
     """The bound on the left; None if it hides nothing."""
     return None if band.left is None or band.left >= band.seqlen_k - 1 else band.left
 
@@ -72,7 +72,7 @@ def _whole(band: Band) -> list[Step] | None:
     rows, keys = (band.blind, band.seqlen_q), band.keys(band.blind, band.seqlen_q)
     if not any(band.hides(rows, keys)):
         return [Step(rows, keys)]
-    causal = _left(band) is None and _ahead(band) == 0
+    causal = left_of(band) is None and _ahead(band) == 0
     return [Step(rows, keys, causal=True)] if causal else None
 
 
