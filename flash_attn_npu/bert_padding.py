@@ -7,6 +7,7 @@ to the host once, padding copies nothing; everything is differentiable.
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -191,7 +192,7 @@ def unpad_input(
     """
     require_dense(hidden_states=hidden_states)
     _check_mask("attention_mask", attention_mask, hidden_states)
-    kept = attention_mask != 0
+    kept = attention_mask if attention_mask.dtype is torch.bool else attention_mask != 0
     seqused = kept.sum(dim=-1, dtype=torch.int32)
     seqlens = seqused
     if unused_mask is not None:
@@ -201,14 +202,16 @@ def unpad_input(
         seqlens = kept.sum(dim=-1, dtype=torch.int32)
     if torch.compiler.is_compiling():
         # one number for the graph, not a list of them
-        indices, lengths, longest = kept.flatten().nonzero().flatten(), [], _longest(seqlens)
+        indices, lengths = kept.flatten().nonzero().flatten(), []
+        longest = int(seqlens.max().item()) if seqlens.shape[0] else 0
     else:
         lengths = seqlens.tolist()
         indices, longest = _kept_rows(kept, sum(lengths)), max(lengths, default=0)
     device = hidden_states.device
-    indices = indices.to(device)
+    if indices.device != device:
+        indices, seqlens, seqused = indices.to(device), seqlens.to(device), seqused.to(device)
     packed = index_first_axis(hidden_states.flatten(0, 1), indices)
-    return packed, indices, _cumulative(seqlens.to(device), lengths), longest, seqused.to(device)
+    return packed, indices, _cumulative(seqlens, lengths), longest, seqused
 
 
 def unpad_input_for_concatenated_sequences(
@@ -303,18 +306,23 @@ def _kept_rows(kept: Tensor, total: int) -> Tensor:
     return every.new_empty(total + 1).scatter_(0, places, every)[:total]
 
 
-def _longest(seqlens: Tensor) -> int:
-    return int(seqlens.max().item()) if seqlens.shape[0] else 0
-
-
 def _cumulative(seqlens: Tensor, lengths: list[int]) -> Tensor:
     """cu_seqlens, whose contents need not be copied to the host again."""
+    if torch.compiler.is_compiling():
+        return _added_up(seqlens)
+    known = tuple(accumulate(lengths, initial=0))
     # inference tensors have no version counter, so nothing could be remembered about them
-    with torch.inference_mode(False):
-        cu_seqlens = pad(torch.cumsum(seqlens, dim=0, dtype=torch.int32), (1, 0))
-    if not torch.compiler.is_compiling():
-        remember_lengths(cu_seqlens, tuple(accumulate(lengths, initial=0)))
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        if seqlens.is_cpu:
+            cu_seqlens = torch.tensor(known, dtype=torch.int32, device="cpu")
+        else:
+            cu_seqlens = _added_up(seqlens)
+    remember_lengths(cu_seqlens, known)
     return cu_seqlens
+
+
+def _added_up(seqlens: Tensor) -> Tensor:
+    return pad(torch.cumsum(seqlens, dim=0, dtype=torch.int32), (1, 0))
 
 
 def _put(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:

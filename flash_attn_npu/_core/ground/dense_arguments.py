@@ -33,10 +33,12 @@ LARGEST = (1 << 31) - 1
 
 def require_dense(**tensors: Any) -> None:
     """Raise for the first argument that is no tensor, or a sparse or nested one."""
-    require_tensors(**tensors)
     if torch.compiler.is_compiling():
+        require_tensors(**tensors)
         return
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            require_tensors(**{name: tensor})
         if tensor.is_nested or tensor.layout is not torch.strided:
             kind = "a nested tensor" if tensor.is_nested else f"a tensor of {tensor.layout}"
             how = f"{name}.to_padded_tensor(0.0)" if tensor.is_nested else f"{name}.to_dense()"
@@ -47,7 +49,7 @@ def require_values(**tensors: Any) -> None:
     """`require_dense`, and each has values that can be read."""
     require_dense(**tensors)
     for name, tensor in tensors.items():
-        if tensor.device.type == "meta" and not torch.compiler.is_compiling():
+        if tensor.is_meta and not torch.compiler.is_compiling():
             came = "a tensor on meta, which has no values"
             raise ArgumentError(name, came, "a tensor with values", "make it on the host")
 

@@ -82,7 +82,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
             return direct(x, *_shared(cos, sin, turn, x.shape))  # type: ignore[no-any-return]
         if not turn.inplace and is_few(x) and serves_few(found.problem, x, cos, sin):
             begin(found)
-            return few(found.problem, x, *_rows(cos, sin, turn, x.shape[1]), turn.conjugate)
+            start, end = turn.seqlen_offsets, turn.seqlen_offsets + x.shape[1]
+            if start or end != cos.shape[0]:
+                cos, sin = cos[start:end], sin[start:end]
+            return few(found.problem, x, cos, sin, turn.conjugate)
         positions = _Positions(turn.seqlen_offsets, None, x.device)
         if turn.inplace:
             require_writable(x=x)
@@ -247,20 +250,15 @@ def _problem(turn: Turn, x: Tensor, cos: Tensor, heads: int) -> Rotation:
 
 def _shared(cos: Tensor, sin: Tensor, turn: Turn, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """`_lookup` for a padded batch of this shape that starts at one position: (1, seqlen, ...)."""
-    seqlen, half = shape[1], cos.shape[1]
-    cos, sin = _rows(cos, sin, turn, seqlen)
+    start, seqlen = turn.seqlen_offsets, shape[1]
+    reach, half = cos.shape
+    if start or seqlen != reach:
+        cos, sin = cos[start : start + seqlen], sin[start : start + seqlen]
     if turn.conjugate:
         sin = -sin
     # one view of each, where dimensions one by one would be as many
     heads = (1,) if len(shape) == 4 else (1,) * (len(shape) - 3)
     return cos.view(1, seqlen, *heads, half), sin.view(1, seqlen, *heads, half)
-
-
-def _rows(cos: Tensor, sin: Tensor, turn: Turn, seqlen: int) -> tuple[Tensor, Tensor]:
-    start = turn.seqlen_offsets
-    if start or seqlen != cos.shape[0]:
-        return cos[start : start + seqlen], sin[start : start + seqlen]
-    return cos, sin
 
 
 def _lookup(
