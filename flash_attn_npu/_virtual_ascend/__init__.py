@@ -17,8 +17,10 @@ from .machine.refusal import CardRefusal
 
 if TYPE_CHECKING:
     from .machine.journal import Record
+    from .machine.lacks import Lack
 
-__all__ = ["REASON", "CardRefusal", "description", "enable", "lying", "record", "start"]
+__all__ = ["REASON", "CardRefusal", "description", "enable", "lacking", "lying"]
+__all__ += ["record", "start"]
 
 REASON: str | None = "virtual_ascend.start() was not called"
 _started = False
@@ -87,6 +89,15 @@ def lying(lie: str) -> AbstractContextManager[None]:
     from .machine.lies import lying
 
     return lying(lie)
+
+
+def lacking(
+    operators: str, words: str = "", *, spared: int = 0, late: bool = False
+) -> AbstractContextManager[Lack]:
+    """Let operators raise, as under an older CANN: `with virtual_ascend.lacking("npu_swiglu"):`."""
+    from .machine.lacks import lacking
+
+    return lacking(operators, words, spared=spared, late=late)
 
 
 def description() -> str:

@@ -9,7 +9,7 @@ import torch
 
 from .attention import fusion_attention
 from .inference import infer_attention, paged_cache
-from .machine import derivatives, formats, journal, lies
+from .machine import derivatives, formats, journal, lacks, lies
 from .machine.arithmetic import overload
 from .machine.refusal import not_simulated
 from .machine.registering import original
@@ -83,8 +83,10 @@ def _journalled(op: torch._ops.OpOverload, kernel: Kernel) -> Kernel:
     def launch(*args: Any, **kwargs: Any) -> Any:
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
         journal.launched(name, given)
+        lacks.launched(name, late=False)
         given = lies.arguments(name, given)
         returned = kernel(given, *args, **kwargs)
+        lacks.launched(name, late=True)
         lies.results(name, given, returned, lambda g, **k: kernel(g, *args, **{**kwargs, **k}))
         return returned
 

@@ -8,6 +8,7 @@ what is being traced goes through the operators of `operators`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,8 +124,9 @@ def attend(
     found.tally.calls += 1
     try:
         return direct(q, k, v, alibi_slopes, sink)  # type: ignore[no-any-return]
-    except Refuted:
-        return attend(function, inputs, lengths, options, alibi_slopes, sink)
+    except Refuted as refuted:
+        again = (function, inputs, lengths, options, alibi_slopes, sink)
+        return refuted.answer(partial(attend, *again))
     except Exception:
         # what no kernel takes looks to a remembered plan like any tensor of its shape
         arguments.require_plain(q=q, k=k, v=v)
@@ -161,8 +163,8 @@ def attend_narrow(
     found.tally.calls += 1
     try:
         return found.direct(*inputs, None, None)  # type: ignore[no-any-return]
-    except Refuted:
-        return attend_narrow(function, inputs, lengths, options)
+    except Refuted as refuted:
+        return refuted.answer(partial(attend_narrow, function, inputs, lengths, options))
 
 
 def _indirect(

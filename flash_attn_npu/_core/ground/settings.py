@@ -148,6 +148,10 @@ def verification() -> str:
     error, and calls of its kind are from there on composed of torch operations (`compose`), refused
     (`refuse`), or served all the same (`warn`). `always` compares every call, and composes; `off`
     compares none.
+
+    If it raises, as where CANN is older than an operator, `compose` and `always` log that and
+    compose calls of its kind too; elsewhere the error goes on as it is. One of this package's own,
+    of memory that is full, or of a machine at fault always does.
     """
     return _verification
 

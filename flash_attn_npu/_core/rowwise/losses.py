@@ -101,8 +101,8 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
             refuse_tangents(PLAIN_TORCH, logits=call.logits)
         try:
             losses, z_losses = found.direct(call.logits, call.labels, options.ignore_index)
-        except Refuted:
-            return cross_entropy(call)
+        except Refuted as refuted:
+            return refuted.answer(lambda: cross_entropy(call))
         return losses, z_losses
     refuse_transforms("logits")
     if key is None and not _is_by_torch(call, options):

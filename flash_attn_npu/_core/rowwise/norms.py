@@ -89,8 +89,8 @@ def normalize(function: str, call: NormCall) -> Answer:
     if found.direct is not None:
         try:
             return _fused(found, call)
-        except Refuted:
-            return normalize(function, call)
+        except Refuted as refuted:
+            return refuted.answer(lambda: normalize(function, call))
     if key is None or torch._C._are_functorch_transforms_active():
         refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
     needs_grad = found.problem.needs_grad

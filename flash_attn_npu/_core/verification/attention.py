@@ -6,8 +6,10 @@ forgotten, so the next ones hold the kernel itself: a kind that is known costs n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +21,12 @@ from ..problems.attention import Problem
 from ..problems.results import Forward, Inputs, Saved
 from .comparing import Lse, Taken, compare_forward, compare_gradients, compare_sink
 from .judging import Finding
-from .kinds import MISSED, Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled
+from .kinds import Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled, watched
 from .reading import Drawn
 from .samples import Spot
 from .traits import traits
 from .truth import sink_terms
+from .trying import rehearsed, tried
 
 __all__ = ["CHECK"]
 
@@ -32,16 +35,14 @@ SINK = 4
 
 
 def _watched(case: Case, kernel: Kernel) -> tuple[Kernel, tuple[str, ...]]:
-    """The kernel, compared where it has to be, and why it may not serve after all."""
-    problem: Problem = case.problem
     kinds = _kinds(case)
-    if any(refuted(kind, problem.function) for kind in kinds):
-        return kernel, (MISSED,)
-    if not any(unsettled(kind, problem.device) for kind in kinds):
-        return kernel, ()
-    watch = _Watch(case, kernel, *kinds)
-    direct = None if kernel.direct is None else watch.direct
-    return kernel._replace(forward=watch.forward, backward=watch.backward, direct=direct), ()
+
+    def wrapped() -> Kernel:
+        watch = _Watch(case, kernel, *kinds)
+        direct = None if kernel.direct is None else watch.direct
+        return kernel._replace(forward=watch.forward, backward=watch.backward, direct=direct)
+
+    return watched(case, kernel, kinds, wrapped)
 
 
 def _kinds(case: Case) -> tuple[Kind, ...]:
@@ -65,29 +66,75 @@ class _Watch:
         self.forward_kind, self.gradient_kind = first, gradient or first
 
     def forward(self, problem: Problem, inputs: Inputs) -> Forward:
-        answer: Forward = self.kernel.forward(problem, inputs)
-        if busy(inputs.q) or not self._unsettled(self.forward_kind):
-            return answer
-        drawn = _drawn(problem, answer.rng_state)
-        lse = self._returned(problem, inputs, answer)
-        found = compare_forward(problem, inputs, answer.out, lse, drawn)
-        if self._agrees(self.forward_kind, found):
-            return answer
-        return _composed(self.case.instead(), problem, inputs)
+        if busy(inputs.q):
+            return _forward(self.kernel, problem, inputs)
+
+        def look() -> tuple[Forward, list[Finding]]:
+            answer = _forward(self.kernel, problem, inputs)
+            drawn = _drawn(problem, answer.rng_state)
+            lse = self._returned(problem, inputs, answer)
+            return answer, compare_forward(problem, inputs, answer.out, lse, drawn)
+
+        def instead() -> Forward:
+            return _composed(self.case.instead(), problem, inputs)
+
+        if self._unsettled(self.forward_kind):
+            answer = tried(self.case, self.forward_kind, look, instead)
+        else:
+            answer = _forward(self.kernel, problem, inputs)
+        own = not refuted(self.forward_kind, problem.function)
+        if own and problem.ask.needs_grad and self._unsettled(self.gradient_kind):
+            try:
+                launch = partial(_written, self.kernel, problem, inputs, answer)
+                rehearsed(self.case, self.gradient_kind, launch)
+            except Refuted as found:
+                return found.answer(instead)
+        return answer
 
     def backward(
         self, problem: Problem, dout: Tensor, saved: Saved, grads: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        self.kernel.backward(problem, dout, saved, grads)
-        if busy(dout) or not self._unsettled(self.gradient_kind):
+        given = (problem, dout, saved, grads)
+        if busy(dout):
+            self.kernel.backward(*given)
             return
-        inputs = Inputs(*saved[:3], saved.alibi_slopes)
-        taken = Taken(dout, saved.out, *grads, lambda _: (0, 0))
-        drawn = _drawn(problem, saved.rng_state)
-        lse = _by_rows(problem, saved.softmax_lse)
-        found = compare_gradients(problem, inputs, taken, lse, drawn)
-        if not self._agrees(self.gradient_kind, found):
-            self.case.instead().backward(problem, dout, saved, grads)
+
+        def look() -> tuple[None, list[Finding]]:
+            self.kernel.backward(*given)
+            inputs = Inputs(*saved[:3], saved.alibi_slopes)
+            taken = Taken(dout, saved.out, *grads, lambda _: (0, 0))
+            drawn = _drawn(problem, saved.rng_state)
+            lse = _by_rows(problem, saved.softmax_lse)
+            return None, compare_gradients(problem, inputs, taken, lse, drawn)
+
+        kind, drawn = self.gradient_kind, _drawn(problem, saved.rng_state)
+        draws = self.kernel.draws
+        if drawn is not None and draws is not None and not draws(drawn.offset):
+            # the forward was served by another one, which alone can repeat its mask
+            self.case.instead().backward(*given)
+        elif refuted(kind, problem.function):
+            # of a call that was served before it was known
+            self._backward_instead(*given)
+        elif self._unsettled(kind):
+            tried(self.case, kind, look, lambda: self._backward_instead(*given))
+        else:
+            self.kernel.backward(*given)
+
+    def _backward_instead(self, problem: Problem, *given: Any) -> None:
+        if not problem.ask.backward:
+            self._require_no_dropout()
+        self.case.instead().backward(problem, *given)
+
+    def _require_no_dropout(self) -> None:
+        """Another kernel cannot repeat the mask that this one drew in the forward."""
+        problem: Problem = self.case.problem
+        if problem.dropout_p:
+            raise UnsupportedError(
+                problem.function,
+                f"a backward of {self.case.name}, whose gradient was found wrong just now",
+                "a backward of what served its forward: another kernel cannot repeat the dropout",
+                "take the step again: calls of this kind are composed of torch operations now",
+            )
 
     def direct(self, problem: Problem) -> Callable[..., Any]:
         assert self.kernel.observed is not None
@@ -96,32 +143,43 @@ class _Watch:
         def observed(
             q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sink: Tensor | None
         ) -> Any:
-            answer, seen = run(q, k, v, slopes, sink)
+            given = Inputs(q, k, v, slopes, sink)
             if busy(q):
-                return answer
-            inputs = Inputs(q, k, v, slopes, sink)
-            if self._unsettled(self.forward_kind):
+                return run(*given[:5])[0]
+
+            def launch() -> tuple[Any, Any, list[Tensor | None]]:
+                if not differentiated:
+                    return *run(*given[:5]), []
+                leaves = _leaves(given)
+                with _same_draws(problem):
+                    return *run(*leaves), leaves
+
+            def look() -> tuple[tuple[Any, Any, list[Tensor | None]], list[Finding]]:
+                answer, seen, leaves = launch()
                 out = answer[0] if isinstance(answer, tuple) else answer
                 drawn = Drawn(seen.seed, seen.offset) if problem.dropout_p else None
-                found = compare_forward(problem, inputs, out, _statistics(problem, seen), drawn)
-                if not self._agrees(self.forward_kind, found):
-                    raise Refuted
-            # where every sequence is one token the kernel is given no rows, and no node is its own
-            watched = seen.out.grad_fn is not None and seen.out.numel() > 0
-            if watched and self._unsettled(self.gradient_kind):
-                _Backward(self, problem, inputs, seen).wait()
+                found = compare_forward(problem, given, out, _statistics(problem, seen), drawn)
+                return (answer, seen, leaves), found
+
+            differentiated, first = problem.ask.needs_grad, None
+            if self._unsettled(self.forward_kind):
+                first = tried(self.case, self.forward_kind, look, None)
+            if not differentiated:
+                return (first or run(*given[:5]))[0]
+            waits = self._unsettled(self.gradient_kind)
+            if waits:
+                gradient = partial(_differentiated, lambda: first or launch())
+                rehearsed(self.case, self.gradient_kind, gradient)
+            first = None
+            answer, seen = run(*given[:5])
+            if waits and _is_of_the_kernel(seen.out):
+                _Backward(self, problem, given, seen).wait()
             return answer
 
         return observed
 
     def _unsettled(self, kind: Kind) -> bool:
         return unsettled(kind, self.case.problem.device)
-
-    def _agrees(self, kind: Kind, found: list[Finding]) -> bool:
-        agrees = conclude(kind, self.case.problem.function, self.case.problem.device, found)
-        # the plans that were made compare, or use what has just been found wrong
-        self.case.forget()
-        return agrees
 
     def _returned(self, problem: Problem, inputs: Inputs, answer: Forward) -> Lse:
         """softmax_lse as it was returned; where it was not, that of a second launch."""
@@ -155,7 +213,12 @@ class _Backward:
         watch, problem, dout = self.watch, self.problem, douts[0]
         kind = watch.gradient_kind
         changed = self.versions != self._versions()
-        if dout is None or busy(dout) or changed or not watch._unsettled(kind):
+        if dout is None or busy(dout) or changed:
+            return None
+        if refuted(kind, problem.function):
+            # found out by a backward of another call, which had begun as this one had
+            return self._instead(dout, grads)
+        if not watch._unsettled(kind):
             return None
         drawn = Drawn(self.seen.seed, self.seen.offset) if problem.dropout_p else None
         dq, dk, dv = grads[:3]
@@ -167,7 +230,7 @@ class _Backward:
         if sink is not None and grads[SINK] is not None:
             of_sink = compare_sink(sink, grads[SINK], taken, self.seen.softmax_lse)
             found += [of_sink] if found or not of_sink.agrees else []
-        if watch._agrees(kind, found):
+        if conclude(watch.case, kind, found):
             return None
         return self._instead(dout, grads)
 
@@ -178,13 +241,7 @@ class _Backward:
     def _instead(self, dout: Tensor, grads: tuple[Any, ...]) -> tuple[Any, ...]:
         """The gradients, computed again by the kernel that serves from here on."""
         problem, seen = self.problem, self.seen
-        if problem.dropout_p:
-            raise UnsupportedError(
-                problem.function,
-                f"a backward of {watch_name(self.watch)}, whose gradient was found wrong just now",
-                "a backward of what served its forward: another kernel cannot repeat the dropout",
-                "take the step again: calls of this kind are composed of torch operations now",
-            )
+        self.watch._require_no_dropout()
         with torch.no_grad():
             instead = self.watch.case.instead()
             answer: Forward = instead.forward(problem, self.inputs)
@@ -210,16 +267,54 @@ class _Backward:
         return terms.transpose(-1, -2).flatten(0, -2).sum(0)
 
 
-def watch_name(watch: _Watch) -> str:
-    return watch.case.name
+def _forward(kernel: Kernel, problem: Problem, inputs: Inputs) -> Forward:
+    answer: Forward = kernel.forward(problem, inputs)
+    return answer
+
+
+def _written(kernel: Kernel, problem: Problem, inputs: Inputs, answer: Forward) -> None:
+    """Gradients of one call that nobody asked for, where nobody sees them."""
+    q, k, v, slopes, _ = inputs[:5]
+    saved = Saved(q, k, v, answer.out, answer.softmax_lse, slopes, answer.rng_state)
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    kernel.backward(problem, answer.out, saved, grads)
+
+
+def _differentiated(launch: Callable[[], tuple[Any, Any, list[Tensor | None]]]) -> None:
+    """The same by torch_npu's autograd, of a launch for itself."""
+    _, seen, leaves = launch()
+    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    if _is_of_the_kernel(seen.out):
+        torch.autograd.grad(seen.out, wanted, seen.out.detach(), allow_unused=True)
+
+
+def _leaves(inputs: Inputs) -> list[Tensor | None]:
+    """What a launch is given, for a graph of its own."""
+    return [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs[:5]]
+
+
+def _is_of_the_kernel(out: Tensor) -> bool:
+    """Whether out has a node of the kernel's: it is given no rows where all are single tokens."""
+    return out.grad_fn is not None and out.numel() > 0
+
+
+@contextmanager
+def _same_draws(problem: Problem) -> Iterator[None]:
+    """No random number is taken."""
+    generators = torch.get_device_module(problem.device)
+    before = generators.get_rng_state(problem.device) if problem.dropout_p else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            generators.set_rng_state(before, problem.device)
 
 
 def _composed(instead: Kernel, problem: Problem, inputs: Inputs) -> Forward:
     if inputs.cache is not None and not instead.reads_pages:
         k, v = inputs.cache.gather(inputs.spans)
         inputs = Inputs(inputs.q, k, v, inputs.alibi_slopes, inputs.sink)
-    answer: Forward = instead.forward(problem, inputs)
-    return answer
+    return _forward(instead, problem, inputs)
 
 
 def _drawn(problem: Problem, rng_state: Tensor | None) -> Drawn | None:

@@ -17,7 +17,8 @@ from ..problems.cache import Cache, Span
 from ..problems.places import positions
 from ..problems.transfer import MANY_TOKENS, Append, Gather
 from .judging import Finding
-from .kinds import MISSED, Case, Check, Kind, busy, conclude, refuted, unsettled
+from .kinds import Case, Check, Kind, busy, unsettled, watched
+from .trying import tried
 
 __all__ = ["CHECK"]
 
@@ -28,14 +29,13 @@ MOST_ROWS = 64
 
 
 def _watched(case: Case, kernel: Kernel) -> tuple[Kernel, tuple[str, ...]]:
-    """The kernel, tried where it has to be, and why it may not serve after all."""
-    problem, kind = case.problem, _kind(case)
-    if refuted(kind, problem.function):
-        return kernel, (MISSED,)
-    if not unsettled(kind, problem.device):
-        return kernel, ()
-    watch = _Append if isinstance(problem, Append) else _Gather
-    return kernel._replace(forward=watch(case, kernel, kind).forward), ()
+    kind = _kind(case)
+    watch = _Append if isinstance(case.problem, Append) else _Gather
+
+    def wrapped() -> Kernel:
+        return kernel._replace(forward=watch(case, kernel, kind).forward)
+
+    return watched(case, kernel, (kind,), wrapped)
 
 
 def _kind(case: Case) -> Kind:
@@ -56,11 +56,6 @@ class _Watch:
     def idle(self, tensor: Tensor) -> bool:
         return busy(tensor) or not unsettled(self.kind, self.case.problem.device)
 
-    def agrees(self, found: list[Finding]) -> bool:
-        agrees = conclude(self.kind, self.case.problem.function, self.case.problem.device, found)
-        self.case.forget()
-        return agrees
-
 
 class _Append(_Watch):
     def forward(
@@ -69,31 +64,45 @@ class _Append(_Watch):
         if self.idle(k):
             self.kernel.forward(problem, cache, spans, k, v)
             return
-        stage = _Stage(cache, MANY_TOKENS // 2 if problem.many else 1)
-        self.kernel.forward(problem, stage.cache, stage.spans, stage.k, stage.v)
-        found = stage.written()
-        if all(finding.agrees for finding in found):
-            self.kernel.forward(problem, cache, spans, k, v)
-            found += _looked_up(cache, spans, (k, v))
-        if not self.agrees(found):
-            self.case.instead().forward(problem, cache, spans, k, v)
+
+        def look() -> tuple[None, list[Finding]]:
+            stage = _Stage(cache, MANY_TOKENS // 2 if problem.many else 1)
+            self.kernel.forward(problem, stage.cache, stage.spans, stage.k, stage.v)
+            found = stage.written()
+            if all(finding.agrees for finding in found):
+                self.kernel.forward(problem, cache, spans, k, v)
+                found += _looked_up(cache, spans, (k, v))
+            return None, found
+
+        # what was written already is written again
+        tried(
+            self.case,
+            self.kind,
+            look,
+            lambda: self.case.instead().forward(problem, cache, spans, k, v),
+        )
 
 
 class _Gather(_Watch):
     def forward(
         self, problem: Gather, cache: Cache, spans: Sequence[Span]
     ) -> tuple[Tensor, Tensor]:
-        answer: tuple[Tensor, Tensor] = self.kernel.forward(problem, cache, spans)
         if self.idle(cache.k):
-            return answer
-        stage = _Stage(cache, 1)
-        there = [Span(0, span.end) for span in stage.spans]
-        found = stage.read(self.kernel.forward(problem, stage.cache, there), there)
-        found += _looked_up(cache, spans, answer)
-        if self.agrees(found):
-            return answer
-        instead: tuple[Tensor, Tensor] = self.case.instead().forward(problem, cache, spans)
-        return instead
+            idle: tuple[Tensor, Tensor] = self.kernel.forward(problem, cache, spans)
+            return idle
+
+        def look() -> tuple[tuple[Tensor, Tensor], list[Finding]]:
+            answer: tuple[Tensor, Tensor] = self.kernel.forward(problem, cache, spans)
+            stage = _Stage(cache, 1)
+            there = [Span(0, span.end) for span in stage.spans]
+            found = stage.read(self.kernel.forward(problem, stage.cache, there), there)
+            return answer, found + _looked_up(cache, spans, answer)
+
+        def instead() -> tuple[Tensor, Tensor]:
+            copies: tuple[Tensor, Tensor] = self.case.instead().forward(problem, cache, spans)
+            return copies
+
+        return tried(self.case, self.kind, look, instead)
 
 
 class _Stage:

@@ -1,14 +1,14 @@
 """Kinds of calls: which of them were compared with exact arithmetic, and what came of it.
 
 On an Ascend whose combination of SoC, CANN and torch_npu no report confirms, the first call of
-each kind is compared. What then happens is one setting, `verification`.
+each kind is compared; it may raise instead. What then happens is one setting, `verification`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from .judging import Finding
 
 __all__ = [
     "MISSED",
+    "RAISED",
     "Case",
     "Check",
     "Kind",
@@ -29,14 +30,19 @@ __all__ = [
     "Verdict",
     "busy",
     "conclude",
-    "found_wrong",
+    "missed",
+    "raised",
     "refuted",
     "unsettled",
+    "watched",
 ]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("flash_attn_npu")
 
 MISSED = "on this machine its first call did not agree with exact arithmetic"
+RAISED = "on this machine its first call raised an error"
 MOST_TRIES = 8
 """Calls that are looked at in the hope that their values tell something, before it is given up."""
 
@@ -65,19 +71,37 @@ class Kind(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What came of the comparison of a kind; tries: how many calls told nothing so far."""
+    """What came of the first call of a kind.
+
+    tries: how many calls told nothing so far.
+    why: a kind that does not agree is not served by its kernel.
+    """
 
     agrees: bool
     tries: int = 0
     settled: bool = True
+    why: str = ""
 
 
 class Refuted(Exception):  # noqa: N818
-    """A call was not served: its kind has just been found out not to agree, so ask again."""
+    """A call was not served: its kind has just been found out not to agree, so ask again.
+
+    Args:
+        serve: gives what a function answers that asks again; what else it does is its own.
+    """
+
+    def __init__(self, serve: Callable[[Callable[[], Any]], Any] | None = None) -> None:
+        super().__init__()
+        self._serve = serve
+
+    def answer(self, ask: Callable[[], T]) -> T:
+        """What `ask` answers, which asks again."""
+        answer: T = ask() if self._serve is None else self._serve(ask)
+        return answer
 
 
 _verdicts: Memo[Kind, Verdict] = Memo("kinds of calls that were compared", 1024)
-_wrong: Memo[str, tuple[str, ...]] = Memo("operators that were found wrong", 1)
+_wrong: Memo[str, str] = Memo("operators of which a kind does not serve", 64)
 
 
 class Check(NamedTuple):
@@ -102,23 +126,26 @@ def unsettled(kind: Kind, device: torch.device) -> bool:
     return mode == "always" or not confirmed(*combination(device), kind)
 
 
-def refuted(kind: Kind, function: str) -> bool:
-    """Whether calls of this kind must not be served by its kernel any more.
+def refuted(kind: Kind, function: str) -> tuple[str, ...]:
+    """Why calls of this kind must not be served by its kernel any more; empty if they may.
 
     Raises:
-        UnsupportedError: and the setting is `refuse`.
+        UnsupportedError: its numbers were wrong, and the setting is `refuse`.
     """
     known, mode = _verdicts.recall(kind), verification()
     if known is None or known.agrees or mode in ("off", "warn"):
-        return False
-    if mode == "refuse":
-        raise UnsupportedError(
-            function,
-            f"a call of a kind on which {kind.kernel} was found wrong ({kind})",
-            "calls that agree with exact arithmetic, under FLASH_ATTN_NPU_VERIFY=refuse",
-            "unset FLASH_ATTN_NPU_VERIFY to have it composed of torch operations, exactly",
-        )
-    return True
+        return ()
+    if mode != "refuse":
+        return (known.why,)
+    if known.why == RAISED:
+        # the error itself is to be seen
+        return ()
+    raise UnsupportedError(
+        function,
+        f"a call of a kind on which {kind.kernel} was found wrong ({kind})",
+        "calls that agree with exact arithmetic, under FLASH_ATTN_NPU_VERIFY=refuse",
+        "unset FLASH_ATTN_NPU_VERIFY to have it composed of torch operations, exactly",
+    )
 
 
 def busy(tensor: torch.Tensor) -> bool:
@@ -134,13 +161,14 @@ def _is_capturing() -> bool:
     return asked is not None and bool(asked())
 
 
-def found_wrong() -> tuple[str, ...]:
-    """Operators of which some kind does not agree: a graph that is traced uses none of them."""
-    return tuple(_wrong.recall("names") or ())
+def missed(kernel: str) -> tuple[str, ...]:
+    """Why a graph that is traced does not use an operator: some kind of its calls is refuted."""
+    why = _wrong.recall(kernel)
+    return () if why is None else (why,)
 
 
 # what torch.compiler.assume_constant_result sets, which would import all of dynamo
-found_wrong._dynamo_marked_constant = True  # type: ignore[attr-defined]
+missed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Case(NamedTuple):
@@ -160,7 +188,21 @@ class Case(NamedTuple):
     forget: Callable[[], None]
 
 
-def conclude(kind: Kind, function: str, device: torch.device, findings: Sequence[Finding]) -> bool:
+def watched(
+    case: Case, kernel: Kernel, kinds: Sequence[Kind], watch: Callable[[], Kernel]
+) -> tuple[Kernel, tuple[str, ...]]:
+    """The kernel, compared by `watch` where it has to be, and why it may not serve after all."""
+    problem = case.problem
+    for kind in kinds:
+        why = refuted(kind, problem.function)
+        if why:
+            return kernel, why
+    if any(unsettled(kind, problem.device) for kind in kinds):
+        return watch(), ()
+    return kernel, ()
+
+
+def conclude(case: Case, kind: Kind, findings: Sequence[Finding]) -> bool:
     """Settle a kind by what was found; whether it agrees.
 
     Args:
@@ -168,22 +210,38 @@ def conclude(kind: Kind, function: str, device: torch.device, findings: Sequence
 
     """
     wrong = [finding for finding in findings if not finding.agrees]
-    if not wrong:
+    mode = verification()
+    if wrong:
+        _verdicts.put(kind, Verdict(False, why=MISSED))
+        found = f"does not agree with exact arithmetic: {'; '.join(map(str, wrong))}"
+        _report(case, kind, MISSED, found)
+    else:
         known = _verdicts.recall(kind)
         tries = 1 + (0 if known is None else known.tries)
         _verdicts.put(kind, Verdict(True, tries, bool(findings) or tries >= MOST_TRIES))
-        return True
-    _verdicts.put(kind, Verdict(False))
-    if verification() != "warn":
-        _wrong.put("names", tuple({*found_wrong(), kind.kernel}))
-    mode = verification()
-    told = _told(kind, function, device, wrong)
-    consequence = {
-        "warn": "it is used all the same (FLASH_ATTN_NPU_VERIFY=warn)",
-        "refuse": "calls of this kind are refused (FLASH_ATTN_NPU_VERIFY=refuse)",
-    }.get(mode, "calls of this kind are composed of torch operations from here on")
-    logger.error("flash_attn_npu: %s; %s. %s", told, consequence, REQUEST)
-    return mode == "warn"
+    # the plans that were made compare, or use what has just been found wrong
+    case.forget()
+    return not wrong or mode == "warn"
+
+
+def raised(case: Case, kind: Kind, error: Exception, words: str, instead: Callable[[], T]) -> T:
+    """What `instead` answers, asked with the kind settled: its launch raised an error.
+
+    Raises:
+        Exception: `error`, if `instead` cannot serve either, and nothing is settled then: it may
+            be the machine.
+    """
+    before = _verdicts.recall(kind)
+    _verdicts.put(kind, Verdict(False, why=RAISED))
+    case.forget()
+    try:
+        answer = instead()
+    except Exception as other:
+        _verdicts.put(kind, before or Verdict(True, settled=False))
+        case.forget()
+        raise error from other
+    _report(case, kind, RAISED, f"raised an error at its first call: {words}")
+    return answer
 
 
 REQUEST = (
@@ -192,9 +250,14 @@ REQUEST = (
 )
 
 
-def _told(kind: Kind, function: str, device: torch.device, wrong: Iterable[Finding]) -> str:
-    return (
-        f"in `{function}` {kind.kernel} does not agree with exact arithmetic: "
-        f"{'; '.join(map(str, wrong))}; kind: {kind}; {combination(device)}, "
-        f"torch {torch.__version__}"
-    )
+def _report(case: Case, kind: Kind, why: str, found: str) -> None:
+    mode, problem = verification(), case.problem
+    if mode != "warn":
+        _wrong.put(kind.kernel, why)
+    consequence = {
+        "warn": "it is used all the same (FLASH_ATTN_NPU_VERIFY=warn)",
+        "refuse": "calls of this kind are refused (FLASH_ATTN_NPU_VERIFY=refuse)",
+    }.get(mode, "calls of this kind are composed of torch operations from here on")
+    here = f"{combination(problem.device)}, torch {torch.__version__}"
+    told = f"in `{problem.function}` {kind.kernel} {found}; kind: {kind}; {here}"
+    logger.error("flash_attn_npu: %s; %s. %s", told, consequence, REQUEST)

@@ -17,7 +17,7 @@ from ..problems.rowwise import Norm
 from . import rows
 from .judging import Finding, judge, rms
 
-__all__ = ["compare_norm"]
+__all__ = ["compare_norm", "detached"]
 
 LEAST_PROBE = 2.0**-12
 """The square root of an eps that float16 can show."""
@@ -55,6 +55,16 @@ def compare_norm(
         if problem.needs_grad:
             found += _judge_norm_gradients(probed, sample, answered)
     return found, bool((x != x[:, :1]).any())
+
+
+def detached(call: NormCall) -> NormCall:
+    """The call with tensors of its own graph."""
+    x, weight, bias, residual = (
+        None if t is None else t.detach().requires_grad_(t.requires_grad) for t in call[:4]
+    )
+    assert x is not None
+    assert weight is not None
+    return call._replace(x=x, weight=weight, bias=bias, residual=residual)
 
 
 _Sample = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

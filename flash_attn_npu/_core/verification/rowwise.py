@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,21 +18,24 @@ from ..problems.norms import NormCall
 from ..problems.rowwise import Gate, Geglu, Lookup, Loss, Norm, Rotation, Tables
 from . import rows
 from .judging import Finding, judge, rms
-from .kinds import MISSED, Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled
-from .norms import compare_norm
+from .kinds import Case, Check, Kind, busy, unsettled, watched
+from .losses import compare_loss
+from .norms import compare_norm, detached
+from .trying import tried
 
 __all__ = ["CHECK"]
 
+T = TypeVar("T")
+
 
 def _watched(case: Case, kernel: Kernel) -> tuple[Kernel, tuple[str, ...]]:
-    """The kernel, compared where it has to be, and why it may not serve after all."""
-    problem, kind = case.problem, _kind(case)
-    if refuted(kind, problem.function):
-        return kernel, (MISSED,)
-    if not unsettled(kind, problem.device):
-        return kernel, ()
-    watch = _WATCHES[type(problem)](case, kernel, kind)
-    return kernel._replace(**{name: getattr(watch, name) for name in watch.wraps}), ()
+    kind = _kind(case)
+
+    def wrapped() -> Kernel:
+        watch = _WATCHES[type(case.problem)](case, kernel, kind)
+        return kernel._replace(**{name: getattr(watch, name) for name in watch.wraps})
+
+    return watched(case, kernel, (kind,), wrapped)
 
 
 def _kind(case: Case) -> Kind:
@@ -75,7 +78,7 @@ def _word(value: object) -> str:
 
 
 class _Watch:
-    """What all four have in common."""
+    """What all of them have in common."""
 
     wraps: tuple[str, ...] = ()
 
@@ -85,12 +88,19 @@ class _Watch:
     def idle(self, tensor: Tensor) -> bool:
         return busy(tensor) or not unsettled(self.kind, self.case.problem.device)
 
-    def agrees(self, found: list[Finding], telling: bool) -> bool:
-        wrong = any(not finding.agrees for finding in found)
-        told = found if telling or wrong else []
-        agrees = conclude(self.kind, self.case.problem.function, self.case.problem.device, told)
-        self.case.forget()
-        return agrees
+    def tried(
+        self,
+        look: Callable[[], tuple[T, list[Finding], bool]],
+        instead: Callable[[], T] | None = None,
+    ) -> T:
+        """`tried`; look gives, as the third, whether the values tell anything."""
+
+        def told() -> tuple[T, list[Finding]]:
+            answer, found, telling = look()
+            wrong = any(not finding.agrees for finding in found)
+            return answer, found if telling or wrong else []
+
+        return tried(self.case, self.kind, told, instead)
 
 
 class _Rotation(_Watch):
@@ -101,31 +111,39 @@ class _Rotation(_Watch):
             self.kernel.forward(problem, x, cos, sin, out)
             return
         before = x.clone() if out is x else x
-        sample = _Turn(problem, x, cos, sin)
-        self.kernel.forward(problem, x, cos, sin, out)
-        with rows.quietly():
-            found = sample.judged(out)
-        if not self.agrees(found, sample.tells):
+
+        def look() -> tuple[None, list[Finding], bool]:
+            sample = _Turn(problem, x, cos, sin)
+            self.kernel.forward(problem, x, cos, sin, out)
+            return None, sample.judged(out), sample.tells
+
+        def instead() -> None:
             if out is x:
                 x.copy_(before)
             self.case.instead().forward(problem, x, cos, sin, out)
+
+        self.tried(look, instead)
 
     def direct(self, problem: Rotation) -> Callable[..., Tensor]:
         assert self.kernel.direct is not None
         run = self.kernel.direct(problem)
 
         def observed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            turned: Tensor = run(x, cos, sin)
             if self.idle(x):
-                return turned
-            sample = _Turn(problem, x, cos, sin)
-            with rows.quietly():
-                found = sample.judged(turned)
-            if self.agrees(found, sample.tells):
-                return turned
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            self.case.instead().forward(problem, x, cos, sin, out)
-            return out
+                idle: Tensor = run(x, cos, sin)
+                return idle
+
+            def look() -> tuple[Tensor, list[Finding], bool]:
+                turned: Tensor = run(x, cos, sin)
+                sample = _Turn(problem, x, cos, sin)
+                return turned, sample.judged(turned), sample.tells
+
+            def instead() -> Tensor:
+                out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+                self.case.instead().forward(problem, x, cos, sin, out)
+                return out
+
+            return self.tried(look, instead)
 
         return observed
 
@@ -144,10 +162,11 @@ class _Turn:
             self.tells = differ and bool((self.x != 0).any())
 
     def judged(self, turned: Tensor) -> list[Finding]:
-        actual = rows.picked(turned[..., : self.problem.rotary_dim], self.picks)
-        given = (self.x, self.cos, self.sin, self.problem.interleaved)
-        exact, plain = (rows.rotated(*given, d) for d in (torch.float64, actual.dtype))
-        return [judge("the rotation", actual, exact, plain, rms(self.x), WHERE)]
+        with rows.quietly():
+            actual = rows.picked(turned[..., : self.problem.rotary_dim], self.picks)
+            given = (self.x, self.cos, self.sin, self.problem.interleaved)
+            exact, plain = (rows.rotated(*given, d) for d in (torch.float64, actual.dtype))
+            return [judge("the rotation", actual, exact, plain, rms(self.x), WHERE)]
 
 
 WHERE = "(row, place) in the sample"
@@ -159,26 +178,42 @@ class _Lookup(_Watch):
     def forward(
         self, problem: Lookup, xs: tuple[Tensor, ...], tables: Tables, looked_up: Tensor
     ) -> list[Tensor]:
-        turned: list[Tensor] = self.kernel.forward(problem, xs, tables, looked_up)
         if self.idle(xs[0]):
-            return turned
-        with rows.quietly():
-            # of cos and sin themselves: the joined table may be wrong
-            cos, sin = (t.index_select(0, looked_up)[:, None] for t in tables[:2])
-            shape = (len(looked_up), -1, problem.headdim)
-            samples = [_Turn(problem, x.reshape(shape), cos, sin) for x in xs]
-            found = [
-                finding
-                for sample, out in zip(samples, turned, strict=True)
-                for finding in sample.judged(out.view(shape))
-            ]
-            # a token alone is not to be turned as if it were the first
-            first = tables.sin[:1].cpu()
-            alone = not problem.several and bool((samples[0].sin != first).any())
-        if self.agrees(found, all(s.tells or (alone and bool((s.x != 0).any())) for s in samples)):
-            return turned
-        composed: list[Tensor] = self.case.instead().forward(problem, xs, tables, looked_up)
-        return composed
+            idle: list[Tensor] = self.kernel.forward(problem, xs, tables, looked_up)
+            return idle
+
+        def look() -> tuple[list[Tensor], list[Finding], bool]:
+            turned: list[Tensor] = self.kernel.forward(problem, xs, tables, looked_up)
+            return turned, *_judge_lookup(problem, xs, tables, looked_up, turned)
+
+        def instead() -> list[Tensor]:
+            composed: list[Tensor] = self.case.instead().forward(problem, xs, tables, looked_up)
+            return composed
+
+        return self.tried(look, instead)
+
+
+def _judge_lookup(
+    problem: Lookup,
+    xs: tuple[Tensor, ...],
+    tables: Tables,
+    looked_up: Tensor,
+    turned: list[Tensor],
+) -> tuple[list[Finding], bool]:
+    with rows.quietly():
+        # of cos and sin themselves: the joined table may be wrong
+        cos, sin = (t.index_select(0, looked_up)[:, None] for t in tables[:2])
+        shape = (len(looked_up), -1, problem.headdim)
+        samples = [_Turn(problem, x.reshape(shape), cos, sin) for x in xs]
+        found = [
+            finding
+            for sample, out in zip(samples, turned, strict=True)
+            for finding in sample.judged(out.view(shape))
+        ]
+        # a token alone is not to be turned as if it were the first
+        first = tables.sin[:1].cpu()
+        alone = not problem.several and bool((samples[0].sin != first).any())
+        return found, all(s.tells or (alone and bool((s.x != 0).any())) for s in samples)
 
 
 class _Norm(_Watch):
@@ -191,18 +226,17 @@ class _Norm(_Watch):
         def observed(
             call: NormCall, total_dtype: torch.dtype, out_dtype: torch.dtype
         ) -> tuple[Tensor, Tensor]:
-            y, total = run(call, total_dtype, out_dtype)
-            if self.idle(call.x):
-                return y, total
+            def launch(other: NormCall) -> tuple[Tensor, Tensor]:
+                answer: tuple[Tensor, Tensor] = run(other, total_dtype, out_dtype)
+                return answer
 
-            def probe(other: NormCall) -> tuple[Tensor, Tensor]:
-                again: tuple[Tensor, Tensor] = run(other, total_dtype, out_dtype)
-                return again
+            def look() -> tuple[tuple[Tensor, Tensor], list[Finding], bool]:
+                own = detached(call) if problem.needs_grad else call
+                answer = launch(own)
+                return answer, *compare_norm(problem, own, answer, launch)
 
-            found, telling = compare_norm(problem, call, (y, total), probe)
-            if not self.agrees(found, telling):
-                raise Refuted
-            return y, total
+            answer = None if self.idle(call.x) else self.tried(look)
+            return launch(call) if answer is None or problem.needs_grad else answer
 
         return observed
 
@@ -214,56 +248,80 @@ class _Gate(_Watch):
         return partial(self.forward, problem)
 
     def forward(self, problem: Gate, x: Tensor, y: Tensor) -> Tensor:
-        gated: Tensor = self.kernel.forward(problem, x, y)
         if self.idle(x):
-            return gated
-        with rows.quietly():
-            picks = rows.some(tuple(x.shape[:-1]))
-            a, b, actual = (rows.picked(t, picks) for t in (x, y, gated))
-            exact, plain = (rows.swiglu(a, b, d) for d in (torch.float64, actual.dtype))
-            found = [judge("swiglu", actual, exact, plain, rms(a) * rms(b), WHERE)]
-        if self.agrees(found, not torch.equal(a, b)):
-            return gated
-        composed: Tensor = self.case.instead().forward(problem, x, y)
-        return composed
+            idle: Tensor = self.kernel.forward(problem, x, y)
+            return idle
+
+        def look() -> tuple[Tensor, list[Finding], bool]:
+            gated: Tensor = self.kernel.forward(problem, x, y)
+            with rows.quietly():
+                picks = rows.some(tuple(x.shape[:-1]))
+                a, b, actual = (rows.picked(t, picks) for t in (x, y, gated))
+                exact, plain = (rows.swiglu(a, b, d) for d in (torch.float64, actual.dtype))
+                found = [judge("swiglu", actual, exact, plain, rms(a) * rms(b), WHERE)]
+            return gated, found, not torch.equal(a, b)
+
+        def instead() -> Tensor:
+            composed: Tensor = self.case.instead().forward(problem, x, y)
+            return composed
+
+        return self.tried(look, instead)
 
     def backward(self, problem: Gate, g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        grads: tuple[Tensor, Tensor] = self.kernel.backward(problem, g, x, y)
         if self.idle(x):
-            return grads
-        with rows.quietly():
-            picks = rows.some(tuple(x.shape[:-1]))
-            a, b, dout = (rows.picked(t, picks) for t in (x, y, g))
-            exact, plain = (_gate_gradients(a, b, dout, d) for d in (torch.float64, x.dtype))
-            found = [
-                judge(name, rows.picked(grad, picks), e, p, rms(dout) * rms(other), WHERE)
-                for name, grad, e, p, other in zip(
-                    ("dx", "dy"), grads, exact, plain, (b, a), strict=True
-                )
-            ]
-        if self.agrees(found, not torch.equal(a, b) and bool((dout != 0).any())):
-            return grads
-        composed: tuple[Tensor, Tensor] = self.case.instead().backward(problem, g, x, y)
-        return composed
+            idle: tuple[Tensor, Tensor] = self.kernel.backward(problem, g, x, y)
+            return idle
+
+        def look() -> tuple[tuple[Tensor, Tensor], list[Finding], bool]:
+            grads: tuple[Tensor, Tensor] = self.kernel.backward(problem, g, x, y)
+            return grads, *_judge_gate_gradients((g, x, y), grads)
+
+        def instead() -> tuple[Tensor, Tensor]:
+            composed: tuple[Tensor, Tensor] = self.case.instead().backward(problem, g, x, y)
+            return composed
+
+        return self.tried(look, instead)
+
+
+def _judge_gate_gradients(
+    given: tuple[Tensor, Tensor, Tensor], grads: tuple[Tensor, Tensor]
+) -> tuple[list[Finding], bool]:
+    with rows.quietly():
+        picks = rows.some(tuple(given[0].shape[:-1]))
+        dout, a, b = (rows.picked(t, picks) for t in given)
+        exact, plain = (_gate_gradients(a, b, dout, d) for d in (torch.float64, a.dtype))
+        found = [
+            judge(name, rows.picked(grad, picks), e, p, rms(dout) * rms(other), WHERE)
+            for name, grad, e, p, other in zip(
+                ("dx", "dy"), grads, exact, plain, (b, a), strict=True
+            )
+        ]
+        return found, not torch.equal(a, b) and bool((dout != 0).any())
 
 
 class _Geglu(_Watch):
     wraps = ("forward",)
 
     def forward(self, problem: Geglu, both: Tensor) -> Tensor:
-        gated: Tensor = self.kernel.forward(problem, both)
         if self.idle(both):
-            return gated
-        with rows.quietly():
-            picks = rows.some(tuple(both.shape[:-1]))
-            halves, actual = (rows.picked(t, picks) for t in (both, gated))
-            exact, plain = (rows.geglu(halves, d) for d in (torch.float64, actual.dtype))
-            y, gate = halves.chunk(2, -1)
-            found = [judge("geglu", actual, exact, plain, rms(y) * rms(gate), WHERE)]
-        if self.agrees(found, not torch.equal(y, gate)):
-            return gated
-        composed: Tensor = self.case.instead().forward(problem, both)
-        return composed
+            idle: Tensor = self.kernel.forward(problem, both)
+            return idle
+
+        def look() -> tuple[Tensor, list[Finding], bool]:
+            gated: Tensor = self.kernel.forward(problem, both)
+            with rows.quietly():
+                picks = rows.some(tuple(both.shape[:-1]))
+                halves, actual = (rows.picked(t, picks) for t in (both, gated))
+                exact, plain = (rows.geglu(halves, d) for d in (torch.float64, actual.dtype))
+                y, gate = halves.chunk(2, -1)
+                found = [judge("geglu", actual, exact, plain, rms(y) * rms(gate), WHERE)]
+            return gated, found, not torch.equal(y, gate)
+
+        def instead() -> Tensor:
+            composed: Tensor = self.case.instead().forward(problem, both)
+            return composed
+
+        return self.tried(look, instead)
 
 
 def _gate_gradients(x: Tensor, y: Tensor, dout: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -277,63 +335,23 @@ class _Loss(_Watch):
 
     def direct(self, problem: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
         assert self.kernel.direct is not None
-        run, smoothing = self.kernel.direct(problem), problem.label_smoothing
+        run = self.kernel.direct(problem)
 
         def observed(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-            answer: tuple[Tensor, Tensor] = run(logits, labels, ignore_index)
-            if self.idle(logits):
+            def launch(logits: Tensor) -> tuple[Tensor, Tensor]:
+                answer: tuple[Tensor, Tensor] = run(logits, labels, ignore_index)
                 return answer
-            with rows.quietly():
-                picks = _rows_with_labels(labels, ignore_index)
-                some, classes = (rows.picked(t, picks) for t in (logits, labels.long()))
-                actual = rows.picked(answer[0], picks)
-                exact, plain = (
-                    rows.cross_entropy(some, classes, ignore_index, smoothing, d)
-                    for d in (torch.float64, logits.dtype)
-                )
-                wrong = classes.masked_fill(classes == ignore_index, 0)
-                known = (wrong >= 0) & (wrong < logits.shape[1])
-                unit = 1.0 + rms(some)
-                found = [judge("the loss", actual[known], exact[known], plain[known], unit, WHERE)]
-            if problem.needs_grad:
-                found += _probe_loss(run, some, classes, ignore_index, logits.device)
-            told = (classes != ignore_index)[:, None] & (some != some[:, :1])
-            if not self.agrees(found, bool(told.any())):
-                raise Refuted
-            return answer
+
+            def look() -> tuple[tuple[Tensor, Tensor], list[Finding], bool]:
+                own = logits.detach().requires_grad_() if problem.needs_grad else logits
+                answer = launch(own)
+                given = (logits, labels, ignore_index)
+                return answer, *compare_loss(problem, given, answer[0], run)
+
+            answer = None if self.idle(logits) else self.tried(look)
+            return launch(logits) if answer is None or problem.needs_grad else answer
 
         return observed
-
-
-def _rows_with_labels(labels: Tensor, ignored: int) -> rows.Picks:
-    """Rows that are looked at, and one that is ignored, whose neighbours often are too."""
-    there = labels.detach().cpu() != ignored
-    seen, others = there.nonzero()[:, 0], (~there).nonzero()[:1, 0]
-    (picks,) = rows.some((len(seen),))
-    return (torch.cat((seen[picks], others)),)
-
-
-def _probe_loss(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    logits: Tensor,
-    labels: Tensor,
-    ignored: int,
-    device: torch.device,
-) -> list[Finding]:
-    """The gradient of a few rows, by a launch of its own; with one there is no smoothing."""
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = logits.to(device).requires_grad_()
-        loss, _ = run(leaf, labels.to(device), ignored)
-        (actual,) = torch.autograd.grad(loss, leaf, rows.waves(loss))
-        dy = rows.waves(loss).cpu()
-
-        def solved(dtype: torch.dtype) -> Tensor:
-            other = logits.detach().to(dtype).clone().requires_grad_()
-            wanted = rows.cross_entropy(other, labels, ignored, 0.0, dtype)
-            return torch.autograd.grad(wanted, other, dy.to(dtype))[0]
-
-        exact, plain = solved(torch.float64), solved(logits.dtype)
-    return [judge("dlogits", actual.cpu(), exact, plain, 1.0, WHERE)]
 
 
 _WATCHES: dict[type, Any] = {

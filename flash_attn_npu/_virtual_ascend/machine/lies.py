@@ -22,6 +22,7 @@ from .memory import host_view
 __all__ = [
     "LIES",
     "arguments",
+    "honest",
     "kept",
     "key_heads",
     "lying",
@@ -48,6 +49,10 @@ def lying(lie: str) -> Iterator[None]:
 
 def told(lie: str) -> bool:
     return lie in _told
+
+
+def honest() -> bool:
+    return not _told
 
 
 def arguments(name: str, given: Given) -> Given:
