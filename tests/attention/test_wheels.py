@@ -268,26 +268,36 @@ def recorded() -> list[Call]:
     return seen.calls
 
 
-def call_sites() -> Iterator[tuple[str, int, int, str]]:
-    """(file, first line, last line, operator) of every call of an operator of torch_npu."""
+def named(node: ast.expr) -> str | None:
+    """The operator of torch_npu that an expression stands for: `torch_npu.X`, `launcher("X")`."""
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
+        "torch_npu",
+        "torch.ops.npu",
+    ):
+        return node.attr
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "launcher":
+        return str(ast.literal_eval(node.args[0]))
+    return None
+
+
+def expressions() -> Iterator[tuple[str, ast.expr]]:
     for path in sorted(ASCEND.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                owner = ast.unparse(node.func.value)
-                if owner in ("torch_npu", "torch.ops.npu"):
-                    yield path.name, node.lineno, node.end_lineno or 0, node.func.attr
+            if isinstance(node, ast.expr):
+                yield path.name, node
+
+
+def call_sites() -> Iterator[tuple[str, int, int, str]]:
+    """(file, first line, last line, operator) of every call of an operator of torch_npu."""
+    for file, node in expressions():
+        operator = named(node.func) if isinstance(node, ast.Call) else None
+        if operator is not None:
+            yield file, node.lineno, node.end_lineno or 0, operator
 
 
 def operators_named() -> set[str]:
     """Every operator of torch_npu that the kernels' source names."""
-    found = set()
-    for path in ASCEND.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
-                owner = ast.unparse(node.value)
-                if owner in ("torch_npu", "torch.ops.npu"):
-                    found.add(node.attr)
-    return found
+    return {operator for _, node in expressions() if (operator := named(node))}
 
 
 def test_every_call_is_covered(npu: torch.device, recorded: list[Call]) -> None:

@@ -227,13 +227,13 @@ def _added_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     if operator == ADD_RMS_NORM:
-        normed, _, total = launcher(operator)(x, residual, weight, eps)
+        normed, _, total = launcher("npu_add_rms_norm")(x, residual, weight, eps)
     else:
         if residual is not None and residual.dtype != x.dtype:
             # parameters of the sum's dtype: it has no kernel for others
             assert bias is not None
             weight, bias = weight.float(), bias.float()
-        normed, _, _, total = launcher(operator)(x, residual, weight, bias, eps, True)
+        normed, _, _, total = launcher("npu_add_layer_norm")(x, residual, weight, bias, eps, True)
     watch(normed, _norm_once)
     return normed, total
 
