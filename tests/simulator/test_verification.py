@@ -20,6 +20,7 @@ from flash_attn_npu._core.table import choice
 from flash_attn_npu._core.verification import kinds
 from flash_attn_npu.errors import ArgumentError, UnsupportedError
 from flash_attn_npu.layers.rotary import apply_rotary_emb
+from flash_attn_npu.ops.activations import swiglu
 from flash_attn_npu.ops.triton.layer_norm import rms_norm_fn
 
 HALF = torch.bfloat16
@@ -340,6 +341,12 @@ def test_gradients_too_large_for_float16_accuse_nobody(
     [verdict] = kinds._verdicts._known.values()
     assert verdict == kinds.Verdict(True, 1)
     assert not errors(caplog)
+
+
+def test_a_gate_of_any_length_is_of_one_kind(npu: torch.device) -> None:
+    for tokens in (3, 5):
+        swiglu(*drawn(npu, tokens, 64).chunk(2, -1))
+    assert [str(kind) for kind in known()] == ["npu_swiglu, forward: bfloat16, halves"]
 
 
 def test_a_plan_tells_its_kinds_whatever_the_setting(npu: torch.device) -> None:

@@ -58,7 +58,10 @@ def compare_forward(
         for spot in spots(problem):
             rows, columns = _index(spot.rows), _range(spot.seqlen_k)
             piece = reader.piece(spot, rows, columns, spot.heads)
-            telling = telling or tells(piece, _key_heads(reader, spot.heads))
+            telling = telling or (
+                tells(piece, _key_heads(reader, spot.heads))
+                and not _repeated(inputs.sink, spot.heads, reader.group)
+            )
             actual = reader.rows(out, spot, rows, spot.heads)
             if drawn is None or mask is not None:
                 found.append(_judge_out(piece, actual, spot))
@@ -92,6 +95,15 @@ def tells(piece: truth.Piece, key_heads: set[int]) -> bool:
 
 def _alike(of_heads: Tensor) -> bool:
     return of_heads.shape[0] > 1 and torch.equal(of_heads[0], of_heads[-1])
+
+
+def _repeated(sink: Tensor | None, heads: tuple[int, ...], group: int) -> bool:
+    """Whether the sinks of all these heads are those of the first key head's."""
+    others = [head for head in heads if head >= group]
+    if sink is None or not others:
+        return False
+    sinks = sink.detach().cpu()
+    return all(bool(sinks[head] == sinks[head % group]) for head in others)
 
 
 def _key_heads(reader: Reader, heads: tuple[int, ...]) -> set[int]:

@@ -43,7 +43,12 @@ def _kind(case: Case) -> Kind:
     part = "gradient" if getattr(problem, "grad_dtype", None) is not None else "forward"
     if getattr(problem, "needs_grad", False):
         part = "forward and gradient"
-    told = {name: value for name, value in problem._asdict().items() if name in _TOLD}
+    # a gate's `whole` is the size of a tensor, which is no matter of a kind
+    told = {
+        name: value
+        for name, value in problem._asdict().items()
+        if name in _TOLD and not isinstance(value, tuple)
+    }
     if getattr(problem, "label_smoothing", 0):
         told["label_smoothing"] = True
     words = (
