@@ -76,7 +76,7 @@ def test_a_norm_is_looked_up_and_launched(added: bool, grad: bool) -> None:
     # the arguments as a value, and the answer
     assert seen.count("<lambda>") == 2
     look_up = ["rms_norm_fn", "normalize", "_key", "is_compiling"]
-    launch = ["_added_norm" if added else "_norm", "launcher", "is_compiling"]
+    launch = ["_added_norm" if added else "_norm", "launcher", "is_dynamo_compiling"]
     launch += ["watch", "is_compiling"]
     if added and grad:
         launch = [
@@ -85,7 +85,7 @@ def test_a_norm_is_looked_up_and_launched(added: bool, grad: bool) -> None:
             "is_dynamo_compiling",
             "forward",
             "launcher",
-            "is_compiling",
+            "is_dynamo_compiling",
         ]
         launch += ["save_for_backward", "set_materialize_grads"]
     around = ["_fused", "total_dtype", "out_dtype", "_add_and_norm"]
@@ -98,7 +98,14 @@ def test_a_rotation_is_looked_up_and_launched(grad: bool) -> None:
     x = torch.randn(2, 3, 4, 16).npu().requires_grad_(grad)
     cos, sin = torch.randn(2, 5, 8).npu()
     key = ["_key", "is_compiling", "remembers_compiling", "_is_set_to_compile"]
-    launch = ["_shared", "_rows", "_rotated", "_may_share", "_turned", "launcher", "is_compiling"]
+    launch = [
+        "_shared",
+        "_rotated",
+        "_may_share",
+        "_turned",
+        "launcher",
+        "is_dynamo_compiling",
+    ]
     seen = again(lambda: apply_rotary_emb(x, cos, sin, seqlen_offsets=1))
     named = [name for name in seen if name != "<lambda>"]
     start, door = named[: named.index("rotate")], ["apply_rotary_emb", "_is_differentiated"]

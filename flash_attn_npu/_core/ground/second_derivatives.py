@@ -16,6 +16,8 @@ from ...errors import UnsupportedError
 
 __all__ = ["first_order", "once", "refuse_second", "watch"]
 
+_compiling = torch.compiler.is_compiling
+
 
 def first_order(function: str, gradients: Iterable[Any], *sources: Any) -> tuple[Any, ...]:
     """What a backward returns, with a refusal between it and what it was computed from.
@@ -58,7 +60,7 @@ def once(function: str) -> Tensor:
 
 def watch(first_output: Tensor, mark: Tensor) -> None:
     """Refuse derivatives of the gradients of the operator that made this output, its first."""
-    if not torch.compiler.is_compiling():
+    if not _compiling():
         node: Any = first_output.grad_fn
         if node is not None:
             node._register_hook_dict(mark)

@@ -164,30 +164,39 @@ def _key(function: str, call: NormCall) -> Hashable:
     # fmt: off
     (
         x, weight, bias, residual, x1, weight1, bias1, rowscale, layerscale, out, residual_out,
-        eps, dropout_p, *options,
-    ) = call
+    ) = call[:11]
     # fmt: on
+    options: Any = call[11:]
     if out is not None or residual_out is not None:
         return None
-    if type(eps) is not float or type(dropout_p) is not float:
+    if type(options[0]) is not float or type(options[1]) is not float:
+        return None
+    if type(x) not in PLAIN or type(weight) not in PLAIN:
+        return None
+    if not (x.layout is weight.layout is STRIDED):
         return None
     grad = _grad_enabled()
-    facts = [function, grad, eps, dropout_p, *options]
-    given: Any = (x, weight, bias, residual)
-    if not (x1 is weight1 is bias1 is rowscale is layerscale is None):
-        given += (x1, weight1, bias1, rowscale, layerscale)
     try:
-        for tensor in given:
-            if type(tensor) in PLAIN and tensor.layout is STRIDED:
-                facts += (tensor.shape, tensor.dtype, tensor.device, grad and tensor.requires_grad)
-            elif tensor is None:
-                facts.append(None)
+        # fmt: off
+        facts = (
+            function, grad, options, x.shape, x.dtype, x.device, grad and x.requires_grad,
+            weight.shape, weight.dtype, weight.device, grad and weight.requires_grad,
+        )
+        # fmt: on
+        if bias is residual is x1 is weight1 is bias1 is rowscale is layerscale is None:
+            return facts
+        more: list[Any] = []
+        for tensor in (bias, residual, x1, weight1, bias1, rowscale, layerscale):
+            if tensor is None:
+                more.append(None)
+            elif type(tensor) in PLAIN and tensor.layout is STRIDED:
+                more += (tensor.shape, tensor.dtype, tensor.device, grad and tensor.requires_grad)
             else:
                 return None
     except RuntimeError:
         # a nested tensor has no shape
         return None
-    return tuple(facts)
+    return *facts, *more
 
 
 def compose(function: str, call: NormCall) -> None:
@@ -327,6 +336,8 @@ def in_buffer(buffer: Tensor | None, value: OptionalTensor) -> OptionalTensor:
 
 def arranged(answer: Answer, two: bool, prenorm: bool, return_dropout_mask: bool) -> Any:
     """`answer` as `layer_norm_fn` returns it; `two`: there is a weight1."""
+    if not (two or prenorm or return_dropout_mask):
+        return answer.y
     results: tuple[Tensor | None, ...] = (answer.y,)
     if two:
         results += (answer.y1,)
@@ -334,7 +345,7 @@ def arranged(answer: Answer, two: bool, prenorm: bool, return_dropout_mask: bool
         results += (answer.total,)
     if return_dropout_mask:
         results += (answer.mask, answer.mask1)
-    return results if len(results) > 1 else answer.y
+    return results
 
 
 class LayerNormFn(torch.autograd.Function):

@@ -12,7 +12,7 @@ from ...ground.memory import Memo
 
 __all__ = ["behind", "launcher"]
 
-_compiling = torch.compiler.is_compiling
+_compiling = torch.compiler.is_dynamo_compiling
 _behind: Memo[str, tuple[Callable[..., Any], Callable[..., Any]]] = Memo(
     "C functions of operators", 64
 )
@@ -24,7 +24,7 @@ def behind(operator: Callable[..., Any]) -> Callable[..., Any]:
     What is not such an operator, but stands in for one, is given back as it is, and so is
     everything while torch.compile traces, which cannot trace the C function.
     """
-    if torch.compiler.is_compiling() or type(operator) is not OpOverloadPacket:
+    if _compiling() or type(operator) is not OpOverloadPacket:
         return operator
     # scripted objects among its arguments would have to be looked for first
     if getattr(operator, "_has_torchbind_op_overload", False):

@@ -172,7 +172,8 @@ def _add_and_norm(
     """
     # one by one: torch 2.6 and 2.8 cannot trace a slice of a NamedTuple
     x, weight, bias, residual, eps = call.x, call.weight, call.bias, call.residual, call.eps
-    if not 1 < x.dim() <= MOST_DIMS:
+    reshaped = not 1 < x.dim() <= MOST_DIMS
+    if reshaped:
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(rows.shape)
     else:
@@ -193,7 +194,7 @@ def _add_and_norm(
     # a sum of strided rows has their strides
     total = _in(total_dtype, total).contiguous()
     normed = _in(out_dtype, normed).contiguous()
-    if total.shape != x.shape:
+    if reshaped:
         return normed.view(x.shape), total.view(x.shape)
     return normed, total
 
