@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+import flash_attn_npu._flash_attn_3.flash_attn_interface as flash_attn_3
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from tests.helpers.one_thread import one_thread
 
 NAN = float("nan")
 
@@ -62,6 +64,58 @@ def test_a_key_behind_the_window_spoils_nothing(bad: float, seqlen: int) -> None
     )
     assert out[3:].isfinite().all()
     assert out[:3, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"causal": True, "window_size": (9, 0)}, {"softcap": 5.0}],
+    ids=["full", "causal", "window", "softcap"],
+)
+@pytest.mark.parametrize("seqlen", [40, 1100])
+def test_what_no_query_sees_spoils_no_gradient(
+    seqlen: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Rows that seqused says do not count, rows past the last sequence, and their dout."""
+    used = seqlen - 7
+    q, k, v, dout = (torch.randn(seqlen + 3, 2, 16).to(dtype) for _ in range(4))
+    for x in (q, k, v, dout):
+        x[used:] = NAN
+    leaves, lengths = [x.requires_grad_() for x in (q, k, v)], torch.tensor([used])
+    with one_thread():
+        out = flash_attn_3.flash_attn_varlen_func(
+            *leaves,
+            *(torch.tensor([0, seqlen], dtype=torch.int32),) * 2,
+            *(seqlen,) * 2,
+            seqused_q=lengths.int(),
+            seqused_k=lengths.int(),
+            **options,
+        )
+        found = torch.autograd.grad(out, leaves, dout)
+    assert out[:used].isfinite().all()
+    assert all(x[:used].isfinite().all() and not x[used:].any() for x in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("seqlen", [40, 1100])
+def test_keys_and_queries_that_the_band_hides_spoil_no_gradient(
+    seqlen: int, dtype: torch.dtype
+) -> None:
+    """Keys before the window of the first query, and queries before the first key."""
+    rows = seqlen // 2
+    for queries, keys, options in (
+        (rows, seqlen, {"window_size": (9, 0)}),
+        (seqlen, rows, {"causal": True}),
+    ):
+        q, dout = (torch.randn(1, queries, 2, 16).to(dtype) for _ in range(2))
+        k, v = (torch.randn(1, keys, 2, 16).to(dtype) for _ in range(2))
+        for x in (k, v) if keys > queries else (q, dout):
+            x[:, : seqlen - rows - 9 * (keys > queries)] = NAN
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        with one_thread():
+            out = flash_attn_func(*leaves, **options)
+            found = torch.autograd.grad(out, leaves, dout)
+        assert all(x.isfinite().all() for x in (out, *found))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, -4.0])

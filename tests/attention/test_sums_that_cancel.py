@@ -6,16 +6,23 @@ keys do, and trained models have them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from flash_attn_npu import flash_attn_func
+from tests.helpers.one_thread import one_thread
 
 HEADDIM = 64
 Made = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def trend(seqlen: int) -> Made:

@@ -44,9 +44,10 @@ FEWEST_KEYS = 16
 """With fewer the kernel's maximum passes over NaN, and a row of them counts as one without keys."""
 
 LONG, LONG_CAUSAL = 1024, 512
-"""Queries, and keys, of a backward that strips are faster for."""
+"""Queries, and keys, of a backward that strips are faster for, or of one that is not causal and has
+a single sequence: it pays for its spaces alone."""
 
-STREAM_ROWS = 1 << 11
+STREAM_ROWS = 1 << 12
 """Rows of streams that share strips: short ones are few launches then."""
 
 BIAS_BYTES = 1 << 23
@@ -232,10 +233,14 @@ def attend_backward(
 
 
 def _long(q: Tensor, k: Tensor, rule: Rule) -> bool:
-    """Whether products of bfloat16, where a sum is one product, are the faster way."""
+    """Whether products of bfloat16, where a sum is one product, are the faster way.
+
+    Of one thread: the kernel shares out heads among several, and strips each of their launches.
+    """
     plain = rule.slopes is None and left_of(rule.band) is None
     taken = plain and q.dtype == torch.bfloat16 and multiplies_bf16()
-    long = LONG if rule.band.right is None else LONG_CAUSAL
+    taken = taken and torch.get_num_threads() == 1
+    long = LONG if rule.band.right is None and q.shape[0] == 1 else LONG_CAUSAL
     return taken and min(q.shape[2], k.shape[2]) >= long
 
 
@@ -245,7 +250,7 @@ def _by_strips(
     """`attend_backward` of long bfloat16."""
     (_, heads_q, seqlen_q, _), (batch, heads_k) = inputs[0].shape, inputs[1].shape[:2]
     group, spaces = heads_q // heads_k, Spaces()
-    room = max(torch.get_num_threads(), STREAM_ROWS // (seqlen_q * group))
+    room = STREAM_ROWS // (seqlen_q * group)
     for part in _shares(batch, heads_k, group, room):
         heads = part.heads_k.stop - part.heads_k.start
         dout, out, lse = (part.q(x) for x in answer)
