@@ -51,12 +51,14 @@ class Subsets(NamedTuple):
 
 def dropout_add(function: str, call: NormCall, return_dropout_mask: bool) -> Any:
     """z, followed by the sum if call.prenorm, and by the mask."""
-    return _arranged(call, normalize(function, call), return_dropout_mask)
+    answer = normalize(function, call, return_dropout_mask)
+    return _arranged(call, answer, return_dropout_mask)
 
 
 def dropout_add_parallel_residual(function: str, call: NormCall, return_dropout_mask: bool) -> Any:
     """z0 and z1, followed by the sum if call.prenorm, and by two masks."""
-    return _arranged_parallel(call, normalize(function, call), return_dropout_mask)
+    answer = normalize(function, call, return_dropout_mask)
+    return _arranged_parallel(call, answer, return_dropout_mask)
 
 
 def dropout_add_subset(call: NormCall, subsets: Subsets, return_dropout_mask: bool) -> Any:

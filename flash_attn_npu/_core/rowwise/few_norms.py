@@ -14,7 +14,7 @@ from ..ground.second_derivatives import first_order
 from ..kernels.composed import layer_norm, norms
 from ..problems.norms import NormCall
 
-__all__ = ["FewLayerNorms", "serves"]
+__all__ = ["recorded", "serves"]
 
 TENSORS = 7
 """x, weight, bias, residual, x1, weight1, bias1: the first fields of a call."""
@@ -23,6 +23,15 @@ TENSORS = 7
 def serves(call: NormCall) -> bool:
     """Whether `FewLayerNorms` differentiates a small call on a CPU."""
     return not call.is_rms_norm and call.rowscale is None and call.layerscale is None
+
+
+def recorded(
+    call: NormCall, masks: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, y1 if there is a weight1, and the rounded sum if prenorm."""
+    results = FewLayerNorms.apply(*call[:TENSORS], call, masks)  # type: ignore[no-untyped-call]
+    y1 = None if call.weight1 is None else results[1]
+    return results[0], y1, results[-1] if call.prenorm else None
 
 
 class FewLayerNorms(torch.autograd.Function):

@@ -69,8 +69,11 @@ class Answer(NamedTuple):
     mask1: Tensor | None
 
 
-def normalize(function: str, call: NormCall) -> Answer:
+def normalize(function: str, call: NormCall, masked: bool = False) -> Answer:
     """Serve one call of the public function of this name.
+
+    Args:
+        masked: the masks of its dropout are asked for.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit, under the function's name for
@@ -90,13 +93,13 @@ def normalize(function: str, call: NormCall) -> Answer:
         try:
             return _fused(found, call)
         except Refuted as refuted:
-            return refuted.answer(lambda: normalize(function, call))
+            return refuted.answer(lambda: normalize(function, call, masked))
     if key is None or torch._C._are_functorch_transforms_active():
         refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
     needs_grad = found.problem.needs_grad
     if key is not None and is_few(call.x):
         return _few(call, needs_grad)
-    answer = None if needs_grad else _unrecorded(call)
+    answer = None if needs_grad else _unrecorded(call, masked)
     if answer is not None:
         return answer
     prenorm = call.prenorm or call.residual_out is not None
@@ -104,12 +107,16 @@ def normalize(function: str, call: NormCall) -> Answer:
     return in_buffers(call, _few(inner, needs_grad) if is_small(call.x) else _recorded(inner))
 
 
-def _unrecorded(call: NormCall) -> Answer | None:
+def _unrecorded(call: NormCall, masked: bool) -> Answer | None:
     """The answer to a call that needs no gradient, in its buffers; None where that cannot be."""
     if torch.compiler.is_compiling():
         return None
+    without = call.out is None and call.residual_out is None
+    hidden = norm_blocks.with_hidden_mask(call) if without and not masked else None
+    if hidden is not None:
+        return _answer(call, hidden, (None, None))
     masks = norms.draw_masks(call)
-    if call.out is None and call.residual_out is None:
+    if without:
         return _answer(call, norm_blocks.forward(call, *masks), masks)
     written = norm_blocks.in_blocks(call, *masks)
     return None if written is None else _answer(call, written, masks)
@@ -119,7 +126,11 @@ def _few(call: NormCall, needs_grad: bool) -> Answer:
     """The answer to a small call without buffers."""
     # of several results, torch's autograd would take what nobody uses for no part of the graph
     if needs_grad and (call.prenorm or call.weight1 is not None):
-        return _by_few(call) if few_norms.serves(call) else _recorded(call)
+        if not few_norms.serves(call):
+            return _recorded(call)
+        masks = norms.draw_masks(call)
+        y, y1, total = few_norms.recorded(call, masks)
+        return Answer(y, y1, total, *masks)
     masks = norms.draw_masks(call)
     if call.rowscale is not None:
         call = call._replace(rowscale=call.rowscale.detach())
@@ -128,14 +139,6 @@ def _few(call: NormCall, needs_grad: bool) -> Answer:
     if needs_grad:
         watch(normed.y, _once)
     return _answer(call, normed, masks)
-
-
-def _by_few(call: NormCall) -> Answer:
-    masks = norms.draw_masks(call)
-    given = call[: few_norms.TENSORS]
-    results = few_norms.FewLayerNorms.apply(*given, call, masks)  # type: ignore[no-untyped-call]
-    y1 = None if call.weight1 is None else results[1]
-    return Answer(results[0], y1, results[-1] if call.prenorm else None, *masks)
 
 
 def _recorded(call: NormCall) -> Answer:

@@ -187,7 +187,7 @@ def layer_norm_fn(
         dropout_p, prenorm, residual_in_fp32, zero_centered_weight, is_rms_norm, out_dtype,
     )
     # fmt: on
-    answer = normalize("layer_norm_fn", call)
+    answer = normalize("layer_norm_fn", call, return_dropout_mask)
     return arranged(answer, weight1 is not None, prenorm, return_dropout_mask)
 
 
@@ -220,7 +220,7 @@ def rms_norm_fn(
         dropout_p, prenorm, residual_in_fp32, zero_centered_weight, True, out_dtype,
     )
     # fmt: on
-    answer = normalize("rms_norm_fn", call)
+    answer = normalize("rms_norm_fn", call, return_dropout_mask)
     return arranged(answer, weight1 is not None, prenorm, return_dropout_mask)
 
 

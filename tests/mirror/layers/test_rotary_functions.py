@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu._core.ground.memory import forget_lengths
@@ -87,6 +88,22 @@ def test_tables_that_require_a_gradient_are_read_as_others(
         want = rotary.apply_rotary_emb(x.clone(), cos, sin, *options)
         got = rotary.apply_rotary_emb(x, *wanted, *options)
         torch.testing.assert_close(got.detach(), want)
+
+
+# the first dual of a process compiles torch's own formulas
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@each_dtype
+@each_pairing
+def test_a_tangent_is_rotated_on_a_cpu(dtype: torch.dtype, interleaved: bool) -> None:
+    x, tangent = torch.randn(2, 2, 4, 3, 16).to(dtype)
+    cos, sin = tables(4, 8, dtype)
+    for _ in range(2):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, tangent)
+            turned = forward_ad.unpack_dual(rotary.apply_rotary_emb(dual, cos, sin, interleaved))
+        for got, given in ((turned.primal, x), (turned.tangent, tangent)):
+            want = rotary.apply_rotary_emb(given, cos, sin, interleaved)
+            torch.testing.assert_close(got, want)
 
 
 @each_dtype

@@ -271,3 +271,49 @@ def test_refused_buffers_are_not_written() -> None:
         ):
             layer_norm.rms_norm_fn(**leaves, bias=None, out=other, residual_out=out)
     assert bool(out.isnan().all())
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("out_dtype", [None, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_mask_that_nobody_asks_for_drops_the_same_values(
+    no_small: None,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+    rms: bool,
+) -> None:
+    """It lies in the memory of y, which is written block by block."""
+    monkeypatch.setattr(norm_blocks, "HOST_BLOCK", 3 * 32)
+    x, residual = torch.randn(2, 7, 5, 32).to(dtype)
+    weight = torch.randn(32)
+
+    def run(masked: bool) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(3)
+        found = layer_norm.layer_norm_fn(
+            x,
+            weight,
+            None,
+            residual,
+            dropout_p=0.4,
+            prenorm=True,
+            is_rms_norm=rms,
+            out_dtype=out_dtype,
+            return_dropout_mask=masked,
+        )
+        return found[0], found[1]
+
+    for got, want in zip(run(masked=False), run(masked=True), strict=True):
+        assert torch.equal(got, want)
+        assert not got._is_view()
+
+
+def test_dropout_without_a_gradient_takes_no_memory_for_its_mask() -> None:
+    x, residual = torch.randn(2, 2048, 1024)
+    weight = torch.ones(1024)
+    with PeakBytes() as bytes_of:
+        y, total = layer_norm.layer_norm_fn(
+            x, weight, weight, residual, dropout_p=0.1, prenorm=True
+        )
+    # two blocks of 512 KiB, and not the 2 MiB of a mask
+    assert bytes_of.peak < y.nbytes + total.nbytes + (3 << 19)

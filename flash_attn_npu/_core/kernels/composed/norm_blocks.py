@@ -14,7 +14,7 @@ from ...problems.norms import NormCall
 from . import layer_norm, norms
 from .norms import Normed, Saved, Terms
 
-__all__ = ["backward", "forward", "in_blocks"]
+__all__ = ["backward", "forward", "in_blocks", "with_hidden_mask"]
 
 BLOCK_ELEMENTS = 1 << 20
 """What is normalised at a time."""
@@ -160,7 +160,24 @@ def in_blocks(
         for target, values in zip(targets, piece, strict=True):
             if target is not None and values is not None and target is not x:
                 target[part].copy_(values)
+        # the next block would be computed beside this one
+        del piece, values
     return targets
+
+
+def with_hidden_mask(call: NormCall) -> Normed | None:
+    """`forward` with dropout of many rows of x, whose mask nobody asks for and no gradient needs.
+
+    It takes no memory of its own: it lies at the end of y's. y comes block by block from the start,
+    and the first n elements of y reach no further than the first n of the mask, which were read.
+    """
+    x = call.x
+    if call.dropout_p == 0 or call.x1 is not None or not _is_large(x):
+        return None
+    y = torch.empty(x.shape, dtype=norms.out_dtype(call), device=x.device)
+    mask = y.view(-1).view(torch.bool)[-x.numel() :].view(x.shape)
+    normed = in_blocks(call._replace(out=y), mask.bernoulli_(1.0 - call.dropout_p), None)
+    return None if normed is None else normed._replace(y=y)
 
 
 def _targets(call: NormCall, keep: bool) -> Normed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ground.functions import FORWARD
 from ...problems.rowwise import Lookup, Rotation, Tables
 from ..kernel import Kernel
 
@@ -44,7 +45,7 @@ def serves_few(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `few` may rotate x, which is on a CPU and not traced."""
     whole = problem.rotary_dim == x.shape[-1] and not problem.empty
     kept = x.requires_grad or cos.requires_grad or sin.requires_grad
-    return whole and not (kept and torch.is_grad_enabled())
+    return whole and not (kept and torch.is_grad_enabled()) and FORWARD._current_level < 0
 
 
 def few(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
@@ -95,7 +96,7 @@ def _turn_as_complex(x: Tensor, turns: Tensor, out: Tensor) -> None:
 
 def _is_recorded(*tensors: Tensor) -> bool:
     """Whether somebody keeps the operations, so that none may write into a tensor it is given."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or FORWARD._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
