@@ -198,7 +198,8 @@ def summed(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Tensor:
 
 def _addend(tensor: Tensor, wide: torch.dtype) -> Tensor:
     """As it came on the host, where an addition widens what it reads."""
-    return tensor if tensor.is_cpu else tensor.to(wide)
+    # torch 2.6 cannot trace is_cpu
+    return tensor if tensor.device.type == "cpu" else tensor.to(wide)
 
 
 def rms_norm(call: NormCall, mask: Tensor | None, mask1: Tensor | None) -> Normed | None:
