@@ -36,7 +36,8 @@ SAID = ("reasons that were logged", "remarks on decoding that were logged")
 """Memos that answer nothing: what they hold is not said a second time."""
 COMPARED = (
     "kinds of calls that were compared",
-    "operators that were found wrong",
+    "kinds of gradients that were launched",
+    "operators of which a kind does not serve",
     "versions of what runs on a chip",
 )
 """Memos that are filled where first calls are compared, which is off here."""
