@@ -9,6 +9,7 @@ import torch
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func
 from flash_attn_npu import flash_attn_interface as interface
+from flash_attn_npu._core.ground.settings import verifying
 from tests.helpers import argument_harness as harness
 from tests.helpers.strategies import Problem
 
@@ -91,7 +92,8 @@ def test_the_setting_is_put_back_after_an_error(npu, setting, monkeypatch, funct
 
     monkeypatch.setattr(torch_npu, "npu_fusion_attention_grad", fail)
     call = harness.arguments_for(function, problem) | {"deterministic": True}
-    with pytest.raises(RuntimeError, match="on fire"):
+    # where first calls are compared another kernel would serve
+    with verifying("off"), pytest.raises(RuntimeError, match="on fire"):
         harness.run(function, call, npu)
     assert current() == setting
 

@@ -96,6 +96,9 @@ def rehearsed(case: Case, kind: Kind, launch: Callable[[], object]) -> None:
     try:
         with _apart():
             launch()
+            # a queue of launches raises here, and not in the call
+            device = case.problem.device
+            torch.get_device_module(device).synchronize(device)
     except torch.OutOfMemoryError:
         # nobody has asked for it
         return
