@@ -28,7 +28,7 @@ STRIP_BYTES = 1 << 22
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 """Keys of a block: a diagonal wastes half of what it cuts, and products like it large."""
 
-TILE_ELEMENTS = 1 << 19
+TILE_ELEMENTS = 1 << 18
 """Scores that are computed at once."""
 
 LOG2_E = math.log2(math.e)
