@@ -374,6 +374,8 @@ def test_a_rehearsal_draws_nothing_and_comes_once(npu: torch.device) -> None:
         assert losses() == checked
 
 
+# of torch's own tracing
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_traced_graph_uses_nothing_that_raised(npu: torch.device, fresh_dynamo: None) -> None:
     def gated(x: Tensor) -> Tensor:
         return swiglu(*x.chunk(2, -1))
