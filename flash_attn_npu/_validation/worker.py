@@ -103,7 +103,8 @@ def _asked(name: str, where: str) -> dict[str, Any]:
     if "status" not in result:
         result["status"] = "right" if all(map(within, plain.values())) else "wrong"
     # a simulated card takes its time, which says nothing
-    if where == "npu" and not _simulated and hasattr(case.question, "again"):
+    timed = where == "npu" and not _simulated and result["status"] in ("right", "wrong")
+    if timed and hasattr(case.question, "again"):
         result["time"] = _timed(case.question.again(device))
     result["seconds"] = round(time.perf_counter() - start, 2)
     return result

@@ -23,7 +23,7 @@ __all__ = ["Accusations", "searching", "with_a_card"]
 
 ACCUSING = ("does not agree with exact arithmetic", "raised an error at its first call")
 
-LAUNCHES = "launches are counted, and a comparison asks for a mask or for statistics by its own"
+LAUNCHES = "launches are counted, and a comparison has some of its own: a gradient is rehearsed"
 COPIES = "copies are counted, and a comparison reads a sample"
 DECISIONS = "plans and frames are counted, and a comparison is over when plans are made anew"
 
@@ -58,6 +58,26 @@ COUNTING: dict[str, tuple[str, ...]] = {
         "test_sinks_over_pages::test_windows",
         "test_table::test_the_cell_says_what_happens",
         "test_wheels::test_every_call_is_covered",
+        "test_alibi_softcap::test_a_common_offset_is_fused_where_the_setting_allows_it",
+        "test_alibi_softcap::test_a_common_offset_of_more_queries_is_fused_there_too",
+        "test_alibi_softcap::test_a_softcap_that_is_not_positive_is_none",
+        "test_alibi_softcap::test_alibi_of_equal_lengths_is_fused",
+        "test_alibi_softcap::test_alibi_of_fewer_queries_than_keys_is_one_launch",
+        "test_alibi_softcap::test_packed_alibi_is_one_launch_whatever_is_asked",
+        "test_alibi_softcap::test_slopes_that_grow_leave_no_infinity",
+        "test_alibi_softcap::test_the_setting_changes_nothing_else",
+        "test_deterministic::test_forward_and_backward_stay_fused",
+        "test_deterministic::test_the_gradient_is_launched_deterministically",
+        "test_dropout::test_a_vanishing_probability_means_none",
+        "test_dropout::test_the_fused_kernel_drops_alike_in_forward_and_backward",
+        "test_dropout::test_the_fused_kernel_drops_alike_when_deterministic",
+        "test_fa3_natively::test_their_gradient_is_none",
+        "test_policy_report::test_error_lets_fused_calls_pass",
+        "test_single_tokens::test_slopes_of_each_sequence",
+        "test_single_tokens::test_values_and_gradients",
+        "test_sinks::test_output_and_gradients",
+        "test_transformers_models::test_a_training_step_has_eagers_gradients",
+        "test_wheels::test_nothing_is_asked_that_a_wheel_refuses",
     ),
     COPIES: (
         "test_kvcache_native::test_a_decode_loop_is_never_stale",

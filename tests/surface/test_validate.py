@@ -16,6 +16,7 @@ from flash_attn_npu._commands import matrix as matrix_command
 from flash_attn_npu._commands import validate
 from flash_attn_npu._core.ground import chip, confirmed
 from flash_attn_npu._core.ground.memory import forget_all
+from flash_attn_npu._core.ground.settings import verifying
 from flash_attn_npu._core.table import attention, cache, rowwise
 from flash_attn_npu._core.table.choice import KERNELS, ROWS
 from flash_attn_npu._core.verification import kinds
@@ -66,10 +67,22 @@ LIES = {
 def test_a_lying_card_is_found_out(lie: str, npu: torch.device) -> None:
     from flash_attn_npu import _virtual_ascend
 
-    with _virtual_ascend.lying(lie):
+    # as validate has it
+    with verifying("off"), _virtual_ascend.lying(lie):
         answer = LIES[lie].ask(npu)
     figures = answer[0] if isinstance(answer, tuple) else answer
     assert not all(map(within, figures.values())), figures
+
+
+def test_what_a_card_raises_is_recorded_in_its_words(npu: torch.device) -> None:
+    from flash_attn_npu import _virtual_ascend
+
+    with verifying("off"), _virtual_ascend.lacking("npu_fusion_attention"):
+        result = worker._asked("attention: causal", "npu")
+    assert (result["status"], result["kernel"]) == ("error", "npu_fusion_attention")
+    assert result["note"].startswith("RuntimeError: aclnnnpu_fusion_attention or ")
+    assert any("causal" in kind for kind in result["kinds"])
+    assert "time" not in result
 
 
 @pytest.mark.parametrize("question", [Question(causal=True), cases.PAGED])
