@@ -180,6 +180,18 @@ def test_what_the_machine_raises_is_no_word_against_a_kernel(
     assert [verdict.agrees for verdict in kinds._verdicts._known.values()] == [True]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_rehearsal_for_which_there_is_no_memory_is_none(
+    deterministic: bool, npu: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    with virtual_ascend.lacking("npu_fusion_attention_grad", MACHINE[0]) as lack:
+        out = flash_attn_func(*leaves(npu), deterministic=deterministic)
+        assert lack.raised == 1
+    out.sum().backward()
+    assert not errors(caplog)
+    assert all(verdict.agrees for verdict in kinds._verdicts._known.values())
+
+
 def test_a_captured_graph_raises_what_it_raises(
     npu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

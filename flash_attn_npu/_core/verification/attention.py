@@ -172,7 +172,7 @@ class _Watch:
                 rehearsed(self.case, self.gradient_kind, gradient)
             first = None
             answer, seen = run(*given[:5])
-            if waits and _is_of_the_kernel(seen.out):
+            if waits and _has_node(seen.out):
                 _Backward(self, problem, given, seen).wait()
             return answer
 
@@ -284,7 +284,7 @@ def _differentiated(launch: Callable[[], tuple[Any, Any, list[Tensor | None]]]) 
     """The same by torch_npu's autograd, of a launch for itself."""
     _, seen, leaves = launch()
     wanted = [x for x in leaves if x is not None and x.requires_grad]
-    if _is_of_the_kernel(seen.out):
+    if _has_node(seen.out):
         torch.autograd.grad(seen.out, wanted, seen.out.detach(), allow_unused=True)
 
 
@@ -293,7 +293,7 @@ def _leaves(inputs: Inputs) -> list[Tensor | None]:
     return [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs[:5]]
 
 
-def _is_of_the_kernel(out: Tensor) -> bool:
+def _has_node(out: Tensor) -> bool:
     """Whether out has a node of the kernel's: it is given no rows where all are single tokens."""
     return out.grad_fn is not None and out.numel() > 0
 

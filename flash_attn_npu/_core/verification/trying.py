@@ -27,10 +27,10 @@ MOST_WORDS = 400
 
 OURS = (ActivationError, ArgumentError, ArgumentTypeError, UnsupportedError)
 
+FULL = ("out of memory", "EL0004", "207001")
+"""Of memory; the last two are CANN's codes of an allocation that failed."""
+
 MACHINE = (
-    "out of memory",
-    "EL0004",
-    "207001",
     "FORCE STOP",
     "UCE ERROR",
     "HBM MULTI BIT ECC ERROR",
@@ -40,10 +40,7 @@ MACHINE = (
     "HCCS LINK ERROR",
     "UB LINK ERROR",
 )
-"""Of memory that is full, and what torch_npu raises of a machine at fault, for those who restart.
-
-EL0004 and 207001 are CANN's codes of an allocation that failed.
-"""
+"""What torch_npu raises of a machine at fault, for those who restart it."""
 
 _rehearsed: Memo[Kind, bool] = Memo("kinds of gradients that were launched", 1024)
 
@@ -99,10 +96,10 @@ def rehearsed(case: Case, kind: Kind, launch: Callable[[], object]) -> None:
             # a queue of launches raises here, and not in the call
             device = case.problem.device
             torch.get_device_module(device).synchronize(device)
-    except torch.OutOfMemoryError:
-        # nobody has asked for it
-        return
     except Exception as error:
+        if _is_full(error):
+            # nobody has asked for it
+            return
         if not _is_of_the_kernel(error):
             raise
         raise Refuted(partial(raised, case, kind, error, _words(error))) from error
@@ -120,11 +117,16 @@ def _is_of_the_kernel(error: Exception) -> bool:
     """Whether an error speaks against a kernel, and the setting is to serve by another one."""
     if verification() not in ("compose", "always"):
         return False
-    if isinstance(error, (*OURS, torch.OutOfMemoryError, RecursionError)):
+    if isinstance(error, (*OURS, RecursionError)) or _is_full(error):
         return False
     # an operator that is not there, and an argument that it does not have, are the last two
     of_a_launch = isinstance(error, (RuntimeError, AttributeError, TypeError))
     return of_a_launch and not any(word in str(error) for word in MACHINE)
+
+
+def _is_full(error: Exception) -> bool:
+    out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    return out_of_memory or any(word in str(error) for word in FULL)
 
 
 def _words(error: Exception) -> str:
