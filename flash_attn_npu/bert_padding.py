@@ -20,10 +20,17 @@ from ._core.ground.dense_arguments import (
     LARGEST,
     refuse_transforms,
     require_dense,
-    require_values,
     whole,
 )
 from ._core.ground.lengths import remember_lengths
+from ._core.ground.padding_arguments import (
+    check_device,
+    check_mask,
+    check_numbers,
+    check_put,
+    check_row,
+    check_rows,
+)
 from .errors import ArgumentError, ArgumentTypeError, renamed
 
 __all__ = [
@@ -56,8 +63,8 @@ class IndexFirstAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, indices: Tensor) -> Tensor:
         """Gather rows."""
-        _check_rows(input, indices)
-        _check_numbers(indices, input.shape[0], "input")
+        check_rows(input, indices)
+        check_numbers(indices, input.shape[0], "input")
         ctx.save_for_backward(indices)
         ctx.rows = input.shape[0]
         return input.index_select(0, indices)
@@ -76,8 +83,8 @@ class IndexPutFirstAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
         """Put rows among zeros."""
-        first_axis_dim = _check_put(values, indices, first_axis_dim)
-        _check_numbers(indices, first_axis_dim, "first_axis_dim")
+        first_axis_dim = check_put(values, indices, first_axis_dim)
+        check_numbers(indices, first_axis_dim, "first_axis_dim")
         ctx.save_for_backward(indices)
         return _put(values, indices, first_axis_dim)
 
@@ -94,8 +101,8 @@ class IndexFirstAxisResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Gather rows, and hand the input on."""
-        _check_rows(input, indices)
-        _check_numbers(indices, input.shape[0], "input")
+        check_rows(input, indices)
+        check_numbers(indices, input.shape[0], "input")
         ctx.save_for_backward(indices)
         return input.index_select(0, indices), input.detach()
 
@@ -119,12 +126,12 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     Contract: flash-attention 2.8, `index_first_axis`.
     """
     refuse_transforms("input")
-    _check_rows(input, indices)
+    check_rows(input, indices)
     try:
         # torch's autograd of it is that of IndexFirstAxis
         return input.index_select(0, indices)
     except (IndexError, RuntimeError):
-        _check_numbers(indices, input.shape[0], "input")
+        check_numbers(indices, input.shape[0], "input")
         raise
 
 
@@ -140,11 +147,11 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     Contract: flash-attention 2.8, `index_put_first_axis`.
     """
     refuse_transforms("values")
-    first_axis_dim = _check_put(values, indices, first_axis_dim)
+    first_axis_dim = check_put(values, indices, first_axis_dim)
     try:
         return _put(values, indices, first_axis_dim)
     except (IndexError, RuntimeError):
-        _check_numbers(indices, first_axis_dim, "first_axis_dim")
+        check_numbers(indices, first_axis_dim, "first_axis_dim")
         raise
 
 
@@ -191,13 +198,13 @@ def unpad_input(
     torch.compile if `torch._dynamo.config` captures scalar outputs and dynamic output shapes.
     """
     require_dense(hidden_states=hidden_states)
-    _check_mask("attention_mask", attention_mask, hidden_states)
+    check_mask("attention_mask", attention_mask, hidden_states)
     kept = attention_mask if attention_mask.dtype is torch.bool else attention_mask != 0
     seqused = kept.sum(dim=-1, dtype=torch.int32)
     seqlens = seqused
     if unused_mask is not None:
-        _check_mask("unused_mask", unused_mask, hidden_states)
-        _check_device("unused_mask", unused_mask, attention_mask.device, "attention_mask")
+        check_mask("unused_mask", unused_mask, hidden_states)
+        check_device("unused_mask", unused_mask, attention_mask.device, "attention_mask")
         kept = kept | (unused_mask != 0)
         seqlens = kept.sum(dim=-1, dtype=torch.int32)
     if torch.compiler.is_compiling():
@@ -244,11 +251,11 @@ def unpad_input_for_concatenated_sequences(
     host.
     """
     require_dense(hidden_states=hidden_states)
-    _check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states)
+    check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states)
     rows = attention_mask_in_length.tolist()
     seqlen = hidden_states.shape[1]
     for row in rows:
-        _check_row(row, seqlen)
+        check_row(row, seqlen)
     lengths = [length for row in rows for length in row if length]
     used = attention_mask_in_length.sum(dim=-1, keepdim=True)
     kept = torch.arange(seqlen, device=used.device) < used
@@ -328,81 +335,3 @@ def _added_up(seqlens: Tensor) -> Tensor:
 def _put(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
     return zeros.index_copy_(0, indices.long(), values)
-
-
-def _check_put(values: Tensor, indices: Tensor, first_axis_dim: int) -> int:
-    require_dense(values=values, indices=indices)
-    first_axis_dim = whole("first_axis_dim", first_axis_dim)
-    _check_indices(indices, values.device)
-    if values.shape[:1] != indices.shape:
-        raise ArgumentError(
-            "values",
-            f"shape {tuple(values.shape)}",
-            f"({indices.shape[0]}, ...), a row for every index",
-            "pass the indices that the rows were packed with",
-        )
-    return first_axis_dim
-
-
-def _check_rows(input: Tensor, indices: Tensor) -> None:
-    require_dense(input=input, indices=indices)
-    if input.dim() == 0:
-        allowed = "(rows, ...)"
-        raise ArgumentError("input", "a scalar tensor", allowed, "pass input[None]")
-    _check_indices(indices, input.device)
-
-
-def _check_indices(indices: Tensor, device: torch.device) -> None:
-    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
-        raise ArgumentError(
-            "indices",
-            f"a {indices.dtype} tensor of shape {tuple(indices.shape)}",
-            "a torch.int32 or torch.int64 tensor of one dimension",
-            "pass the indices that unpad_input returned",
-        )
-    if not torch.compiler.is_compiling() and indices.device != device:
-        remedy = "pass indices.to(the device of the rows)"
-        raise ArgumentError("indices", indices.device, f"{device}, as the rows", remedy)
-
-
-def _check_numbers(indices: Tensor, rows: int, of: str) -> None:
-    """Raise for the number of a row that does not exist, where that can be read."""
-    if torch.compiler.is_compiling():
-        return
-    if indices.device.type == "cpu" and indices.numel():
-        least, largest = (int(end) for end in indices.aminmax())
-        if least < 0 or largest >= rows:
-            came = f"row {least if least < 0 else largest}"
-            allowed = f"0 to {rows - 1}, the rows of {of}"
-            remedy = "pass the indices that unpad_input returned"
-            raise ArgumentError("indices", came, allowed, remedy)
-
-
-def _check_mask(argument: str, mask: Tensor, hidden_states: Tensor) -> None:
-    require_values(**{argument: mask})
-    if mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
-        raise ArgumentError(
-            argument,
-            f"shape {tuple(mask.shape)}",
-            f"{tuple(hidden_states.shape[:2])}, the (batch, seqlen) of hidden_states",
-            "pass one entry for each token of hidden_states",
-        )
-    if mask.device.type != "cpu":
-        _check_device(argument, mask, hidden_states.device, "hidden_states")
-
-
-def _check_device(argument: str, mask: Tensor, device: torch.device, other: str) -> None:
-    if mask.device != device:
-        raise ArgumentError(
-            argument, mask.device, f"{device}, as {other}", f"pass {argument}.to({other}.device)"
-        )
-
-
-def _check_row(row: list[int], seqlen: int) -> None:
-    if not all(isinstance(length, int) and length >= 0 for length in row) or sum(row) > seqlen:
-        raise ArgumentError(
-            "attention_mask_in_length",
-            f"a row {row[:12]}{' ...' if len(row) > 12 else ''}",
-            f"integers of at least 0 that sum up to at most seqlen = {seqlen}",
-            "pass the lengths of the sequences of each row, and zeros behind them",
-        )

@@ -18,9 +18,7 @@ from .._core.problems.rowwise import Turn
 from .._core.rowwise.rotation import rotate
 from ..errors import ArgumentError
 from ._rotary_checks import check_k_tables, check_kv, check_plain, packed_heads
-
-_creation_meta = torch._C._autograd._get_creation_meta
-_PLAIN_VIEW = torch._C._autograd.CreationMeta.DEFAULT
+from ._rotary_in_place import copied, in_place, is_written_beside
 
 __all__ = [
     "ApplyRotaryEmb",
@@ -102,7 +100,7 @@ class ApplyRotaryEmb(torch.autograd.Function):
         """Rotate x."""
         _save(ctx, (cos, sin, cu_seqlens), seqlen_offsets)
         ctx.interleaved, ctx.max_seqlen = interleaved, max_seqlen
-        where = _in_place(ctx, x) if inplace else x
+        where = in_place(ctx, x) if inplace else x
         out = rotate(
             where, cos, sin, Turn(seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
         )
@@ -159,11 +157,11 @@ def apply_rotary_emb(
         turned: Tensor = _recorded(*given, interleaved, inplace, seqlen_offsets, None, max_seqlen)
         return turned
     refuse_transforms("x")
-    where = x.clone() if inplace and _is_written_beside(x) else x
+    where = x.clone() if inplace and is_written_beside(x) else x
     out: Tensor = ApplyRotaryEmb.apply(  # type: ignore[no-untyped-call]
         where, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen
     )
-    return out if where is x else _copied(x, out)
+    return out if where is x else copied(x, out)
 
 
 _recorded = bare(ApplyRotaryEmb)
@@ -219,7 +217,7 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):  # noqa: N801
         """Rotate q and k where they lie."""
         _save(ctx, (cos, sin, cos_k, sin_k), seqlen_offsets)
         ctx.interleaved, ctx.num_heads_q = interleaved, num_heads_q
-        where = _in_place(ctx, qkv)
+        where = in_place(ctx, qkv)
         _apply_rotary_emb_qkv(
             where, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
         )
@@ -278,11 +276,11 @@ def apply_rotary_emb_qkv_(
         )
         # fmt: on
     refuse_transforms("qkv")
-    where = qkv.clone() if _is_written_beside(qkv) else qkv
+    where = qkv.clone() if is_written_beside(qkv) else qkv
     out: Tensor = ApplyRotaryEmbQKV_.apply(  # type: ignore[no-untyped-call]
         where, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q
     )
-    return out if where is qkv else _copied(qkv, out)
+    return out if where is qkv else copied(qkv, out)
 
 
 class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801
@@ -302,7 +300,7 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801
         require_writable(kv=kv)
         _save(ctx, (cos, sin), seqlen_offsets)
         ctx.interleaved = interleaved
-        where = _in_place(ctx, kv)
+        where = in_place(ctx, kv)
         turn = Turn(seqlen_offsets, None, None, interleaved, inplace=True)
         rotate(where[:, :, 0], cos, sin, turn)
         return kv
@@ -348,51 +346,16 @@ def apply_rotary_emb_kv_(
         rotate(kv[:, :, 0], cos, sin, turn)
         return kv
     refuse_transforms("kv")
-    where = kv.clone() if _is_written_beside(kv) else kv
+    where = kv.clone() if is_written_beside(kv) else kv
     out: Tensor = ApplyRotaryEmbKV_.apply(  # type: ignore[no-untyped-call]
         where, cos, sin, interleaved, seqlen_offsets
     )
-    return out if where is kv else _copied(kv, out)
+    return out if where is kv else copied(kv, out)
 
 
 def _is_differentiated(x: object) -> bool:
     # torch.compile would inline an autograd.Function that is not needed, and not its mark_dirty
     return torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
-
-
-def _in_place(ctx: Any, x: Tensor) -> Tensor:
-    """What to write x through; the caller then returns x itself.
-
-    Autograd lets nobody declare a leaf changed, nor one of several views that were made at once,
-    nor a view that an autograd.Function has made. Those it takes for unchanged, and what is
-    returned is another tensor over x's memory.
-    """
-    if torch.compiler.is_compiling():
-        ctx.mark_dirty(x)
-    elif x.requires_grad and x.is_leaf:
-        return x
-    elif x._is_view() and (_creation_meta(x) != _PLAIN_VIEW or _is_wanted_leaf(x._base)):
-        return x.data
-    else:
-        ctx.mark_dirty(x)
-    return x
-
-
-def _is_wanted_leaf(x: Tensor | None) -> bool:
-    """Whether autograd puts a gradient into x itself, and lets nobody declare it changed."""
-    return x is not None and x.requires_grad and x.is_leaf
-
-
-def _is_written_beside(x: Tensor) -> bool:
-    """Under torch.compile an autograd.Function may neither declare a leaf changed nor return it."""
-    return torch.compiler.is_compiling() and (x.is_leaf or _is_wanted_leaf(x._base))
-
-
-def _copied(x: Tensor, rotated: Tensor) -> Tensor:
-    """`rotated`, with its values in x too, which autograd takes for unchanged."""
-    with torch.no_grad():
-        x.copy_(rotated)
-    return rotated
 
 
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...], seqlen_offsets: int | Tensor) -> None:

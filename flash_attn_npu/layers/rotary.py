@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._core.ground.dense_arguments import LARGEST, require_dense, whole
 from .._core.ground.storage import require_writable
-from .._core.rowwise.rotation import check_dense
+from .._core.rowwise.positions import check_dense
 from ..errors import ArgumentError, ArgumentTypeError, renamed
 from ..ops.triton.rotary import apply_rotary
 from ._rotary_checks import check_kv

@@ -18,7 +18,8 @@ from ..ground.second_derivatives import first_order
 from ..kernels.composed import norm_blocks, norm_checks, norms
 from ..kernels.composed.norms import Saved
 from ..problems.norms import NormCall
-from .norms import X0, Answer, compose, gradients, keep, normalize, serve
+from .answers import Answer
+from .norms import X0, compose, gradients, keep, normalize, serve
 
 __all__ = [
     "DropoutAddLayerNormFn",

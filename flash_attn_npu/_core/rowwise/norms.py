@@ -7,7 +7,7 @@ copies in float32. The arithmetic is `kernels.composed.norms`.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +24,19 @@ from ..problems.rowwise import LAYER_NORM
 from ..table.choice import Plan, begin, choose, recall
 from ..verification.kinds import Refuted
 from . import few_norms
+from .answers import Answer, arranged, in_buffers
 from .keys import PLAIN_TORCH, STRIDED
 from .small import is_few, is_small
 
 __all__ = [
     "RENAMED",
-    "Answer",
     "LayerNormFn",
-    "arranged",
     "compose",
     "gradients",
     "keep",
     "normalize",
     "serve",
 ]
-
-OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 X0 = {"x": "x0", "eps": "epsilon"}
 X0_PARALLEL = {**X0, "weight": "weight0", "bias": "bias0"}
@@ -57,16 +54,6 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
 _once = once("a norm")
 _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
-
-
-class Answer(NamedTuple):
-    """y, y1 if there is a weight1, the rounded sum if prenorm, and the masks that were drawn."""
-
-    y: Tensor
-    y1: Tensor | None
-    total: Tensor | None
-    mask: Tensor | None
-    mask1: Tensor | None
 
 
 def normalize(function: str, call: NormCall, masked: bool = False) -> Answer:
@@ -312,43 +299,6 @@ def gradients(
         rounded = [grads.get(name) for name in order]
         once = first_order("a norm", rounded, dy, dy1, dtotal, *saved_tensors)
     return *once, *[None for _ in needed[len(order) :]]
-
-
-def in_buffers(call: NormCall, answer: Answer) -> Answer:
-    """`answer` with y and the sum in the buffers of `call`, where it has some."""
-    if call.out is None and call.residual_out is None:
-        return answer
-    y = in_buffer(call.out, answer.y)
-    total = in_buffer(call.residual_out, answer.total)
-    return replaced(answer, y=y, total=total if call.prenorm else None)
-
-
-def in_buffer(buffer: Tensor | None, value: OptionalTensor) -> OptionalTensor:
-    """Write a result to a buffer. What is returned has the gradient, the buffer has none.
-
-    It is the buffer's memory. Under torch.compile it is not: there the gradient of what lies in
-    an argument of the graph would get lost.
-    """
-    if buffer is None or value is None:
-        return value
-    if torch.compiler.is_compiling():
-        buffer.copy_(value.detach())
-        return value
-    return buffer.detach().copy_(value)
-
-
-def arranged(answer: Answer, two: bool, prenorm: bool, return_dropout_mask: bool) -> Any:
-    """`answer` as `layer_norm_fn` returns it; `two`: there is a weight1."""
-    if not (two or prenorm or return_dropout_mask):
-        return answer.y
-    results: tuple[Tensor | None, ...] = (answer.y,)
-    if two:
-        results += (answer.y1,)
-    if prenorm:
-        results += (answer.total,)
-    if return_dropout_mask:
-        results += (answer.mask, answer.mask1)
-    return results
 
 
 class LayerNormFn(torch.autograd.Function):

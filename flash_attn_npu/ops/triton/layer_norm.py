@@ -15,8 +15,9 @@ from torch.nn.functional import dropout, layer_norm
 from ..._core.ground.dense_arguments import refuse_transforms
 from ..._core.ground.records import named
 from ..._core.problems.norms import NormCall
+from ..._core.rowwise.answers import arranged
 from ..._core.rowwise.norm_linear import LayerNormLinearFn
-from ..._core.rowwise.norms import LayerNormFn, arranged, normalize
+from ..._core.rowwise.norms import LayerNormFn, normalize
 from ...utils.library import triton_op
 from ...utils.torch import custom_bwd, custom_fwd
 
