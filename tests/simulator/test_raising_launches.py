@@ -263,6 +263,29 @@ def test_a_rotation_in_place_begins_where_it_began(npu: torch.device) -> None:
     assert alike([served], [honest])
 
 
+@pytest.mark.parametrize("lies", [False, True])
+def test_every_block_of_a_large_rotation_is_served_by_what_is_right(
+    lies: bool, npu: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One plan serves all blocks, and the first of them finds the kernel wrong."""
+    x, tables = drawn(npu, 4, 9, 3, 64), (drawn(npu, 9, 32), drawn(npu, 9, 33)[:, :32])
+    decide = choice._decide
+
+    def in_blocks(problem: Any) -> choice.Plan:
+        plan = decide(problem)
+        plan.kernel = plan.kernel._replace(at_once=x[0].numel())
+        return plan
+
+    monkeypatch.setattr(choice, "_decide", in_blocks)
+    with verifying("off"):
+        honest = apply_rotary_emb(x.clone(), *tables, inplace=True)
+    fault = virtual_ascend.lying("rotary turns back")
+    with fault if lies else virtual_ascend.lacking("npu_rotary_mul"):
+        served = apply_rotary_emb(x.clone(), *tables, inplace=True)
+    assert alike([served], [honest])
+    assert len(errors(caplog)) == 1
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("operator", ["npu_fusion_attention", "npu_fusion_attention_grad"])
 def test_a_backward_repeats_the_mask_of_what_served_the_forward(

@@ -21,7 +21,7 @@ from ..problems.attention import Problem
 from ..problems.results import Forward, Inputs, Saved
 from .comparing import Lse, Taken, compare_forward, compare_gradients, compare_sink
 from .judging import Finding
-from .kinds import Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled, watched
+from .kinds import Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled, watched, watching
 from .reading import Drawn
 from .samples import Spot
 from .traits import traits
@@ -78,7 +78,7 @@ class _Watch:
         def instead() -> Forward:
             return _composed(self.case.instead(), problem, inputs)
 
-        if self._unsettled(self.forward_kind):
+        if watching(self.forward_kind, problem):
             answer = tried(self.case, self.forward_kind, look, instead)
         else:
             answer = _forward(self.kernel, problem, inputs)
@@ -162,7 +162,7 @@ class _Watch:
                 return (answer, seen, leaves), found
 
             differentiated, first = problem.ask.needs_grad, None
-            if self._unsettled(self.forward_kind):
+            if watching(self.forward_kind, problem):
                 first = tried(self.case, self.forward_kind, look, None)
             if not differentiated:
                 return (first or run(*given[:5]))[0]

@@ -17,7 +17,7 @@ from ..problems.cache import Cache, Span
 from ..problems.places import positions
 from ..problems.transfer import MANY_TOKENS, Append, Gather
 from .judging import Finding
-from .kinds import Case, Check, Kind, busy, unsettled, watched
+from .kinds import Case, Check, Kind, busy, watched, watching
 from .trying import tried
 
 __all__ = ["CHECK"]
@@ -54,7 +54,7 @@ class _Watch:
         self.case, self.kernel, self.kind = case, kernel, kind
 
     def idle(self, tensor: Tensor) -> bool:
-        return busy(tensor) or not unsettled(self.kind, self.case.problem.device)
+        return busy(tensor) or not watching(self.kind, self.case.problem)
 
 
 class _Append(_Watch):

@@ -35,6 +35,7 @@ __all__ = [
     "refuted",
     "unsettled",
     "watched",
+    "watching",
 ]
 
 T = TypeVar("T")
@@ -146,6 +147,11 @@ def refuted(kind: Kind, function: str) -> tuple[str, ...]:
         "calls that agree with exact arithmetic, under FLASH_ATTN_NPU_VERIFY=refuse",
         "unset FLASH_ATTN_NPU_VERIFY to have it composed of torch operations, exactly",
     )
+
+
+def watching(kind: Kind, problem: Any) -> bool:
+    """Whether a call of this kind is to be compared, or not to be served: its plan may be older."""
+    return unsettled(kind, problem.device) or bool(refuted(kind, problem.function))
 
 
 def busy(tensor: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from ..problems.norms import NormCall
 from ..problems.rowwise import Gate, Geglu, Lookup, Loss, Norm, Rotation, Tables
 from . import rows
 from .judging import Finding, judge, rms
-from .kinds import Case, Check, Kind, busy, unsettled, watched
+from .kinds import Case, Check, Kind, busy, watched, watching
 from .losses import compare_loss
 from .norms import compare_norm, detached
 from .trying import tried
@@ -91,7 +91,7 @@ class _Watch:
         self.case, self.kernel, self.kind = case, kernel, kind
 
     def idle(self, tensor: Tensor) -> bool:
-        return busy(tensor) or not unsettled(self.kind, self.case.problem.device)
+        return busy(tensor) or not watching(self.kind, self.case.problem)
 
     def tried(
         self,
