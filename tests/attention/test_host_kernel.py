@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func
 from flash_attn_npu._core.ground.processor import multiplies_bf16
 from flash_attn_npu._core.kernels.bands import Band
-from flash_attn_npu._core.kernels.host import flash, steps, strips
+from flash_attn_npu._core.kernels.host import flash, parts, steps, strips
 from flash_attn_npu._core.table.attention import HOST
 from tests.helpers.old_torch import GROUP, NEEDS_SHARED_HEADS
 from tests.helpers.one_thread import one_thread
@@ -31,12 +31,15 @@ FIELDS = {"dtype": st.sampled_from((FP32, FP32, BF16, FP16, FP64))}
 
 @contextmanager
 def steps_of(rows: int) -> Iterator[None]:
-    """Blocks of so many rows, and copies and biases of one head at a time."""
+    """Blocks of so many rows, biases of one head at a time, copies of two blocks and a row."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "SMALLEST_BLOCK", rows)
         patch.setattr(steps, "LARGEST_BLOCK", rows)
         patch.setattr(flash, "COPIED_BYTES", 1)
-        patch.setattr(flash, "BIAS_BYTES", 1)
+        patch.setattr(parts, "COPIED_BYTES", 1)
+        patch.setattr(parts, "PIECE_BYTES", 1)
+        patch.setattr(parts, "SMALLEST_PIECE", 2 * rows + 1)
+        patch.setattr(parts, "BIAS_BYTES", 1)
         yield
 
 
@@ -87,8 +90,14 @@ def test_steps_see_what_the_band_shows(band, streams, rows):
     hidden = band.hidden(*everything, zero)
     visible = torch.ones(band.seqlen_q, band.seqlen_k).bool()
     visible = visible if hidden is None else visible & ~hidden
+    def by_pieces(band: Band, streams: int) -> Iterator[steps.Step]:
+        for place, found in steps.pieces(band, streams, 2 * rows + 1):
+            for step in found:
+                assert place[0] <= step.rows[0] < step.rows[1] <= place[1]
+                yield step
+
     with steps_of(rows):
-        for way in (steps.forward_steps, steps.backward_steps):
+        for way in (steps.forward_steps, steps.backward_steps, by_pieces):
             seen = torch.zeros(band.seqlen_q, band.seqlen_k)
             for step in way(band, streams):
                 count = torch.ones(step.rows[1] - step.rows[0], step.keys[1] - step.keys[0])
@@ -252,11 +261,41 @@ def test_memory_at_64k_tokens_is_that_of_inputs_and_outputs(dtype, slopes):
     with PeakBytes() as peak:
         flash.attend((q, k, k), out, lse, rule)
     tensors = 2 * (q.nbytes + k.nbytes)
-    assert peak.peak <= tensors + flash.BIAS_BYTES + 4 * flash.COPIED_BYTES
+    assert peak.peak <= tensors + parts.BIAS_BYTES + 4 * parts.COPIED_BYTES
     with PeakBytes() as peak:
         flash.attend_backward((q, k, k), (q, out, lse), (dq, dk, dv), rule)
-    assert peak.peak <= 4 * tensors + flash.BIAS_BYTES
+    assert peak.peak <= 4 * tensors + parts.BIAS_BYTES
     assert all(x.isfinite().all() for x in (out, lse, dq, dk, dv))
+
+
+@pytest.fixture
+def a_sixteenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4096 tokens are to what may be held at once as 64k are."""
+    for module, names in (
+        (flash, ("COPIED_BYTES",)),
+        (parts, ("COPIED_BYTES", "PIECE_BYTES", "SMALLEST_PIECE", "BIAS_BYTES")),
+        (steps, ("BIAS_ELEMENTS",)),
+        (strips, ("STRIP_BYTES", "TILE_ELEMENTS")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, name) // 16)
+
+
+@pytest.mark.parametrize("slopes", [False, True], ids=["plain", "alibi"])
+@pytest.mark.parametrize("bound", [(None, None), (None, 0), (300, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_one_long_head_is_held_no_more_than_twice(a_sixteenth, dtype, bound, slopes):
+    """With inputs and outputs: there is no other head beside which its float32 copies are small."""
+    q, k, v, dout, out, dq, dk, dv = torch.randn(8, 1, 1, 4096, 64).to(dtype)
+    lse = torch.empty(q.shape[:3])
+    given = torch.rand(1, 1) if slopes else None
+    rule = flash.Rule(Band(4096, 4096, *bound), 0.125, given, told=True)
+    with PeakBytes() as peak:
+        flash.attend((q, k, v), out, lse, rule)
+    assert peak.peak <= 4 * q.nbytes
+    with one_thread(), PeakBytes() as peak:
+        flash.attend_backward((q, k, v), (dout, out, lse), (dq, dk, dv), rule)
+    assert peak.peak <= 8 * q.nbytes
 
 
 @NEEDS_BF16

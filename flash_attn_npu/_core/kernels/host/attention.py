@@ -18,16 +18,14 @@ from ..groups import Group, groups, groups_in_place
 from ..kernel import Kernel
 from ..sinks import with_sink
 from .flash import (
-    COPIED_BYTES,
-    Rule,
     attend,
     attend_backward,
-    dense,
     launch,
     shares_heads,
     split_scale,
     with_silence,
 )
+from .parts import COPIED_BYTES, Rule, dense
 from .steps import Step, forward_steps
 
 __all__ = ["KERNEL", "shares_heads"]
@@ -90,7 +88,7 @@ def _launched(problem: Problem) -> Step | None:
     whole = (0, seqlen_q), (0, seqlen_k)
     if len(steps) != 1 or steps[0][:2] != whole or steps[0].biased:
         return None
-    return None if copied and numbers > COPIED_BYTES // 4 else steps[0]
+    return None if copied and numbers >= COPIED_BYTES // 4 else steps[0]
 
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:

@@ -5,40 +5,32 @@ headdim), views into the caller's; fewer heads of k and v are shared without bei
 
 float16 is computed in float32, which is faster on a CPU and closer; and so is every backward of a
 half precision: the kernel adds up dk and dv in the dtype of k, which is off by more than upstream's
-bound. The copies are made for a few heads at a time.
+bound. The copies are made for a few heads at a time, and for some rows of long ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...ground.processor import multiplies_bf16
 from ...problems.results import accumulator
-from ..bands import Band
 from .decoding import many_keys, one_query
-from .steps import SMALLEST_BLOCK, Step, backward_steps, forward_steps, left_of
+from .parts import COPIED_BYTES, Biases, Part, Rows, Rule, Sums, Triple, dense, parts, shares
+from .steps import Step, backward_steps, forward_steps, left_of, pieces
 from .strips import Spaces, Strips, streams, strip_backward
 
 __all__ = [
-    "COPIED_BYTES",
-    "Rule",
     "attend",
     "attend_backward",
-    "dense",
     "launch",
     "shares_heads",
     "split_scale",
     "with_silence",
 ]
-
-COPIED_BYTES = 1 << 22
-"""Of the float32 copy of one tensor, unless one head for each thread takes more."""
 
 FEWEST_KEYS = 16
 """With fewer the kernel's maximum passes over NaN, and a row of them counts as one without keys."""
@@ -50,38 +42,11 @@ a single sequence: it pays for its spaces alone."""
 STREAM_ROWS = 1 << 12
 """Rows of streams that share strips: short ones are few launches then."""
 
-BIAS_BYTES = 1 << 23
-"""Of the bias of one launch, unless one head takes more."""
-
-Triple = tuple[Tensor, Tensor, Tensor]
+LEAST = torch.finfo(torch.float32).min
+"""The softmax_lse of a row that has seen no key yet: of -inf the difference is NaN."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-class Rule(NamedTuple):
-    """What is asked.
-
-    slopes: of ALiBi, (batch or 1, nheads), or None.
-    told: softmax_lse is not for the backward only.
-    """
-
-    band: Band
-    scale: float
-    slopes: Tensor | None = None
-    told: bool = False
-
-
-def dense(x: Tensor) -> Tensor:
-    """The kernel reads whole rows: it assumes that the last dimension lies together, and that rows
-    and heads, which may be rows to it, do not reach into each other."""
-    width = x.shape[-1]
-    together = x.stride(-1) == 1 or width == 1
-    apart = all(
-        stride == 0 or stride >= width or size == 1
-        for stride, size in zip(x.stride()[1:3], x.shape[1:3], strict=True)
-    )
-    return x if together and apart else x.contiguous()
 
 
 def launch(
@@ -161,21 +126,60 @@ def attend(inputs: Triple, out: Tensor, lse: Tensor, rule: Rule) -> None:
         lse[:, :, :blind] = math.inf
     dtype = _forward_dtype(inputs, out, rule)
     factor, scale = split_scale(rule.scale, inputs[0].dtype)
-    for part in _parts(inputs[0], inputs[1], rule, dtype):
+    for part in parts(inputs[0], inputs[1], rule, dtype):
+        if part.size:
+            _attend_by_pieces(part, inputs, (out, lse), rule, dtype)
+            continue
         q, k, v = part.inputs(inputs, dtype)
         q = q * factor if factor != 1 else q
-        biases = _Biases(rule, part, q)
+        biases = Biases(rule, part, q)
         for step in forward_steps(band, biases.streams):
             rows, keys, bias = slice(*step.rows), slice(*step.keys), biases.of(step)
             given, values = (q[:, :, rows], k[:, :, keys]), v[:, :, keys]
-            if q.shape[2] == 1 and bias is None and many_keys(given[1]):
-                found, total = one_query(*given, values, scale)
-            else:
-                found, total = launch(*given, values, scale, step.causal, bias)
+            found, total = _answer(given, values, scale, step, bias)
             part.q(out)[:, :, rows].copy_(found)
             if rule.told:
                 total = with_silence(total, given, step, scale, bias)
             part.q(lse)[:, :, rows].copy_(total)
+
+
+def _answer(
+    given: tuple[Tensor, Tensor], values: Tensor, scale: float, step: Step, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out, softmax_lse) of a step, by the faster way."""
+    if given[0].shape[2] == 1 and bias is None and many_keys(given[1]):
+        return one_query(*given, values, scale)
+    return launch(*given, values, scale, step.causal, bias)
+
+
+def _attend_by_pieces(
+    part: Part, inputs: Triple, answer: tuple[Tensor, Tensor], rule: Rule, dtype: torch.dtype
+) -> None:
+    """`attend` of a part that is copied by pieces; what they answer is merged by softmax_lse."""
+    q, k, v = (Rows(x, dtype, part.size) for x in part.grads(inputs))
+    out, lse = (part.q(x) for x in answer)
+    biases = Biases(rule, part, inputs[0])
+    for (first, last), steps in pieces(rule.band, biases.streams, part.size):
+        place = slice(first, last)
+        held = torch.zeros_like(out[:, :, place], dtype=dtype)
+        total = torch.full_like(lse[:, :, place], LEAST)
+        for step in steps:
+            rows, bias = slice(step.rows[0] - first, step.rows[1] - first), biases.of(step)
+            given = q[step.rows], k[step.keys]
+            found, more = _answer(given, v[step.keys], rule.scale, step, bias)
+            more = with_silence(more, given, step, rule.scale, bias)
+            _merge((held[:, :, rows], total[:, :, rows]), (found, more))
+        out[:, :, place] = held
+        lse[:, :, place] = total.masked_fill_(total == LEAST, math.inf)
+
+
+def _merge(held: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> None:
+    """Add (out, softmax_lse) of other keys, +inf for none, to `held`, LEAST for none."""
+    (out, lse), (found, total) = held, more
+    total = total.masked_fill(total == math.inf, LEAST)
+    ahead = total - lse
+    out.mul_(torch.sigmoid(-ahead)[..., None]).addcmul_(found, torch.sigmoid(ahead)[..., None])
+    torch.logaddexp(lse, total, out=lse)
 
 
 def _forward_dtype(inputs: Triple, out: Tensor, rule: Rule) -> torch.dtype:
@@ -206,13 +210,16 @@ def attend_backward(
         return
     dtype = accumulator(inputs[0].dtype)
     factor, scale = split_scale(rule.scale, inputs[0].dtype)
-    for part in _parts(inputs[0], inputs[1], rule, dtype):
+    for part in parts(inputs[0], inputs[1], rule, dtype):
+        if part.size:
+            _backward_by_pieces(part, inputs, answer, grads, rule)
+            continue
         q, k, v = part.inputs(inputs, dtype)
         given = (q * factor if factor != 1 else q, k, v)
         dout, out = (dense(part.q(x).to(dtype)) for x in answer[:2])
-        biases = _Biases(rule, part, given[0])
+        biases = Biases(rule, part, given[0])
         steps = backward_steps(rule.band, biases.streams)
-        sums = _Sums(part.grads(grads), rule.band, steps, dtype)
+        sums = Sums(part.grads(grads), rule.band, steps, dtype)
         for step in steps:
             rows, keys = slice(*step.rows), slice(*step.keys)
             found = _backward(
@@ -230,6 +237,31 @@ def attend_backward(
                 found[0].mul_(factor)
             sums.add(step, found)
         sums.write()
+
+
+def _backward_by_pieces(
+    part: Part, inputs: Triple, answer: Triple, grads: Triple, rule: Rule
+) -> None:
+    """`attend_backward` of a part that is copied by pieces: gradients only add up."""
+    dtype = accumulator(inputs[0].dtype)
+    q, k, v = (Rows(x, dtype, part.size) for x in part.grads(inputs))
+    dout, out = (Rows(part.q(x), dtype, part.size) for x in answer[:2])
+    lse, biases = part.q(answer[2]), Biases(rule, part, inputs[0])
+    dq, *of_keys = part.grads(grads)
+    sums = [torch.zeros_like(x, dtype=dtype) for x in of_keys]
+    dq[:, :, : rule.band.blind] = 0
+    for (first, last), steps in pieces(rule.band, biases.streams, part.size):
+        sum_q = torch.zeros_like(dq[:, :, first:last], dtype=dtype)
+        for step in steps:
+            given = dout[step.rows], q[step.rows], k[step.keys], v[step.keys], out[step.rows]
+            total, bias = lse[:, :, slice(*step.rows)], biases.of(step)
+            found = _backward(*given, total, 0.0, step.causal, attn_mask=bias, scale=rule.scale)
+            sum_q[:, :, step.rows[0] - first : step.rows[1] - first].add_(found[0])
+            for target, more in zip(sums, found[1:], strict=True):
+                target[:, :, slice(*step.keys)].add_(more)
+        dq[:, :, first:last] = sum_q
+    for grad, target in zip(of_keys, sums, strict=True):
+        grad.copy_(target)
 
 
 def _long(q: Tensor, k: Tensor, rule: Rule) -> bool:
@@ -251,119 +283,10 @@ def _by_strips(
     (_, heads_q, seqlen_q, _), (batch, heads_k) = inputs[0].shape, inputs[1].shape[:2]
     group, spaces = heads_q // heads_k, Spaces()
     room = STREAM_ROWS // (seqlen_q * group)
-    for part in _shares(batch, heads_k, group, room):
+    for part in shares(batch, heads_k, group, room):
         heads = part.heads_k.stop - part.heads_k.start
         dout, out, lse = (part.q(x) for x in answer)
         flat = (streams(x, heads) for x in (*part.grads(inputs), dout, out, lse[..., None]))
         q, k, v, dout, out, lse = flat
         given = Strips(q, k, v, dout, out, lse[..., 0], group)
         strip_backward(given, part.grads(grads), rule.band, rule.scale, spaces)
-
-
-class _Part(NamedTuple):
-    """Some of the sequences, and some of the heads."""
-
-    batch: slice
-    heads: slice
-    heads_k: slice
-
-    def q(self, x: Tensor) -> Tensor:
-        return x[self.batch, self.heads]
-
-    def k(self, x: Tensor) -> Tensor:
-        return x[self.batch, self.heads_k]
-
-    def inputs(self, inputs: Triple, dtype: torch.dtype) -> Triple:
-        q, k, v = self.grads(inputs)
-        return dense(q.to(dtype)), dense(k.to(dtype)), dense(v.to(dtype))
-
-    def grads(self, three: Triple) -> Triple:
-        return self.q(three[0]), self.k(three[1]), self.k(three[2])
-
-
-def _parts(q: Tensor, k: Tensor, rule: Rule, dtype: torch.dtype) -> Iterator[_Part]:
-    """The whole in one, but where copies or biases would take much memory."""
-    batch, heads_k, seqlen_k, headdim = k.shape
-    group = q.shape[1] // heads_k
-    room = batch * heads_k
-    if q.dtype != dtype:
-        numbers = max(group * q.shape[2], seqlen_k) * headdim
-        # the backward shares out nothing but heads among threads
-        few = max(torch.get_num_threads(), COPIED_BYTES // (dtype.itemsize * max(numbers, 1)))
-        room = min(room, few)
-    if rule.slopes is not None:
-        numbers = group * min(SMALLEST_BLOCK, q.shape[2]) * seqlen_k
-        room = min(room, BIAS_BYTES // (dtype.itemsize * max(numbers, 1)))
-    yield from _shares(batch, heads_k, group, room)
-
-
-def _shares(batch: int, heads_k: int, group: int, room: int) -> Iterator[_Part]:
-    """So many sequences times heads of k at a time, at most."""
-    some, few = max(1, room // heads_k), max(1, min(room, heads_k))
-    for first in range(0, batch, some):
-        for head in range(0, heads_k, few):
-            last = min(head + few, heads_k)
-            yield _Part(
-                slice(first, min(first + some, batch)),
-                slice(head * group, last * group),
-                slice(head, last),
-            )
-
-
-class _Biases:
-    """The biases of the steps of a part; steps of one shape share theirs."""
-
-    def __init__(self, rule: Rule, part: _Part, like: Tensor) -> None:
-        self._band = rule.band
-        self._slopes, self.streams = None, 0
-        # the kernel adds a bias in float32 to whatever is narrower
-        dtype = accumulator(like.dtype)
-        self._like = like.new_empty(0, dtype=dtype)
-        if rule.slopes is not None:
-            batch = part.batch if rule.slopes.shape[0] > 1 else slice(None)
-            self._slopes = rule.slopes[batch, part.heads, None, None].to(dtype)
-            self.streams = self._slopes.numel()
-        self._last: tuple[tuple[int, ...], Tensor | None] = ((), None)
-
-    def of(self, step: Step) -> Tensor | None:
-        if not step.biased:
-            return None
-        (first, last), (low, high) = step.rows, step.keys
-        shape = (last - first, high - low, low - first)
-        if self._last[0] != shape:
-            bias = self._band.bias(step.rows, step.keys, self._slopes, self._like)
-            self._last = (shape, bias)
-        return self._last[1]
-
-
-class _Sums:
-    """Where the gradients of steps add up: in the caller's tensors, if there is one step only."""
-
-    def __init__(self, grads: Triple, band: Band, steps: list[Step], dtype: torch.dtype) -> None:
-        self._grads = grads
-        self._alone = len(steps) == 1
-        seqlens = (band.seqlen_q, band.seqlen_k, band.seqlen_k)
-        if not self._alone:
-            self._sums = tuple(torch.zeros_like(x, dtype=dtype) for x in grads)
-            return
-        parts = (steps[0].rows, steps[0].keys, steps[0].keys)
-        for grad, seqlen, (first, last) in zip(grads, seqlens, parts, strict=True):
-            if first:
-                grad[:, :, :first] = 0
-            if last < seqlen:
-                grad[:, :, last:] = 0
-
-    def add(self, step: Step, found: Triple) -> None:
-        parts = (step.rows, step.keys, step.keys)
-        targets = self._grads if self._alone else self._sums
-        for target, (first, last), more in zip(targets, parts, found, strict=True):
-            place = target[:, :, first:last]
-            if self._alone:
-                place.copy_(more)
-            else:
-                place.add_(more)
-
-    def write(self) -> None:
-        if not self._alone:
-            for grad, total in zip(self._grads, self._sums, strict=True):
-                grad.copy_(total)

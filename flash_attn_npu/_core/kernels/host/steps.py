@@ -6,11 +6,12 @@ into blocks, each against the keys it sees, and only what a block sees in part h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..bands import Band, spans
 
-__all__ = ["Step", "backward_steps", "forward_steps", "left_of"]
+__all__ = ["Step", "backward_steps", "forward_steps", "left_of", "pieces"]
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 """Rows of a block: few waste little at the rim of a window, many waste little on launches."""
@@ -55,6 +56,17 @@ def backward_steps(band: Band, streams: int) -> list[Step]:
     return [Step(rows, (0, ahead)), Step(rows, (ahead, last), causal=True)]
 
 
+def pieces(band: Band, streams: int, size: int) -> Iterator[tuple[tuple[int, int], list[Step]]]:
+    """`size` rows after others, in steps that see as many keys at most: a row stands in several.
+
+    What a step shows of a row may be nothing, where it has a bias.
+    """
+    for rows in spans(band.blind, band.seqlen_q, size):
+        plain = not streams and left_of(band) is None
+        found = _to_diagonal(band, rows, size) if plain else _biased(band, streams, rows, size)
+        yield rows, list(found)
+
+
 def left_of(band: Band) -> int | None:
     """The bound on the left; None if it hides nothing."""
     return None if band.left is None or band.left >= band.seqlen_k - 1 else band.left
@@ -84,10 +96,40 @@ def _blocks(band: Band, streams: int) -> list[Step]:
     return steps
 
 
-def _block(band: Band, streams: int) -> int:
-    seen = band.seqlen_k
-    if band.left is not None and band.right is not None:
-        seen = min(seen, band.left + band.right + 1)
+def _to_diagonal(band: Band, rows: tuple[int, int], size: int) -> Iterator[Step]:
+    low, high = band.keys(*rows)
+    # the last key of the first row
+    edge = band.keys(rows[0], rows[0] + 1)[1] - 1
+    edge = edge if any(band.hides(rows, (low, high))) else high
+    for keys in spans(low, edge, size):
+        yield Step(rows, keys)
+    if edge < high:
+        yield Step(rows, (edge, high), causal=True)
+
+
+def _biased(band: Band, streams: int, rows: tuple[int, int], size: int) -> Iterator[Step]:
+    low, high = band.keys(*rows)
+    block = _block(band, streams, size)
+    wide = _seen(band) + block > size
+    for cols in spans(low, high, size if wide else high - low):
+        for part in spans(*rows, block):
+            first, last = band.keys(*part)
+            keys = max(first, cols[0]), min(last, cols[1])
+            if keys[0] < keys[1]:
+                yield Step(part, keys, biased=bool(streams) or any(band.hides(part, keys)))
+
+
+def _seen(band: Band) -> int:
+    """How many keys a query sees, at most."""
+    if band.left is None or band.right is None:
+        return band.seqlen_k
+    return min(band.seqlen_k, band.left + band.right + 1)
+
+
+def _block(band: Band, streams: int, most: int | None = None) -> int:
+    """Rows of a block; its keys are `most` at most, if that is told."""
+    seen = _seen(band)
     size = max(SMALLEST_BLOCK, min(LARGEST_BLOCK, seen // 4))
-    room = BIAS_ELEMENTS // (max(streams, 1) * min(band.seqlen_k, seen + size))
+    keys = min(band.seqlen_k, seen + size)
+    room = BIAS_ELEMENTS // (max(streams, 1) * (keys if most is None else min(keys, most)))
     return max(1, min(size, room))
