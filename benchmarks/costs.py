@@ -22,6 +22,9 @@ from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func
 from .figures import Call, Figure, Measure, Run
 from .speed import (
     BF16,
+    FP16,
+    NAMES,
+    WAYS,
     call_of,
     cumulative,
     looped,
@@ -80,10 +83,12 @@ def peak_bytes(call: Call) -> int:
     return peak
 
 
-def memory(name: str, options: dict[str, Any], heads: int, grad: bool, run: Run) -> list[Figure]:
+def memory(
+    name: str, dtype: torch.dtype, options: dict[str, Any], heads: int, grad: bool, run: Run
+) -> list[Figure]:
     """Inputs and the most that was held beside them, of the bytes of inputs and outputs."""
     seqlen = run.sizes.memory
-    tensors = rand(1, seqlen, heads, 64, dtype=BF16)
+    tensors = rand(1, seqlen, heads, 64, dtype=dtype)
     options = dict(options)
     if "alibi_slopes" in options:
         options["alibi_slopes"] = torch.rand(heads)
@@ -96,13 +101,18 @@ def memory(name: str, options: dict[str, Any], heads: int, grad: bool, run: Run)
     given, results = (4, 4) if grad else (3, 1)
     peak = peak_bytes(call)
     value = (given * each + peak) / ((given + results) * each)
-    told = f"{name} bf16 {seqlen}, {'forward and backward' if grad else 'forward'}"
+    told = f"{name} {NAMES[dtype]} {seqlen}, {WAYS[grad]}"
     return [Figure(told, value, "x", "memory", given * each + peak, (given + results) * each)]
 
 
 def memory_cases(run: Run) -> dict[str, Measure]:
     narrow: dict[str, Any] = {"window_size": (run.sizes.window - 1, 0)}
-    found: dict[str, Measure] = {"memory causal": partial(memory, "causal", {}, 1, False)}
+    found: dict[str, Measure] = {
+        "memory causal": partial(memory, "causal", BF16, {}, 1, False),
+        # one head: there is none beside which copies of it in float32 are small
+        "memory window fp16 forward": partial(memory, "window", FP16, narrow, 1, False),
+        "memory window fp16": partial(memory, "window", FP16, narrow, 1, True),
+    }
     options: dict[str, dict[str, Any]] = {
         "window": {},
         "softcap": {"softcap": 30.0},
@@ -112,7 +122,7 @@ def memory_cases(run: Run) -> dict[str, Measure]:
     }
     for name, more in options.items():
         told = name if name == "window" else f"window and {name}"
-        found[f"memory {name}"] = partial(memory, told, narrow | more, 4, True)
+        found[f"memory {name}"] = partial(memory, told, BF16, narrow | more, 4, True)
     return found
 
 

@@ -90,6 +90,7 @@ def test_steps_see_what_the_band_shows(band, streams, rows):
     hidden = band.hidden(*everything, zero)
     visible = torch.ones(band.seqlen_q, band.seqlen_k).bool()
     visible = visible if hidden is None else visible & ~hidden
+
     def by_pieces(band: Band, streams: int) -> Iterator[steps.Step]:
         for place, found in steps.pieces(band, streams, 2 * rows + 1):
             for step in found:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -160,17 +161,24 @@ def _attend_by_pieces(
     out, lse = (part.q(x) for x in answer)
     biases = Biases(rule, part, inputs[0])
     for (first, last), steps in pieces(rule.band, biases.streams, part.size):
-        place = slice(first, last)
-        held = torch.zeros_like(out[:, :, place], dtype=dtype)
-        total = torch.full_like(lse[:, :, place], LEAST)
+        once = all(one.rows[1] <= other.rows[0] for one, other in pairwise(steps))
+        if not once:
+            held = torch.zeros_like(out[:, :, first:last], dtype=dtype)
+            total = torch.full_like(lse[:, :, first:last], LEAST)
         for step in steps:
-            rows, bias = slice(step.rows[0] - first, step.rows[1] - first), biases.of(step)
-            given = q[step.rows], k[step.keys]
+            given, bias = (q[step.rows], k[step.keys]), biases.of(step)
             found, more = _answer(given, v[step.keys], rule.scale, step, bias)
-            more = with_silence(more, given, step, rule.scale, bias)
-            _merge((held[:, :, rows], total[:, :, rows]), (found, more))
-        out[:, :, place] = held
-        lse[:, :, place] = total.masked_fill_(total == LEAST, math.inf)
+            if rule.told or not once:
+                more = with_silence(more, given, step, rule.scale, bias)
+            if once:
+                rows = slice(*step.rows)
+                out[:, :, rows], lse[:, :, rows] = found, more
+            else:
+                rows = slice(step.rows[0] - first, step.rows[1] - first)
+                _merge((held[:, :, rows], total[:, :, rows]), (found, more))
+        if not once:
+            out[:, :, first:last] = held
+            lse[:, :, first:last] = total.masked_fill_(total == LEAST, math.inf)
 
 
 def _merge(held: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> None:
