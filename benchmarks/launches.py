@@ -49,7 +49,7 @@ def decoding(
     headdim: int,
     page: int = 0,
     sink: bool = False,
-    rotary: bool = False,
+    rotary: str = "",
     **options: Any,
 ) -> Step:
     """One token for each of four sequences with up to 1200 keys, appended and attended."""
@@ -69,12 +69,24 @@ def decoding(
         options["s_aux"] = torch.randn(heads[0]).to("npu:0", torch.bfloat16)
     if rotary:
         # as transformers has it; flash-attn's own default is interleaved
-        tables = {name: tensor(4096, headdim // 2) for name in ("rotary_cos", "rotary_sin")}
-        options |= {**tables, "rotary_interleaved": False}
+        options |= {**angles(rotary, headdim), "rotary_interleaved": False}
     function = npu_flash_attn_with_kvcache if sink else flash_attn_with_kvcache
     lengths = places()
     given = {"causal": True, **options}
     return lambda count: function(q, *caches, k, v, cache_seqlens=lengths[count], **given)
+
+
+def angles(whose: str, headdim: int) -> dict[str, Any]:
+    """Tables of the caller, or those that a RotaryEmbedding has made, as MHA passes them."""
+    import torch
+
+    from flash_attn_npu.layers.rotary import RotaryEmbedding
+
+    if whose == "caller":
+        return {name: tensor(4096, headdim // 2) for name in ("rotary_cos", "rotary_sin")}
+    module = RotaryEmbedding(headdim, device="npu:0")
+    module._update_cos_sin_cache(4096, torch.device("npu:0"), torch.bfloat16)
+    return {"rotary_cos": module._cos_cached, "rotary_sin": module._sin_cached}
 
 
 def places() -> list[Any]:
@@ -159,7 +171,10 @@ CASES: dict[str, Callable[[], Step]] = {
     "forward, Gemma 2 (softcap, 4096 tokens)": gemma,
     "training step of an RMS norm of a sum": normed,
     "decode, rotary of q and k": rotated,
-    "decode, Llama 128 and its rotary": lambda: decoding((32, 8), 128, rotary=True),
+    "decode, Llama 128 and its rotary": lambda: decoding((32, 8), 128, rotary="caller"),
+    "decode, Llama 128, rotary by tables of RotaryEmbedding": lambda: decoding(
+        (32, 8), 128, rotary="embedding"
+    ),
     "decode, gated MLP of exact gelu": gated,
     "forward, 64 packed sequences of 32 tokens, softcap": short,
 }

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .._core.ground.dense_arguments import LARGEST, require_dense, whole
 from .._core.ground.storage import require_writable
+from .._core.rowwise.lookup import keep
 from .._core.rowwise.positions import check_dense
 from ..errors import ArgumentError, ArgumentTypeError, renamed
 from ..ops.triton.rotary import apply_rotary
@@ -173,11 +174,22 @@ class RotaryEmbedding(nn.Module):
             and seqlen <= self._seq_len_cached
             and (known.device, known.dtype) == (device, dtype)
         ):
+            self._keep()
             return
         # tables made in inference mode could not be saved for a backward later
         with torch.inference_mode(False), torch.no_grad():
             self._compute_tables(seqlen, device, dtype)
         self._seq_len_cached = seqlen
+        self._keep()
+
+    def _keep(self) -> None:
+        """Say again that nobody writes to the tables: what is known may have been forgotten."""
+        for cos, sin in (
+            (self._cos_cached, self._sin_cached),
+            (self._cos_k_cached, self._sin_k_cached),
+        ):
+            if cos is not None and sin is not None:
+                keep(cos, sin)
 
     def _compute_tables(
         self, seqlen: int, device: torch.device | str | None, dtype: torch.dtype | None

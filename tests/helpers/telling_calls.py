@@ -15,6 +15,7 @@ from flash_attn_npu._core.attention import cache_operators
 from flash_attn_npu._core.attention import call as core
 from flash_attn_npu._core.attention.decode import CacheCall
 from flash_attn_npu._core.problems.ask import Options
+from flash_attn_npu._core.rowwise.lookup import keep
 from flash_attn_npu.layers.rotary import apply_rotary_emb
 from flash_attn_npu.modules.mlp import GatedMlp
 from flash_attn_npu.ops.activations import swiglu
@@ -150,23 +151,22 @@ def rotated(
 
 
 def looked_up(pair: bool = True, interleaved: bool = False, batch: int = 3) -> Call:
-    """A step of decoding, behind one that makes the tables known: of q and k, or of q alone."""
+    """A step of decoding by the tables of an embedding: of q and k, or of q alone."""
 
     def run(device: torch.device) -> list[Tensor]:
         q, k, v = (drawn(device, batch, 1, n, 64) for n in (4, 2, 2))
         angle = torch.rand(20, 32, generator=torch.Generator().manual_seed(3)) * 3
         cos, sin = (part.to(device, HALF) for part in (angle.cos(), angle.sin()))
+        keep(cos, sin)
         at = torch.tensor([5, 11, 2][:batch], dtype=torch.int32).to(device)
-        for _ in range(2):
-            if pair:
-                caches = [torch.zeros(batch, 32, 2, 64).to(device, HALF) for _ in "kv"]
-                out = flash_attn_with_kvcache(
-                    q, *caches, k, v, cos, sin, cache_seqlens=at, causal=True,
-                    rotary_interleaved=interleaved,
-                )  # fmt: skip
-            else:
-                out, caches = apply_rotary_emb(q, cos, sin, interleaved, seqlen_offsets=at), []
-        return [out, *caches[:1]]
+        if not pair:
+            return [apply_rotary_emb(q, cos, sin, interleaved, seqlen_offsets=at)]
+        caches = [torch.zeros(batch, 32, 2, 64).to(device, HALF) for _ in "kv"]
+        out = flash_attn_with_kvcache(
+            q, *caches, k, v, cos, sin, cache_seqlens=at, causal=True,
+            rotary_interleaved=interleaved,
+        )  # fmt: skip
+        return [out, caches[0]]
 
     return run
 

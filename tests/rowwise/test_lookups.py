@@ -36,8 +36,11 @@ def fresh(npu: torch.device) -> None:
 
 
 def tables(device: torch.device, width: int = 64, dtype: torch.dtype = BRAIN) -> list[Tensor]:
+    """Those of an embedding, which nobody else writes to."""
     angle = torch.randn(20, width // 2)
-    return [angle.cos().to(device, dtype), angle.sin().to(device, dtype)]
+    cos, sin = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+    lookup.keep(cos, sin)
+    return [cos, sin]
 
 
 def starts(device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -227,13 +230,49 @@ def test_a_table_goes_with_its_cos_and_sin(npu: torch.device, monkeypatch: Any) 
     for _ in range(2):
         apply_rotary_emb(x, cos, sin, seqlen_offsets=at)
     assert lookup._by_cos.held() == lookup._by_sin.held() == cos.nbytes + sin.nbytes
+    monkeypatch.setattr(lookup, "MOST_BYTES", cos.nbytes - 1)
     del cos, sin
     assert len(lookup._by_cos) == len(lookup._by_sin) == 0
     cos, sin = tables(npu)
-    monkeypatch.setattr(lookup, "MOST_BYTES", cos.nbytes - 1)
     _, names = asked(lambda: apply_rotary_emb(x, cos, sin, seqlen_offsets=at))
     assert names[-4:] == ["index_select", "index_select", "cat", "npu_mrope"]
     assert not lookup._by_cos.held()
+
+
+def test_tables_of_a_caller_are_read_at_every_call(npu: torch.device) -> None:
+    """torch_npu's `_foreach_*_` move no version, by which moving averages write to buffers."""
+    x, at = torch.randn(3, 1, 2, 64).to(npu, BRAIN), starts(npu)
+    cos, sin = (t.to(npu, BRAIN) for t in torch.randn(2, 20, 32))
+    for change in (torch._foreach_neg_, lambda ts: ts[0].data.zero_()):
+        for _ in range(3):
+            out = apply_rotary_emb(x, cos, sin, seqlen_offsets=at)
+            close_to_exact(out, turned(x, cos, sin, False, STARTS))
+        change([cos, sin])
+    close_to_exact(
+        apply_rotary_emb(x, cos, sin, seqlen_offsets=at), turned(x, cos, sin, False, STARTS)
+    )
+    assert len(lookup._by_cos) == 0
+
+
+def test_an_embedding_keeps_its_tables_after_all_is_forgotten(npu: torch.device) -> None:
+    module, qkv = RotaryEmbedding(64).to(npu), torch.randn(3, 1, 3, 2, 64).to(npu, BRAIN)
+    at = starts(npu, torch.int64)
+    for _ in range(2):
+        module(qkv, seqlen_offset=at, max_seqlen=20)
+        flash_attn_npu.forget_lengths()
+        module(qkv, seqlen_offset=at, max_seqlen=20)
+        _, names = asked(lambda: module(qkv, seqlen_offset=at, max_seqlen=20))
+        assert "index_select" not in names
+        assert "npu_mrope" in names
+
+
+@pytest.mark.parametrize("blocks", [65535, 65540, 65551, 65552])
+def test_rows_far_apart(npu: torch.device, blocks: int) -> None:
+    """The kernel counts the blocks between rows by 16 bits, for both tensors that it is given."""
+    far = torch.randn(2, blocks * 16, dtype=BRAIN).to(npu)
+    x, (cos, sin) = far[:, :256].unflatten(1, (1, 4, 64)), tables(npu)
+    out = apply_rotary_emb(x, cos, sin, seqlen_offsets=starts(npu)[:2])
+    close_to_exact(out, turned(x, cos, sin, False, STARTS[:2]))
 
 
 OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -161,10 +161,10 @@ def forget_all() -> None:
 def forget_lengths() -> None:
     """Drop everything that was read from tensors; the next calls read it again.
 
-    To be called after cumulative lengths, `cache_seqlens`, block tables, attention masks,
-    position ids or the tables of a rotary embedding on a device were written in a way that PyTorch
-    does not see: through `tensor.data`, by a collective of torch.distributed, or by a kernel of
-    another library.
+    To be called after cumulative lengths, `cache_seqlens`, block tables, attention masks or
+    position ids on a device were written in a way that PyTorch does not see: through
+    `tensor.data`, by a collective of torch.distributed, by torch_npu's `torch._foreach_*_`, or by
+    a kernel of another library.
     What lies on the host is read at every call and needs no such word.
     """
     for memo in memos():

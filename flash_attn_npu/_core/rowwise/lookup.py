@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..ground.functions import FORWARD
 from ..ground.memory import Memo
-from ..kernels.ascend.lookup import meet, side_by_side
+from ..kernels.ascend.lookup import keep, kept, side_by_side
 from ..problems.rowwise import MROPE, Lookup, Tables, Turn
 from ..table.choice import begin, plan
 from ..table.rowwise import MAX_MROPE_WIDTH
 from ..verification.kinds import busy
 
-__all__ = ["turned_at"]
+__all__ = ["keep", "turned_at"]
 
 MOST_ROWS = 4096
 """Positions on the host that are remembered on the device, for the next layer of the step."""
@@ -50,20 +50,17 @@ def turned_at(
     if folds > 1:
         parts = tuple([x.reshape(*x.shape[:dims], folds, -1, x.shape[-1]) for x in xs])
         dims += 1
-    joined = side_by_side(cos, sin)
-    problem = _problem(parts, cos, sin, turn, dims)._replace(whole=joined is not None)
-    found = plan(problem)
-    if found.name == MROPE and joined is None:
-        joined = meet(cos, sin)
-        found = found if joined is None else plan(problem._replace(whole=True))
+    pair = kept(cos, sin)
+    found = plan(_problem(parts, cos, sin, turn, dims)._replace(whole=pair is not None))
     if found.name != MROPE or sum(x.numel() for x in xs) > found.kernel.at_once:
         return None
     begin(found)
     at = rows()
     at = _on(at if folds == 1 else at[..., None].expand(*at.shape, folds), device)
-    tables = None if joined is None else Tables(cos, sin, joined)
-    if tables is None:
+    if pair is None:
         tables, at = _of_rows(cos, sin, at)
+    else:
+        tables = Tables(cos, sin, side_by_side(pair, cos, sin))
     turned: list[Tensor] = found.kernel.forward(found.problem, parts, tables, at)
     if folds == 1:
         return turned

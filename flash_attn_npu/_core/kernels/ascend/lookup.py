@@ -14,7 +14,7 @@ from ...ground.memory import PerTensorMemo
 from ...problems.rowwise import Lookup, Tables
 from ..kernel import Kernel
 
-__all__ = ["LOOKUP", "meet", "side_by_side"]
+__all__ = ["LOOKUP", "Pair", "keep", "kept", "side_by_side"]
 
 AT_ONCE = 1 << 26
 """Elements of all tensors: what is written in place needs as much again meanwhile."""
@@ -29,8 +29,8 @@ MOST_BYTES = 1 << 26
 
 
 @dataclass(eq=False)
-class _Pair:
-    """A cos and a sin that came together, and both in one table once they have come again."""
+class Pair:
+    """A cos and a sin of an embedding, in one table as soon as that is asked for."""
 
     joined: Tensor | None = None
 
@@ -39,35 +39,44 @@ class _Pair:
         return 0 if self.joined is None else self.joined.nbytes
 
 
-_by_cos: PerTensorMemo[_Pair] = PerTensorMemo(
-    "cos and sin side by side, by cos", 16, nbytes=1 << 28
+_by_cos: PerTensorMemo[Pair] = PerTensorMemo(
+    "cos and sin side by side, by cos", 256, nbytes=1 << 28
 )
-_by_sin: PerTensorMemo[_Pair] = PerTensorMemo(
-    "cos and sin side by side, by sin", 16, nbytes=1 << 28
+_by_sin: PerTensorMemo[Pair] = PerTensorMemo(
+    "cos and sin side by side, by sin", 256, nbytes=1 << 28
 )
 
 
-def side_by_side(cos: Tensor, sin: Tensor) -> Tensor | None:
-    """[cos, sin], if it is kept; None of a pair that did not come twice before."""
-    pair = _by_cos.known(cos)
-    return pair.joined if pair is not None and pair is _by_sin.known(sin) else None
+def keep(cos: Tensor, sin: Tensor) -> None:
+    """Let these be put side by side once: tables that an embedding has made for itself.
 
-
-def meet(cos: Tensor, sin: Tensor) -> Tensor | None:
-    """`side_by_side` of a pair that is not kept, from its second call on.
-
-    What is made anew for every call would cost more to put side by side than it spares.
+    Not those of a caller, who may write to them in ways that move no version: torch_npu's
+    `torch._foreach_*_` do not, by which moving averages and optimizers write.
     """
+    if type(cos) is not Tensor or cos.device.type != "npu" or torch.compiler.is_compiling():
+        return
+    if cos.nbytes <= MOST_BYTES and kept(cos, sin) is None:
+        _tell(cos, sin, Pair())
+
+
+def kept(cos: Tensor, sin: Tensor) -> Pair | None:
+    """What is known of tables that were to be kept, as long as both are what they were."""
     pair = _by_cos.known(cos)
-    if pair is None or pair is not _by_sin.known(sin):
-        pair = _Pair()
-    elif cos.nbytes <= MOST_BYTES:
-        pair = _Pair(_joined(cos, sin))
-    else:
-        return None
+    return pair if pair is not None and pair is _by_sin.known(sin) else None
+
+
+def side_by_side(pair: Pair, cos: Tensor, sin: Tensor) -> Tensor:
+    """[cos, sin] of a pair."""
+    if pair.joined is None:
+        pair = Pair(_joined(cos, sin))
+        _tell(cos, sin, pair)
+    assert pair.joined is not None
+    return pair.joined
+
+
+def _tell(cos: Tensor, sin: Tensor, pair: Pair) -> None:
     _by_cos.tell(cos, pair)
     _by_sin.tell(sin, pair)
-    return pair.joined
 
 
 def _joined(cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,10 +94,10 @@ def _forward(problem: Lookup, xs: tuple[Tensor, ...], tables: Tables, rows: Tens
     """New tensors; xs are (*tokens, *heads, headdim), rows (tokens,)."""
     import torch_npu
 
-    flat = [_flat(x, len(rows)) for x in xs]
+    flat = [_readable(x.reshape(len(rows), -1)) for x in xs]
     if len(flat) == 1:
         # the operator takes two tensors: a head of the one is turned twice, and not kept
-        flat.append(flat[0][:, : problem.headdim])
+        flat.append(_readable(flat[0][:, : problem.headdim]))
     turned = torch_npu.npu_mrope(
         rows,
         *flat,
@@ -105,11 +114,10 @@ def _forward(problem: Lookup, xs: tuple[Tensor, ...], tables: Tables, rows: Tens
     ]
 
 
-def _flat(x: Tensor, tokens: int) -> Tensor:
-    """(tokens, heads * headdim): where x lies, if the kernel can read it there."""
-    flat = x.reshape(tokens, -1)
+def _readable(flat: Tensor) -> Tensor:
+    """(tokens, heads * headdim): where it lies, if the kernel can read it there."""
     apart, rest = divmod((flat.stride(0) - flat.shape[1]) * flat.element_size(), BLOCK_BYTES)
-    spaced = tokens == 1 or (rest == 0 and 0 <= apart <= MOST_BLOCKS_APART)
+    spaced = flat.shape[0] == 1 or (rest == 0 and 0 <= apart <= MOST_BLOCKS_APART)
     if flat.stride(1) == 1 and flat.data_ptr() % BLOCK_BYTES == 0 and spaced:
         return flat
     return flat.clone(memory_format=torch.contiguous_format)
