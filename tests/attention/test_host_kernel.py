@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func
 from flash_attn_npu._core.ground.processor import multiplies_bf16
 from flash_attn_npu._core.kernels.bands import Band
-from flash_attn_npu._core.kernels.host import flash, parts, steps, strips
+from flash_attn_npu._core.kernels.host import attention, flash, parts, steps, strips
+from flash_attn_npu._core.problems.results import Inputs
 from flash_attn_npu._core.table.attention import HOST
+from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func
 from tests.helpers.old_torch import GROUP, NEEDS_SHARED_HEADS
 from tests.helpers.one_thread import one_thread
 from tests.helpers.peak_bytes import PeakBytes
@@ -274,7 +276,7 @@ def a_sixteenth(monkeypatch: pytest.MonkeyPatch) -> None:
     """4096 tokens are to what may be held at once as 64k are."""
     for module, names in (
         (flash, ("COPIED_BYTES",)),
-        (parts, ("COPIED_BYTES", "PIECE_BYTES", "SMALLEST_PIECE", "BIAS_BYTES")),
+        (parts, ("COPIED_BYTES", "PIECE_BYTES", "SMALLEST_PIECE", "LARGEST_PIECE", "BIAS_BYTES")),
         (steps, ("BIAS_ELEMENTS",)),
         (strips, ("STRIP_BYTES", "TILE_ELEMENTS")),
     ):
@@ -297,6 +299,23 @@ def test_one_long_head_is_held_no_more_than_twice(a_sixteenth, dtype, bound, slo
     with one_thread(), PeakBytes() as peak:
         flash.attend_backward((q, k, v), (dout, out, lse), (dq, dk, dv), rule)
     assert peak.peak <= 8 * q.nbytes
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_a_sink_is_held_no_more_than_twice(a_sixteenth, monkeypatch, dtype):
+    """Inputs and outputs; what it rescales is not rounded yet, and is rescaled where it lies."""
+    q, k, v = torch.randn(3, 1, 4096, 1, 64).to(dtype)
+    sink, asked, groups = torch.ones(1), [], attention._groups
+
+    def grouped(problem):
+        asked.append(problem)
+        return groups(problem)
+
+    monkeypatch.setattr(attention, "_groups", grouped)
+    npu_flash_attn_func(q, k, v, causal=True, s_aux=sink)
+    with PeakBytes() as peak:
+        attention.forward(asked[0], Inputs(q, k, v, None, sink))
+    assert peak.peak <= 5 * q.nbytes
 
 
 @NEEDS_BF16

@@ -16,7 +16,7 @@ from ..bands import Band
 from ..composed.attention import attend_group
 from ..groups import Group, groups, groups_in_place
 from ..kernel import Kernel
-from ..sinks import with_sink
+from ..sinks import counting, take_share
 from .flash import (
     attend,
     attend_backward,
@@ -124,8 +124,8 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         group.q.write(out, part)
         group.q.write_rows(lse, part_lse)
     if sink is not None:
-        out, lse = with_sink(out, lse, sink)
-        out = out.to(q.dtype)
+        take_share(out, lse, sink)
+        out, lse = out.to(q.dtype), counting(lse, sink)
     return Forward(out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device="cpu"))
 
 

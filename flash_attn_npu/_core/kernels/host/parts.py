@@ -31,7 +31,7 @@ COPIED_BYTES = 1 << 22
 PIECE_BYTES = 1 << 20
 """Of the float32 copy of such a piece, unless SMALLEST_PIECE rows take more."""
 
-SMALLEST_PIECE = 1 << 11
+SMALLEST_PIECE, LARGEST_PIECE = 1 << 11, 1 << 12
 """Rows of a piece: to merge what fewer keys answer costs more than 2% of computing it."""
 
 BIAS_BYTES = 1 << 23
@@ -104,7 +104,8 @@ def parts(q: Tensor, k: Tensor, rule: Rule, dtype: torch.dtype) -> Iterator[Part
         numbers = group * min(SMALLEST_BLOCK, q.shape[2]) * seqlen_k
         room = max(1, min(room, BIAS_BYTES // (dtype.itemsize * max(numbers, 1))))
     if q.dtype != dtype and of_one >= COPIED_BYTES:
-        size = max(SMALLEST_PIECE, PIECE_BYTES // (dtype.itemsize * room * group * headdim))
+        few = PIECE_BYTES // (dtype.itemsize * room * group * headdim)
+        size = max(SMALLEST_PIECE, min(LARGEST_PIECE, few))
     yield from shares(batch, heads_k, group, room, size)
 
 
