@@ -21,7 +21,6 @@ from ..problems.rowwise import Rotation, Turn
 from ..table.choice import Plan, begin, choose, recall
 from ..table.rowwise import MAX_MROPE_WIDTH
 from .keys import PLAIN_TORCH, STRIDED
-from .lookup import turned_at
 from .positions import Part, Positions, check_dense, dense_positions, positions_of
 from .small import is_few
 
@@ -114,6 +113,11 @@ def _turned_at(
     """xs as new tensors, by a kernel that looks rows up by itself; None where there is none."""
     if isinstance(positions.starts, int) or torch.compiler.is_compiling():
         return None
+    if xs[0].device.type != "npu":
+        return None
+    # of a step on an NPU, and of no import
+    from .lookup import turned_at
+
     rows = partial(positions.rows, _all_tokens(xs[0], turn))
     return turned_at(xs, cos, sin, turn, rows)
 

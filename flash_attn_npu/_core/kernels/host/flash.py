@@ -22,7 +22,6 @@ from ...problems.results import accumulator
 from .decoding import many_keys, one_query
 from .parts import COPIED_BYTES, Biases, Part, Rows, Rule, Sums, Triple, dense, parts, shares
 from .steps import Step, backward_steps, forward_steps, left_of, pieces
-from .strips import Spaces, Strips, streams, strip_backward
 
 __all__ = [
     "attend",
@@ -288,6 +287,9 @@ def _by_strips(
     inputs: Triple, answer: tuple[Tensor, Tensor, Tensor], grads: Triple, rule: Rule
 ) -> None:
     """`attend_backward` of long bfloat16."""
+    # of a backward only, and of no import
+    from .strips import Spaces, Strips, streams, strip_backward
+
     (_, heads_q, seqlen_q, _), (batch, heads_k) = inputs[0].shape, inputs[1].shape[:2]
     group, spaces = heads_q // heads_k, Spaces()
     room = STREAM_ROWS // (seqlen_q * group)
