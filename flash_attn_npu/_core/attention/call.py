@@ -57,27 +57,7 @@ def attend(
     q, k, v = inputs
     if FORWARD._current_level >= 0:
         refuse_tangents(EAGER, q=q, k=k, v=v, sink=sink)
-    packed = None
-    if lengths is not None:
-        # `_packed` and `recall_lengths` written out for what is mostly given
-        cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = lengths
-        owner: Any
-        found_q: Lengths | None
-        found_q, entry = None, lengths_read(id(cu_seqlens_q))
-        if entry is not None:
-            owner, version, address, numel, read = entry
-            if (
-                owner() is cu_seqlens_q
-                and cu_seqlens_q._version == version
-                and cu_seqlens_q.data_ptr() == address
-                and cu_seqlens_q.numel() == numel
-            ):
-                found_q = read
-        found_k = found_q if cu_seqlens_k is cu_seqlens_q else recall_lengths(cu_seqlens_k)
-        if found_q and found_k and type(longest_q) is type(longest_k) is int:
-            packed = (found_q, found_k, longest_q, longest_k)
-        else:
-            packed = _packed(*lengths)
+    packed = None if lengths is None else _read(lengths)
     try:
         # as `Ask.at_door` takes it
         dtype: Any = q.dtype
@@ -131,6 +111,27 @@ def attend(
         # what no kernel takes looks to a remembered plan like any tensor of its shape
         arguments.require_plain(q=q, k=k, v=v)
         raise
+
+
+def _read(lengths: Raw) -> Raw:
+    """`_packed`, with `recall_lengths` written out, for what is mostly given."""
+    cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = lengths
+    owner: Any
+    found_q: Lengths | None
+    found_q, entry = None, lengths_read(id(cu_seqlens_q))
+    if entry is not None:
+        owner, version, address, numel, read = entry
+        if (
+            owner() is cu_seqlens_q
+            and cu_seqlens_q._version == version
+            and cu_seqlens_q.data_ptr() == address
+            and cu_seqlens_q.numel() == numel
+        ):
+            found_q = read
+    found_k = found_q if cu_seqlens_k is cu_seqlens_q else recall_lengths(cu_seqlens_k)
+    if found_q and found_k and type(longest_q) is type(longest_k) is int:
+        return found_q, found_k, longest_q, longest_k
+    return _packed(*lengths)
 
 
 def attend_narrow(

@@ -124,7 +124,7 @@ TABLE: tuple[Rule, ...] = (
     Rule(
         f"{LOOKED_UP}, nheads * headdim above {MAX_MROPE_WIDTH}",
         lambda p: p.nheads * p.headdim > MAX_MROPE_WIDTH,
-        # as sglang has it (TODO in its rotary_embedding.py): a core holds all heads of a token
+        # as sglang says in its rotary_embedding.py: a core holds all heads of a token
         {MROPE: f"older CANN takes {MAX_MROPE_WIDTH} numbers of a token at most"},
     ),
     Rule(
