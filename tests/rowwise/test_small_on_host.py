@@ -17,6 +17,7 @@ from benchmarks.rows import MAKES, call_of
 from flash_attn_npu._core.rowwise import small
 from flash_attn_npu.ops.triton.rotary import apply_rotary
 from tests.helpers.frames import frames
+from tests.helpers.old_torch import TORCH
 
 SHAPE = (2, 8, 64)
 
@@ -72,6 +73,8 @@ def test_a_small_call_does_little_beside_what_torch_does(
     for _ in range(2):
         ours()
     more, most = MORE[name][grad]
+    # torch before 2.9 asks for one operation more
+    more += TORCH < (2, 9) and "cross entropy" in name
     assert operations(ours) <= operations(theirs) + more
     assert len(frames(ours)) <= most
 

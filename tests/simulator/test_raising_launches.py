@@ -24,6 +24,7 @@ from flash_attn_npu.layers.rotary import apply_rotary_emb
 from flash_attn_npu.ops.activations import swiglu
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import rms_norm_fn
+from tests.helpers.old_torch import needs
 from tests.helpers.telling_calls import CALLS, alike, drawn, errors
 
 LACKED = {
@@ -241,6 +242,7 @@ def test_where_what_is_behind_raises_too_the_first_error_is_seen(
     assert not errors(caplog)
 
 
+@needs("npu_scatter_pa_kv_cache", "cache_mode")
 def test_an_append_that_raises_behind_its_rehearsal_is_written_again(
     npu: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
