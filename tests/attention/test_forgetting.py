@@ -189,6 +189,19 @@ def test_on_a_device_one_call_forgets_it(case: str, npu: torch.device) -> None:
     assert torch.equal(call(written).cpu(), expected)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case != "rotary tables"])
+def test_on_a_device_a_write_that_moves_no_version_is_heard(case: str, npu: torch.device) -> None:
+    """`torch._foreach_copy_` of torch_npu: see `unseen_writes`."""
+    call, before, after = CASES[case]
+    expected = call(after.to(npu)).cpu()
+    written = before.to(npu)
+    version = written._version
+    assert not torch.equal(call(written).cpu(), expected)
+    torch._foreach_copy_([written], [after.to(npu)])
+    assert written._version == version
+    assert torch.equal(call(written).cpu(), expected)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_device_each_tensor_is_read_once(case: str, npu: torch.device) -> None:
     call, before, _ = CASES[case]

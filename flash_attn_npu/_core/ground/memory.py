@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
+from .unseen_writes import listen
+
 __all__ = ["Memo", "PerTensorMemo", "forget_all", "forget_lengths", "held", "memos", "snapshot"]
 
 K = TypeVar("K", bound=Hashable)
@@ -88,9 +90,9 @@ class PerTensorMemo(Memo[int, _Reading[T]]):
     An entry answers only for the very same tensor object with the same version counter and the
     same memory, so neither an in-place change nor a reallocation can be served stale, and it goes
     when its tensor goes. Tensors on the host, and those made under `torch.inference_mode`, which
-    have no version counter, are never remembered. A write through `tensor.data`, by a collective
-    of torch.distributed or by a kernel that PyTorch does not know moves no counter either:
-    `forget_lengths` is for those.
+    have no version counter, are never remembered. Operators that move no counter are heard
+    (`unseen_writes`). A write through `tensor.data`, by a collective of torch.distributed or by a
+    kernel that PyTorch does not know is not: `forget_lengths` is for those.
     """
 
     def __init__(self, name: str, entries: int, *, nbytes: int | None = None) -> None:
@@ -129,12 +131,20 @@ class PerTensorMemo(Memo[int, _Reading[T]]):
         if _can_be_remembered(tensor):
             self._store(tensor, tensor._version, value)
 
+    def drop(self, storages: set[int]) -> None:
+        """Forget what was read of tensors in these storages, known by their addresses."""
+        for key, entry in snapshot(self._known):
+            owner = entry[0]()
+            if owner is None or owner.untyped_storage().data_ptr() in storages:
+                self._known.pop(key, None)
+
     def _store(self, tensor: torch.Tensor, version: int, value: T) -> None:
         try:
             address = tensor.data_ptr()
         except RuntimeError:
             # a tensor without memory of its own, inside a functorch transform
             return
+        listen(_forget_memory)
         key, readings = id(tensor), self._known
 
         def gone(reference: weakref.ref[torch.Tensor]) -> None:
@@ -163,13 +173,18 @@ def forget_lengths() -> None:
 
     To be called after cumulative lengths, `cache_seqlens`, block tables, attention masks or
     position ids on a device were written in a way that PyTorch does not see: through
-    `tensor.data`, by a collective of torch.distributed, by torch_npu's `torch._foreach_*_`, or by
-    a kernel of another library.
+    `tensor.data`, by a collective of torch.distributed, or by a kernel of another library.
     What lies on the host is read at every call and needs no such word.
     """
     for memo in memos():
         if memo.contents:
             memo.clear()
+
+
+def _forget_memory(storages: set[int]) -> None:
+    for memo in memos():
+        if isinstance(memo, PerTensorMemo):
+            memo.drop(storages)
 
 
 def held(value: object) -> int:
