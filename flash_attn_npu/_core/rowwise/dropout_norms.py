@@ -19,7 +19,7 @@ from ..kernels.composed import norm_blocks, norm_checks, norms
 from ..kernels.composed.norms import Saved
 from ..problems.norms import NormCall
 from .answers import Answer
-from .norms import X0, compose, gradients, keep, normalize, serve
+from .norms import X0, compose, gradients, keep, normalize, normed, serve
 
 __all__ = [
     "DropoutAddLayerNormFn",
@@ -52,12 +52,16 @@ class Subsets(NamedTuple):
 
 def dropout_add(function: str, call: NormCall, return_dropout_mask: bool) -> Any:
     """z, followed by the sum if call.prenorm, and by the mask."""
+    if not return_dropout_mask:
+        return normed(function, call, False)
     answer = normalize(function, call, return_dropout_mask)
     return _arranged(call, answer, return_dropout_mask)
 
 
 def dropout_add_parallel_residual(function: str, call: NormCall, return_dropout_mask: bool) -> Any:
     """z0 and z1, followed by the sum if call.prenorm, and by two masks."""
+    if call.weight1 is not None and not return_dropout_mask:
+        return normed(function, call, False)
     answer = normalize(function, call, return_dropout_mask)
     return _arranged_parallel(call, answer, return_dropout_mask)
 

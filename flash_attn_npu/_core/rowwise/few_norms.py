@@ -1,89 +1,254 @@
-"""Autograd of layer norms of a few rows on a CPU: as few steps of Python as torch has kernels.
+"""Norms of a few rows on a CPU: as few steps of Python as torch has kernels.
 
-It is that of `norms` for calls with several results, whose gradients are left to autograd to round.
+What a call's key says is looked at once, and kept as `Steps`; the numbers are those of `norms`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ground.second_derivatives import first_order
+from ..ground.dtypes import converter
+from ..ground.functions import bare, unwrapped
+from ..ground.second_derivatives import first_order, once, watch
 from ..kernels.composed import layer_norm, norms
 from ..problems.norms import NormCall
 
-__all__ = ["recorded", "serves"]
+__all__ = ["FewNorms", "Steps", "serve", "steps_of"]
 
-TENSORS = 7
+Convert = Callable[[Tensor], Tensor]
+Masks = tuple[Tensor | None, Tensor | None]
+
+TENSORS: Final = 7
 """x, weight, bias, residual, x1, weight1, bias1: the first fields of a call."""
 
-
-def serves(call: NormCall) -> bool:
-    """Whether `FewLayerNorms` differentiates a small call on a CPU."""
-    return not call.is_rms_norm and call.rowscale is None and call.layerscale is None
-
-
-def recorded(
-    call: NormCall, masks: tuple[Tensor | None, Tensor | None]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, y1 if there is a weight1, and the rounded sum if prenorm."""
-    results = FewLayerNorms.apply(*call[:TENSORS], call, masks)  # type: ignore[no-untyped-call]
-    y1 = None if call.weight1 is None else results[1]
-    return results[0], y1, results[-1] if call.prenorm else None
+_once = once("a norm")
+_grad_enabled = torch.is_grad_enabled
+_layer_norm = torch.layer_norm
+_rms_norm = torch.rms_norm
+_native_layer_norm = torch.native_layer_norm
 
 
-class FewLayerNorms(torch.autograd.Function):
-    """Its arguments are the first tensors of a call, the call, and the masks of its dropout.
+class Steps(NamedTuple):
+    """What is done for calls that have one key.
 
-    Its results are y, y1 if there is a weight1, and the rounded sum if prenorm.
+    shape: of a row.
+    wide, dtype: what is computed in, and that of y; `widen` and `narrow` convert to them.
+    scaled: there is a tensor of scales, so that `norms.summed` adds up.
+    kept: what dropout and a constant scale make of x and x1; None where there are none.
+    widens: x is converted before anything is added to it.
+    stored: the dtype of the sum as it is returned, if `prenorm`, and kept for the gradient.
+    alone: the sum is x.
+    recorded: it has several results with a gradient, which are those of `FewNorms`.
+    watched: torch's own autograd differentiates it.
+    """
+
+    shape: tuple[int, ...]
+    eps: float
+    wide: torch.dtype
+    widen: Convert
+    dtype: torch.dtype
+    narrow: Convert
+    rms: bool
+    zero_centered: bool
+    scaled: bool
+    kept: norms.Terms | None
+    widens: bool
+    stored: torch.dtype
+    prenorm: bool
+    alone: bool
+    recorded: bool
+    watched: bool
+
+
+def steps_of(call: NormCall, needs_grad: bool) -> Steps | None:
+    """How `serve` does what equals this call; None where it does not."""
+    rms, several = call.is_rms_norm, call.prenorm or call.weight1 is not None
+    scaled = call.rowscale is not None or call.layerscale is not None
+    if (rms and call.weight1 is not None) or (scaled and needs_grad and several):
+        return None
+    wide, dtype = norms.wide_dtype(call), norms.out_dtype(call)
+    changed = scaled or call.dropout_p != 0 or call.rowscale_const != 1
+    alone = not changed and call.x1 is None and call.residual is None
+    # torch's layer norm widens 16-bit rows itself, but its gradient would round sums over them
+    inside = alone and not rms and not needs_grad and call.x.dtype == dtype
+    return Steps(
+        shape=tuple(call.x.shape[-1:]),
+        eps=call.eps,
+        wide=wide,
+        widen=converter(wide),
+        dtype=dtype,
+        narrow=converter(dtype),
+        rms=rms,
+        zero_centered=call.zero_centered_weight,
+        scaled=scaled,
+        kept=norms.terms_of(call) if changed else None,
+        widens=call.x.dtype != wide and not inside,
+        stored=norms.total_dtype(call),
+        prenorm=bool(call.prenorm),
+        alone=alone,
+        recorded=needs_grad and several,
+        watched=needs_grad and not several,
+    )
+
+
+def serve(steps: Steps, call: NormCall, masks: Masks | None = None) -> Any:
+    """y, followed by y1 if there is a weight1, and by the sum if prenorm; y alone is no tuple.
+
+    Args:
+        masks: what dropout keeps of x and x1; drawn if None.
+    """
+    if masks is None:
+        masks = (None, None) if steps.kept is None else norms.draw_masks(call)
+    tensors = call[:TENSORS]
+    if steps.recorded:
+        given = [None if one is None else unwrapped(one) for one in tensors]
+        return _recorded(*given, steps, *masks)
+    x, weight, bias, residual, x1, weight1, bias1 = tensors
+    if steps.scaled:
+        rowscale = None if call.rowscale is None else call.rowscale.detach()
+        rows = norms.summed(call._replace(rowscale=rowscale), *masks)
+    else:
+        rows = _rows(steps, x, residual, x1, masks)
+    y = _normed(steps, rows, weight, bias)
+    if steps.watched:
+        watch(y, _once)
+        return y
+    if weight1 is None:
+        return (y, _total(steps, x, rows)) if steps.prenorm else y
+    y1 = _normed(steps, rows, weight1, bias1)
+    return (y, y1, _total(steps, x, rows)) if steps.prenorm else (y, y1)
+
+
+def _rows(
+    steps: Steps, x: Tensor, residual: Tensor | None, x1: Tensor | None, masks: Masks
+) -> Tensor:
+    """The sum, not rounded yet."""
+    kept = steps.kept
+    if kept is None:
+        rows = steps.widen(x) if steps.widens else x
+    else:
+        rows = norms.kept(x, masks[0], None, kept)
+        x1 = None if x1 is None else norms.kept(x1, masks[1], None, kept)
+    if x1 is not None:
+        rows = rows + x1
+    return rows if residual is None else rows + residual
+
+
+def _normed(steps: Steps, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    shape, eps, wide, widen, dtype, narrow, rms, zero_centered, *_ = steps
+    if weight.dtype is not wide:
+        weight = widen(weight)
+    if zero_centered:
+        weight = weight + 1.0
+    if bias is not None and bias.dtype is not wide:
+        bias = widen(bias)
+    if rms:
+        y = _rms_norm(rows, shape, weight, eps)
+        y = (y if bias is None else y + bias).contiguous()
+    else:
+        y = _layer_norm(rows, shape, weight, bias, eps)
+    return y if y.dtype is dtype else narrow(y)
+
+
+def _total(steps: Steps, x: Tensor, rows: Tensor) -> Tensor:
+    """The sum as it is kept."""
+    stored = steps.stored
+    if not steps.alone or stored is not x.dtype:
+        return (rows if rows.dtype is stored else rows.to(stored)).contiguous()
+    # a returned x would be one tensor with two histories
+    return x.clone(memory_format=torch.contiguous_format) if steps.prenorm else x
+
+
+class FewNorms(torch.autograd.Function):
+    """Its arguments are the first tensors of a call, the steps, and the masks of its dropout.
+
+    Its results are those of `serve`: of several results, torch's autograd would take what nobody
+    uses for no part of the graph. It rounds the gradients to the dtypes of the arguments.
     """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
-        call, (mask, mask1) = given[TENSORS:]
-        weight1, prenorm, terms = call.weight1, call.prenorm, norms.terms_of(call)
-        rows = norms.summed(call, mask, mask1)
-        total = norms.rounded_total(call, norms.is_alone(call, mask), rows)
-        y, mean, rstd = norms.by_torch(call, rows, call.weight, call.bias)
-        ctx.save_for_backward(total, mean, rstd, call.weight, weight1, mask, mask1)
-        ctx.how = prenorm, terms
+        x, weight, bias, residual, x1, weight1, bias1, steps, mask, mask1 = given
+        rows = _rows(steps, x, residual, x1, (mask, mask1))
+        total, measured = _total(steps, x, rows), _rms if steps.rms else _layer
+        y, mean, rstd = measured(steps, rows, weight, bias)
+        ctx.save_for_backward(total, mean, rstd, weight, weight1, mask, mask1)
+        ctx.steps = steps
         if weight1 is None:
-            return (y, total) if prenorm else (y,)
-        y1 = norms.by_torch(call, rows, weight1, call.bias1)[0]
-        return (y, y1, total) if prenorm else (y, y1)
+            return y, total
+        y1 = measured(steps, rows, weight1, bias1)[0]
+        return (y, y1, total) if steps.prenorm else (y, y1)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> Any:
         saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not _grad_enabled():
             return _gradients(ctx, saved, douts)
         with torch.no_grad():
             found = _gradients(ctx, saved, douts)
         return first_order("a norm", found, *douts, *saved)
 
 
+_recorded = bare(FewNorms)
+
+
+def _layer(
+    steps: Steps, rows: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`_normed`, with mean and rstd."""
+    shape, eps, wide, widen, dtype, narrow, _, zero_centered, *_ = steps
+    scale = weight if weight.dtype is wide else widen(weight)
+    scale = scale + 1.0 if zero_centered else scale
+    bias = bias if bias is None or bias.dtype is wide else widen(bias)
+    y, mean, rstd = _native_layer_norm(rows, shape, scale, bias, eps)
+    return y if y.dtype is dtype else narrow(y), mean, rstd
+
+
+def _rms(
+    steps: Steps, rows: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    rstd = rows.square().mean(-1, keepdim=True).add_(steps.eps).rsqrt_()
+    y = (rows * rstd).mul_(norms.effective(weight, steps.wide, steps.zero_centered))
+    y = (y if bias is None else y.add_(bias)).contiguous()
+    return y if y.dtype is steps.dtype else steps.narrow(y), None, rstd
+
+
 def _gradients(
     ctx: Any, saved: tuple[Tensor, ...], douts: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Autograd rounds them to the dtypes of the arguments."""
     total, mean, rstd, weight, weight1, mask, mask1 = saved
-    (prenorm, terms), needs = ctx.how, ctx.needs_input_grad
-    wide, zero_centered = terms.wide, terms.zero_centered_weight
-    rows, statistics = norms.cast(total, wide), (mean, rstd)
-    scale = norms.effective(weight, wide, zero_centered)
-    dy = norms.cast(douts[0], wide)
-    ds, dweight, dbias = layer_norm.backward(dy, rows, statistics, scale, needs[1:3])
+    _, _, wide, widen, _, _, rms, zero_centered, _, kept, _, _, prenorm, *_ = ctx.steps
+    _, *sums, of_residual, of_x1, of_weight1, of_bias1, _, _, _ = ctx.needs_input_grad
+    rows = total if total.dtype is wide else widen(total)
+    scale = weight if weight.dtype is wide else widen(weight)
+    scale = scale + 1.0 if zero_centered else scale
+    dy, back = douts[0], _rms_back if rms else layer_norm.backward
+    dy = dy if dy.dtype is wide else widen(dy)
+    ds, dweight, dbias = back(dy, rows, (mean, rstd), scale, sums)
     dweight1 = dbias1 = None
     if weight1 is not None:
-        scale = norms.effective(weight1, wide, zero_centered)
-        dy = norms.cast(douts[1], wide)
-        more, dweight1, dbias1 = layer_norm.backward(dy, rows, statistics, scale, needs[5:7])
+        scale, dy = norms.effective(weight1, wide, zero_centered), norms.cast(douts[1], wide)
+        more, dweight1, dbias1 = back(dy, rows, (mean, rstd), scale, [of_weight1, of_bias1])
         ds = ds.add_(more)
     if prenorm:
-        ds = ds + douts[-1]
-    dx = ds if mask is None or not needs[0] else norms.kept(ds, mask, None, terms)
-    dx1 = ds if mask1 is None or not needs[4] else norms.kept(ds, mask1, None, terms)
-    found = (dx, dweight, dbias, ds, dx1, dweight1, dbias1, None, None)
-    return tuple([one if needed else None for one, needed in zip(found, needs, strict=True)])
+        ds = ds.add_(douts[-1])
+    dx = ds if kept is None else norms.kept(ds, mask, None, kept)
+    dx1 = None
+    if of_x1:
+        dx1 = ds if kept is None else norms.kept(ds, mask1, None, kept)
+    return dx, dweight, dbias, ds if of_residual else None, dx1, dweight1, dbias1, None, None, None
+
+
+def _rms_back(
+    dy: Tensor, s: Tensor, statistics: tuple[Tensor, Tensor], scale: Tensor, sums: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    # step by step as `norms.backward`, so that a compiled graph gives the same bits
+    normal, scaled, width = s * statistics[1], dy * scale, s.shape[-1]
+    dweight = (dy * normal).reshape(-1, width).sum(0) if sums[0] else None
+    dbias = dy.reshape(-1, width).sum(0) if sums[1] else None
+    along = (scaled * normal).mean(-1, keepdim=True)
+    return scaled.sub_(normal.mul_(along)).mul_(statistics[1]), dweight, dbias

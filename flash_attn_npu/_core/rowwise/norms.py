@@ -6,7 +6,8 @@ copies in float32. The arithmetic is `kernels.composed.norms`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..ground.dense_arguments import refuse_transforms
 from ..ground.functions import FORWARD, PLAIN, refuse_tangents
 from ..ground.records import replaced
-from ..ground.second_derivatives import first_order, once, watch
+from ..ground.second_derivatives import first_order
 from ..kernels.composed import norm_blocks, norm_checks, norms
 from ..kernels.composed.norms import Normed, Saved
 from ..problems.buffers import share
@@ -25,7 +26,7 @@ from ..table.choice import Plan, begin, choose, recall
 from ..verification.kinds import Refuted
 from . import few_norms
 from .answers import Answer, arranged, in_buffers
-from .keys import PLAIN_TORCH, STRIDED
+from .keys import PLAIN_TORCH
 from .small import is_few, is_small
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "gradients",
     "keep",
     "normalize",
+    "normed",
     "serve",
 ]
 
@@ -51,9 +53,20 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
 }
 """What public functions call the fields of NormCall where they call them otherwise."""
 
-_once = once("a norm")
 _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
+_transforming = torch._C._are_functorch_transforms_active
+
+
+def normed(function: str, call: NormCall, masked: bool) -> Any:
+    """`normalize`, as `layer_norm_fn` returns it."""
+    key = _key(function, call)
+    found = None if key is None else recall(key)
+    if found is not None and found.few is not None and not masked and not _transforming():
+        begin(found)
+        return found.few(call)
+    answer = _normalized(function, call, masked, key, found)
+    return arranged(answer, call.weight1 is not None, call.prenorm, masked)
 
 
 def normalize(function: str, call: NormCall, masked: bool = False) -> Answer:
@@ -67,10 +80,18 @@ def normalize(function: str, call: NormCall, masked: bool = False) -> Answer:
             it; nothing was written.
     """
     key = _key(function, call)
-    found = None if key is None else recall(key)
+    return _normalized(function, call, masked, key, None if key is None else recall(key))
+
+
+def _normalized(
+    function: str, call: NormCall, masked: bool, key: Hashable, found: Plan | None
+) -> Answer:
     if found is None:
         norm_checks.check(call, RENAMED.get(function, {}))
         found = choose(norms.problem_of(function, call), key)
+        if key is not None and found.direct is None and is_few(call.x):
+            steps = few_norms.steps_of(call, found.problem.needs_grad)
+            found.few = None if steps is None else partial(few_norms.serve, steps)
     elif found.direct is None:
         begin(found)
     else:
@@ -81,11 +102,11 @@ def normalize(function: str, call: NormCall, masked: bool = False) -> Answer:
             return _fused(found, call)
         except Refuted as refuted:
             return refuted.answer(lambda: normalize(function, call, masked))
-    if key is None or torch._C._are_functorch_transforms_active():
+    if key is None or _transforming():
         refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
     needs_grad = found.problem.needs_grad
     if key is not None and is_few(call.x):
-        return _few(call, needs_grad)
+        return _few(call, needs_grad, found.few)
     answer = None if needs_grad else _unrecorded(call, masked)
     if answer is not None:
         return answer
@@ -109,23 +130,24 @@ def _unrecorded(call: NormCall, masked: bool) -> Answer | None:
     return None if written is None else _answer(call, written, masks)
 
 
-def _few(call: NormCall, needs_grad: bool) -> Answer:
-    """The answer to a small call without buffers."""
-    # of several results, torch's autograd would take what nobody uses for no part of the graph
-    if needs_grad and (call.prenorm or call.weight1 is not None):
-        if not few_norms.serves(call):
+def _few(call: NormCall, needs_grad: bool, few: Callable[..., Any] | None = None) -> Answer:
+    """The answer to a small call without buffers.
+
+    Args:
+        few: `few_norms.serve` with the steps of this call, if they are known.
+    """
+    if few is None:
+        steps = few_norms.steps_of(call, needs_grad)
+        if steps is None and needs_grad:
             return _recorded(call)
-        masks = norms.draw_masks(call)
-        y, y1, total = few_norms.recorded(call, masks)
-        return Answer(y, y1, total, *masks)
+        few = None if steps is None else partial(few_norms.serve, steps)
     masks = norms.draw_masks(call)
-    if call.rowscale is not None:
-        call = call._replace(rowscale=call.rowscale.detach())
-    rms = norms.rms_norm(call, *masks) if call.is_rms_norm else None
-    normed = rms or norms.forward(call, *masks)
-    if needs_grad:
-        watch(normed.y, _once)
-    return _answer(call, normed, masks)
+    if few is None:
+        return _answer(call, norms.forward(call, *masks), masks)
+    found = few(call, masks)
+    results = list(found) if isinstance(found, tuple) else [found]
+    y1 = None if call.weight1 is None else results[1]
+    return Answer(results[0], y1, results[-1] if call.prenorm else None, *masks)
 
 
 def _recorded(call: NormCall) -> Answer:
@@ -157,36 +179,32 @@ def _key(function: str, call: NormCall) -> Hashable:
     ) = call[:11]
     # fmt: on
     options: Any = call[11:]
-    if out is not None or residual_out is not None:
-        return None
-    if type(options[0]) is not float or type(options[1]) is not float:
+    if not (out is residual_out is None and type(options[0]) is type(options[1]) is float):
         return None
     if type(x) not in PLAIN or type(weight) not in PLAIN:
-        return None
-    if not (x.layout is weight.layout is STRIDED):
         return None
     grad = _grad_enabled()
     try:
         # fmt: off
-        facts = (
-            function, grad, options, x.shape, x.dtype, x.device, grad and x.requires_grad,
-            weight.shape, weight.dtype, weight.device, grad and weight.requires_grad,
+        facts: tuple[Any, ...] = (
+            function, grad, options, x.shape, x.dtype, x.device, x.layout, grad and x.requires_grad,
+            weight.shape, weight.dtype, weight.device, weight.layout, grad and weight.requires_grad,
         )
         # fmt: on
-        if bias is residual is x1 is weight1 is bias1 is rowscale is layerscale is None:
-            return facts
-        more: list[Any] = []
-        for tensor in (bias, residual, x1, weight1, bias1, rowscale, layerscale):
-            if tensor is None:
-                more.append(None)
-            elif type(tensor) in PLAIN and tensor.layout is STRIDED:
-                more += (tensor.shape, tensor.dtype, tensor.device, grad and tensor.requires_grad)
+        rest: tuple[Any, ...] = (bias, residual)
+        if not (x1 is weight1 is bias1 is rowscale is layerscale is None):
+            rest = bias, residual, x1, weight1, bias1, rowscale, layerscale
+        for one in rest:
+            if one is None:
+                facts += (None,)
+            elif type(one) in PLAIN:
+                facts += (one.shape, one.dtype, one.device, one.layout, grad and one.requires_grad)
             else:
                 return None
     except RuntimeError:
         # a nested tensor has no shape
         return None
-    return *facts, *more
+    return facts
 
 
 def compose(function: str, call: NormCall) -> None:

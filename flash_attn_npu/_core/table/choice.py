@@ -102,6 +102,7 @@ class Plan:
     reasons: what is told of those that were passed over.
     direct: the kernel's own differentiable function, None if its forward and backward serve.
     allowed: the same, where the policy is to be asked first, because others were passed over.
+    few: how calls of a few rows on a CPU are served that have the key of this plan, if anyhow.
     tally: counts the calls, for the report; absent under torch.compile, where nothing is counted.
     """
 
@@ -112,6 +113,7 @@ class Plan:
     reasons: tuple[str, ...]
     direct: Callable[..., Any] | None
     allowed: Callable[..., Any] | None
+    few: Callable[..., Any] | None = field(init=False, default=None)
     tally: usage.Tally = field(init=False)
     permitted: str | None = None
     """The policy that let this plan's last call pass: what it says once it has said."""

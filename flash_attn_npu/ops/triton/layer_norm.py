@@ -15,9 +15,8 @@ from torch.nn.functional import dropout, layer_norm
 from ..._core.ground.dense_arguments import refuse_transforms
 from ..._core.ground.records import named
 from ..._core.problems.norms import NormCall
-from ..._core.rowwise.answers import arranged
 from ..._core.rowwise.norm_linear import LayerNormLinearFn
-from ..._core.rowwise.norms import LayerNormFn, normalize
+from ..._core.rowwise.norms import LayerNormFn, normed
 from ...utils.library import triton_op
 from ...utils.torch import custom_bwd, custom_fwd
 
@@ -188,8 +187,7 @@ def layer_norm_fn(
         dropout_p, prenorm, residual_in_fp32, zero_centered_weight, is_rms_norm, out_dtype,
     )
     # fmt: on
-    answer = normalize("layer_norm_fn", call, return_dropout_mask)
-    return arranged(answer, weight1 is not None, prenorm, return_dropout_mask)
+    return normed("layer_norm_fn", call, return_dropout_mask)
 
 
 def rms_norm_fn(
@@ -221,8 +219,7 @@ def rms_norm_fn(
         dropout_p, prenorm, residual_in_fp32, zero_centered_weight, True, out_dtype,
     )
     # fmt: on
-    answer = normalize("rms_norm_fn", call, return_dropout_mask)
-    return arranged(answer, weight1 is not None, prenorm, return_dropout_mask)
+    return normed("rms_norm_fn", call, return_dropout_mask)
 
 
 def layer_norm_linear_fn(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def backward(
     s: Tensor,
     statistics: tuple[Tensor, Tensor],
     weight: Tensor,
-    sums: tuple[bool, bool],
+    sums: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of s, and where `sums` wants them of weight and bias.
 
@@ -40,7 +42,7 @@ def backward(
     """
     # the kernel takes a bias for the shape of its gradient alone
     found: tuple[Tensor, Tensor | None, Tensor | None]
-    found = torch.ops.aten.native_layer_norm_backward(
+    found = torch.ops.aten.native_layer_norm_backward.default(
         dy, s, s.shape[-1:], *statistics, weight, weight, [True, *sums]
     )
     return found
