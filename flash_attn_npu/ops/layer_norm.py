@@ -21,7 +21,7 @@ from .._core.rowwise.dropout_norms import (
     dropout_add_parallel_residual,
     dropout_add_subset,
 )
-from .._core.rowwise.norms import normalize
+from .._core.rowwise.norms import normed
 from ._norm_modules import DropoutAddNorm
 
 __all__ = [
@@ -53,7 +53,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
 
     Contract: flash-attention 2.8, `layer_norm`.
     """
-    return normalize("layer_norm", NormCall(x, weight, bias, eps=epsilon)).y
+    y: Tensor = normed("layer_norm", NormCall(x, weight, bias, eps=epsilon), False)
+    return y
 
 
 def dropout_add_layer_norm(
@@ -97,12 +98,12 @@ def dropout_add_layer_norm(
     Contract: flash-attention 2.8, `dropout_add_layer_norm`. Different: other random bits.
     """
     # fmt: off
-    call = NormCall(
-        x0, weight, bias, residual, rowscale=rowscale, layerscale=layerscale, eps=epsilon,
-        dropout_p=dropout_p, prenorm=prenorm, residual_in_fp32=residual_in_fp32,
+    fields = (
+        x0, weight, bias, residual, None, None, None, rowscale, layerscale, None, None, epsilon,
+        dropout_p, prenorm, residual_in_fp32, False, False, None, 1.0,
     )
     # fmt: on
-    return dropout_add("dropout_add_layer_norm", call, return_dropout_mask)
+    return dropout_add("dropout_add_layer_norm", fields, return_dropout_mask)
 
 
 def dropout_add_layer_norm_subset(
@@ -192,13 +193,13 @@ def dropout_add_layer_norm_parallel_residual(
     random bits.
     """
     # fmt: off
-    call = NormCall(
-        x0, weight0, bias0, residual, x1, weight1, bias1, eps=epsilon, dropout_p=dropout_p,
-        prenorm=prenorm, residual_in_fp32=residual_in_fp32,
+    fields = (
+        x0, weight0, bias0, residual, x1, weight1, bias1, None, None, None, None, epsilon,
+        dropout_p, prenorm, residual_in_fp32, False, False, None, 1.0,
     )
     # fmt: on
     function = "dropout_add_layer_norm_parallel_residual"
-    return dropout_add_parallel_residual(function, call, return_dropout_mask)
+    return dropout_add_parallel_residual(function, fields, return_dropout_mask)
 
 
 class DropoutAddLayerNorm(DropoutAddNorm):

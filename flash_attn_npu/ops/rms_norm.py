@@ -22,7 +22,7 @@ from .._core.rowwise.dropout_norms import (
     dropout_add_parallel_residual,
     dropout_add_subset,
 )
-from .._core.rowwise.norms import normalize
+from .._core.rowwise.norms import normed
 from ._norm_modules import DropoutAddNorm
 
 __all__ = [
@@ -46,7 +46,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
     Contract: flash-attention 2.8, `rms_norm`.
     """
-    return normalize("rms_norm", NormCall(x, weight, eps=epsilon, is_rms_norm=True)).y
+    y: Tensor = normed("rms_norm", NormCall(x, weight, eps=epsilon, is_rms_norm=True), False)
+    return y
 
 
 def dropout_add_rms_norm(
@@ -69,12 +70,12 @@ def dropout_add_rms_norm(
     Contract: flash-attention 2.8, `dropout_add_rms_norm`. Different: other random bits.
     """
     # fmt: off
-    call = NormCall(
-        x0, weight, bias, residual, rowscale=rowscale, layerscale=layerscale, eps=epsilon,
-        dropout_p=dropout_p, prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=True,
+    fields = (
+        x0, weight, bias, residual, None, None, None, rowscale, layerscale, None, None, epsilon,
+        dropout_p, prenorm, residual_in_fp32, False, True, None, 1.0,
     )
     # fmt: on
-    return dropout_add("dropout_add_rms_norm", call, return_dropout_mask)
+    return dropout_add("dropout_add_rms_norm", fields, return_dropout_mask)
 
 
 def dropout_add_rms_norm_subset(
@@ -134,13 +135,13 @@ def dropout_add_rms_norm_parallel_residual(
     bits.
     """
     # fmt: off
-    call = NormCall(
-        x0, weight0, bias0, residual, x1, weight1, bias1, eps=epsilon, dropout_p=dropout_p,
-        prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=True,
+    fields = (
+        x0, weight0, bias0, residual, x1, weight1, bias1, None, None, None, None, epsilon,
+        dropout_p, prenorm, residual_in_fp32, False, True, None, 1.0,
     )
     # fmt: on
     function = "dropout_add_rms_norm_parallel_residual"
-    return dropout_add_parallel_residual(function, call, return_dropout_mask)
+    return dropout_add_parallel_residual(function, fields, return_dropout_mask)
 
 
 class RMSNorm(nn.Module):

@@ -14,7 +14,7 @@ there and then.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from threading import local
@@ -30,6 +30,7 @@ __all__ = [
     "consistent",
     "fallback",
     "fallback_policy",
+    "policy_here",
     "traced",
     "verification",
     "verifying",
@@ -71,6 +72,10 @@ _alibi_offset = _from_environment("FLASH_ATTN_NPU_ALIBI_OFFSET", ("0", "1")) == 
 def fallback_policy() -> str:
     """What happens to a call that no fused kernel can serve, in this context: see `fallback`."""
     return _fallback.get()
+
+
+policy_here: Callable[[], str] = _fallback.get
+"""`fallback_policy` without a frame of Python, for what asks at every call."""
 
 
 def assumed() -> Absent:

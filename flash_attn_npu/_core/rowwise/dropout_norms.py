@@ -50,18 +50,25 @@ class Subsets(NamedTuple):
     out_numrows: int
 
 
-def dropout_add(function: str, call: NormCall, return_dropout_mask: bool) -> Any:
-    """z, followed by the sum if call.prenorm, and by the mask."""
+def dropout_add(function: str, fields: tuple[Any, ...], return_dropout_mask: bool) -> Any:
+    """z, followed by the sum if prenorm, and by the mask.
+
+    Args:
+        fields: those of NormCall, in their order.
+    """
     if not return_dropout_mask:
-        return normed(function, call, False)
-    answer = normalize(function, call, return_dropout_mask)
-    return _arranged(call, answer, return_dropout_mask)
+        return normed(function, fields, False)
+    call = NormCall(*fields)
+    return _arranged(call, normalize(function, call, True), True)
 
 
-def dropout_add_parallel_residual(function: str, call: NormCall, return_dropout_mask: bool) -> Any:
-    """z0 and z1, followed by the sum if call.prenorm, and by two masks."""
+def dropout_add_parallel_residual(
+    function: str, fields: tuple[Any, ...], return_dropout_mask: bool
+) -> Any:
+    """z0 and z1, followed by the sum if prenorm, and by two masks; fields as in `dropout_add`."""
+    call = NormCall(*fields)
     if call.weight1 is not None and not return_dropout_mask:
-        return normed(function, call, False)
+        return normed(function, fields, False)
     answer = normalize(function, call, return_dropout_mask)
     return _arranged_parallel(call, answer, return_dropout_mask)
 

@@ -95,20 +95,22 @@ def steps_of(call: NormCall, needs_grad: bool) -> Steps | None:
     )
 
 
-def serve(steps: Steps, call: NormCall, masks: Masks | None = None) -> Any:
+def serve(steps: Steps, fields: tuple[Any, ...], masks: Masks | None = None) -> Any:
     """y, followed by y1 if there is a weight1, and by the sum if prenorm; y alone is no tuple.
 
     Args:
+        fields: those of a NormCall.
         masks: what dropout keeps of x and x1; drawn if None.
     """
+    tensors = fields[:TENSORS]
     if masks is None:
-        masks = (None, None) if steps.kept is None else norms.draw_masks(call)
-    tensors = call[:TENSORS]
+        masks = (None, None) if steps.kept is None else norms.draw_masks(NormCall(*fields))
     if steps.recorded:
         given = [None if one is None else unwrapped(one) for one in tensors]
         return _recorded(*given, steps, *masks)
     x, weight, bias, residual, x1, weight1, bias1 = tensors
     if steps.scaled:
+        call = NormCall(*fields)
         rowscale = None if call.rowscale is None else call.rowscale.detach()
         rows = norms.summed(call._replace(rowscale=rowscale), *masks)
     else:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedError
 from ..ground.dense_arguments import refuse_transforms
-from ..ground.functions import FORWARD, refuse_tangents
-from ..ground.storage import overlaps_itself
+from ..ground.functions import FORWARD, PLAIN, refuse_tangents
 from ..kernels.composed import cross_entropy as kernel
 from ..problems.rowwise import Loss
 from ..table.choice import begin, choose, recall
 from ..verification.kinds import Refuted
-from .keys import PLAIN_TORCH, key_of
+from . import few_losses
+from .keys import PLAIN_TORCH
 from .small import is_few, is_small
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["CrossEntropyLoss", "LossCall", "cross_entropy"]
+
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_transforming = torch._C._are_functorch_transforms_active
 
 
 class LossCall(NamedTuple):
@@ -85,16 +89,28 @@ class CrossEntropyLoss(torch.autograd.Function):
         return dlogits, None, None, None, None, None, None, None, None
 
 
-def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
-    """(losses, z_losses) of each row."""
-    key = _key(call)
+def cross_entropy(fields: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """(losses, z_losses) of each row.
+
+    Args:
+        fields: those of LossCall, in their order; to make one of them takes longer than to read it.
+    """
+    key = _key(fields)
     found = None if key is None else recall(key)
+    if found is not None and found.few is not None and not _transforming():
+        # what equals a checked key is checked but for the labels, which torch looks at
+        begin(found)
+        try:
+            return found.few(fields[0], fields[1])  # type: ignore[no-any-return]
+        except IndexError:
+            _checked(LossCall(*fields))
+            raise
+    call = LossCall(*fields)
+    options = _checked(call)
     if found is None:
-        options = _checked(call)
+        key = key if is_few(call.logits) else None
         found = choose(_problem(call, options), key)
     else:
-        # numbers as they came: what equals a checked key is checked
-        options = kernel.Options(*call[3:7])
         begin(found)
     if found.direct is not None:
         if FORWARD._current_level >= 0:
@@ -105,46 +121,16 @@ def cross_entropy(call: LossCall) -> tuple[Tensor, Tensor]:
             return refuted.answer(lambda: cross_entropy(call))
         return losses, z_losses
     refuse_transforms("logits")
-    if key is None and not _is_by_torch(call, options):
+    if not _is_by_torch(call, options):
         losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]
         return losses, z_losses
-    logits = call.logits
-    loss = kernel.unrecorded
-    if key is not None or is_small(logits):
-        loss = kernel.recorded
-        if call.inplace_backward and logits.requires_grad and torch.is_grad_enabled():
-            logits = _overwritten(logits)
-    try:
-        return loss(logits, call.labels.long(), options)
-    except IndexError:
-        kernel.check_range(call.labels, options, logits.shape[1])
-        raise
-
-
-def _overwritten(logits: Tensor) -> Tensor:
-    """The logits, widened, over which autograd writes their gradient once it has computed it."""
-    # the first of the operations that lead away from them, and the last of the way back
-    narrow = logits.dtype in (torch.float16, torch.bfloat16)
-    first, version = logits.float() if narrow else logits.view_as(logits), logits._version
-
-    def overwrite(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor] | None:
-        if logits._version != version:
-            raise UnsupportedError(
-                "inplace_backward",
-                "logits modified by an inplace operation, such as a backward before this one",
-                "logits that hold what they held in the forward",
-                "run one backward, or leave inplace_backward out",
-            )
-        (gradient,) = gradients
-        if gradient is None or torch.is_grad_enabled():
-            return None
-        if not logits.is_contiguous() and overlaps_itself(logits):
-            return None
-        return (logits.detach().copy_(gradient),)
-
-    node: Any = first.grad_fn
-    node.register_hook(overwrite)
-    return first
+    inplace = call.inplace_backward and found.problem.needs_grad
+    few = partial(few_losses.in_place if inplace else kernel.recorded, options)
+    if not is_small(call.logits):
+        return kernel.unrecorded(options, call.logits, call.labels)
+    if key is not None:
+        found.few = few
+    return few(call.logits, call.labels)
 
 
 def _checked(call: LossCall) -> kernel.Options:
@@ -175,17 +161,30 @@ def _is_by_torch(call: LossCall, options: kernel.Options) -> bool:
     return True
 
 
-def _key(call: LossCall) -> Hashable:
-    """`key_of` for a small call, whose labels are not looked at; else None."""
-    logits, labels, lse, smoothing, scale, square, ignore, inplace, group = call
-    if lse is not None or group is not None or type(ignore) is not int or type(inplace) is not bool:
+def _key(fields: tuple[Any, ...]) -> Hashable:
+    """`key_of` written out, for a call whose labels are not looked at if it is small; else None."""
+    logits, labels, lse, smoothing, scale, square, ignore, inplace, group = fields
+    if lse is not None or group is not None or _compiling():
         return None
     # written out: `any` over these would cost as much as the key
     if not type(smoothing) is type(scale) is type(square) is float or not 0 <= smoothing <= 1:
         return None
-    options = (smoothing, scale, square, ignore, inplace)
-    key = key_of("cross_entropy_loss", options, logits, labels)
-    return key if key is not None and is_few(logits) else None
+    if type(ignore) is not int or type(inplace) is not bool:
+        return None
+    if type(logits) not in PLAIN or type(labels) not in PLAIN or not logits.is_cpu:
+        return None
+    grad = _grad_enabled()
+    try:
+        # fmt: off
+        return (
+            "cross_entropy_loss", grad, smoothing, scale, square, ignore, inplace,
+            logits.shape, logits.dtype, logits.device, logits.layout, grad and logits.requires_grad,
+            labels.shape, labels.dtype, labels.device, labels.layout,
+        )
+        # fmt: on
+    except RuntimeError:
+        # a nested tensor has no shape
+        return None
 
 
 def _problem(call: LossCall, options: kernel.Options) -> Loss:

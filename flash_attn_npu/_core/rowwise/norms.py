@@ -58,13 +58,18 @@ _grad_enabled = torch.is_grad_enabled
 _transforming = torch._C._are_functorch_transforms_active
 
 
-def normed(function: str, call: NormCall, masked: bool) -> Any:
-    """`normalize`, as `layer_norm_fn` returns it."""
-    key = _key(function, call)
+def normed(function: str, fields: tuple[Any, ...], masked: bool) -> Any:
+    """`normalize`, as `layer_norm_fn` returns it.
+
+    Args:
+        fields: those of NormCall, in their order; to make one of them takes longer than to read it.
+    """
+    key = _key(function, fields)
     found = None if key is None else recall(key)
     if found is not None and found.few is not None and not masked and not _transforming():
         begin(found)
-        return found.few(call)
+        return found.few(fields)
+    call = fields if isinstance(fields, NormCall) else NormCall(*fields)
     answer = _normalized(function, call, masked, key, found)
     return arranged(answer, call.weight1 is not None, call.prenorm, masked)
 
@@ -169,16 +174,16 @@ def unaliased(call: NormCall) -> NormCall:
     return call._replace(x=call.x.clone()) if over_x else call
 
 
-def _key(function: str, call: NormCall) -> Hashable:
+def _key(function: str, fields: tuple[Any, ...]) -> Hashable:
     """`key_of` written out; None for calls with buffers, whose memory is looked at."""
     if _compiling():
         return None
     # fmt: off
     (
         x, weight, bias, residual, x1, weight1, bias1, rowscale, layerscale, out, residual_out,
-    ) = call[:11]
+    ) = fields[:11]
     # fmt: on
-    options: Any = call[11:]
+    options: Any = fields[11:]
     if not (out is residual_out is None and type(options[0]) is type(options[1]) is float):
         return None
     if type(x) not in PLAIN or type(weight) not in PLAIN:

@@ -32,7 +32,7 @@ from ..ground import policy, usage
 from ..ground.absent import WORD, Absent, absent
 from ..ground.chip import known_wrong
 from ..ground.memory import Memo
-from ..ground.settings import assumed, fallback_policy, verification
+from ..ground.settings import assumed, policy_here, verification
 from ..ground.traced import note
 from ..kernels.kernel import Kernel
 from ..problems import attention, rowwise, transfer
@@ -166,7 +166,9 @@ def plan(problem: Any, key: Hashable = None) -> Plan:
 
 def begin(found: Plan) -> Plan:
     """Ask the policy about a call and count it, before it is served by this plan."""
-    permit(found)
+    # what it has let pass once it lets pass again
+    if found.permitted is None or found.permitted != policy_here():
+        permit(found)
     found.tally.calls += 1
     return found
 
@@ -175,7 +177,7 @@ def permit(found: Plan) -> None:
     """Apply the fallback policy to a plan; a problem without work loses nothing by no fusion."""
     if not found.reasons or found.problem.empty:
         return
-    word = fallback_policy()
+    word = policy_here()
     if found.permitted != word:
         problem = found.problem
         meant = absent(word)

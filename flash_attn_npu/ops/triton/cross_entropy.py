@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..._core.rowwise.losses import CrossEntropyLoss, LossCall, cross_entropy
+from ..._core.rowwise.losses import CrossEntropyLoss, cross_entropy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,16 +65,9 @@ def cross_entropy_loss(
     derivatives (of lse as it depends on the logits, also if it was passed) where it is composed.
     Different: labels that are not a class are refused.
     """
-    return cross_entropy(
-        LossCall(
-            logits,
-            labels,
-            precomputed_lse,
-            label_smoothing,
-            logit_scale,
-            lse_square_scale,
-            ignore_index,
-            inplace_backward,
-            process_group,
-        )
-    )
+    # fmt: off
+    return cross_entropy((
+        logits, labels, precomputed_lse, label_smoothing, logit_scale, lse_square_scale,
+        ignore_index, inplace_backward, process_group,
+    ))
+    # fmt: on

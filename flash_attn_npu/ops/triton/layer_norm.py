@@ -182,12 +182,11 @@ def layer_norm_fn(
     torch.compile a result is a copy of what lies in its buffer.
     """
     # fmt: off
-    call = NormCall(
+    return normed("layer_norm_fn", (
         x, weight, bias, residual, x1, weight1, bias1, rowscale, None, out, residual_out, eps,
-        dropout_p, prenorm, residual_in_fp32, zero_centered_weight, is_rms_norm, out_dtype,
-    )
+        dropout_p, prenorm, residual_in_fp32, zero_centered_weight, is_rms_norm, out_dtype, 1.0,
+    ), return_dropout_mask)
     # fmt: on
-    return normed("layer_norm_fn", call, return_dropout_mask)
 
 
 def rms_norm_fn(
@@ -214,12 +213,11 @@ def rms_norm_fn(
     Contract: flash-attention 2.8, `rms_norm_fn`.
     """
     # fmt: off
-    call = NormCall(
+    return normed("rms_norm_fn", (
         x, weight, bias, residual, x1, weight1, bias1, rowscale, None, out, residual_out, eps,
-        dropout_p, prenorm, residual_in_fp32, zero_centered_weight, True, out_dtype,
-    )
+        dropout_p, prenorm, residual_in_fp32, zero_centered_weight, True, out_dtype, 1.0,
+    ), return_dropout_mask)
     # fmt: on
-    return normed("rms_norm_fn", call, return_dropout_mask)
 
 
 def layer_norm_linear_fn(

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
 from ....errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ...ground.collectives import gather_rows
@@ -29,6 +28,7 @@ __all__ = [
     "check",
     "check_range",
     "forward",
+    "ignored",
     "recorded",
     "takes_lse",
     "unrecorded",
@@ -43,6 +43,12 @@ HOST_CHUNK = 1 << 17
 
 READ = 64
 """Labels that are read one by one."""
+
+_ALREADY_WIDE = (torch.float32, torch.float64)
+_cross_entropy: Any = torch._C._nn.cross_entropy_loss
+"""That of torch.nn.functional without the way there."""
+
+_NO_REDUCTION = 0
 
 
 class Options(NamedTuple):
@@ -122,44 +128,48 @@ def forward(
     return losses, z_losses.masked_fill(ignored, 0.0), lse
 
 
-def recorded(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def recorded(options: Options, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """losses and z_losses by torch's own cross entropy, which its autograd can differentiate.
+
+    Labels may be of any integer dtype.
 
     Raises:
         IndexError: a label is not a class.
     """
-    scaled, ignore = _scaled(logits, options.logit_scale), options.ignore_index
-    squared = options.lse_square_scale != 0
-    ignored = None
+    smoothing, scale, square, ignore = options
+    labels = labels if labels.dtype is torch.int64 else labels.long()
+    # no call of `to` where there is nothing to convert: it would be a third of all that is done
+    scaled = logits if logits.dtype in _ALREADY_WIDE else logits.float()
+    if scale != 1:
+        scaled = scaled * scale
+    without = None
     # without a gradient torch's loss leaves out what ignored rows hold by itself
-    if squared or (scaled.requires_grad and torch.is_grad_enabled()):
-        ignored = _ignored(labels, ignore)
-    if ignored is not None:
+    if square != 0 or (scaled.requires_grad and torch.is_grad_enabled()):
+        without = ignored(labels, ignore)
+    if without is not None:
         # their gradient is 0 whatever they hold
-        scaled = scaled.masked_fill(ignored[:, None], 0.0)
-    losses = functional.cross_entropy(
-        scaled, labels, ignore_index=ignore, reduction="none", label_smoothing=options.smoothing
-    )
-    if not squared:
+        scaled = scaled.masked_fill(without[:, None], 0.0)
+    losses: Tensor = _cross_entropy(scaled, labels, None, _NO_REDUCTION, ignore, smoothing)
+    if square == 0:
         return losses, torch.zeros_like(losses)
-    z_losses = options.lse_square_scale * scaled.logsumexp(1).square()
-    if ignored is not None:
-        z_losses = z_losses.masked_fill(ignored, 0.0)
+    z_losses = square * scaled.logsumexp(1).square()
+    if without is not None:
+        z_losses = z_losses.masked_fill(without, 0.0)
     return losses + z_losses, z_losses.detach()
 
 
-def _ignored(labels: Tensor, ignore_index: int) -> Tensor | None:
+def ignored(labels: Tensor, ignore_index: int) -> Tensor | None:
     """Which rows do not count; None where all do, as they nearly always do in a small call."""
     # a few numbers are read faster than they are compared
     if labels.shape[0] <= READ and ignore_index not in labels.tolist():
         return None
-    ignored = labels == ignore_index
-    return ignored if bool(ignored.any()) else None
+    without = labels == ignore_index
+    return without if bool(without.any()) else None
 
 
-def unrecorded(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def unrecorded(options: Options, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`recorded` of many logits, without a gradient."""
-    parts = [recorded(logits[rows], labels[rows], options) for rows in _chunks(logits)]
+    parts = [recorded(options, logits[rows], labels[rows]) for rows in _chunks(logits)]
     losses, z_losses = (torch.cat(part) for part in zip(*parts, strict=True))
     return losses, z_losses
 
