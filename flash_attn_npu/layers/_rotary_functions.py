@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+APPLY = Turn().function
+
+
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
     """Each pair (a, b) of the last dimension becomes (-b, a), in a new tensor.
 
@@ -101,17 +104,16 @@ class ApplyRotaryEmb(torch.autograd.Function):
         _save(ctx, (cos, sin, cu_seqlens), seqlen_offsets)
         ctx.interleaved, ctx.max_seqlen = interleaved, max_seqlen
         where = in_place(ctx, x) if inplace else x
-        out = rotate(
-            where, cos, sin, Turn(seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
-        )
+        fields = seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, False, APPLY
+        out = rotate(where, cos, sin, fields)
         return x if inplace else out
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         """Rotate the gradient back."""
         (cos, sin, cu_seqlens), seqlen_offsets = _saved(ctx)
-        turn = Turn(seqlen_offsets, cu_seqlens, ctx.max_seqlen, ctx.interleaved, conjugate=True)
-        dx = rotate(do, cos, sin, turn)
+        fields = seqlen_offsets, cu_seqlens, ctx.max_seqlen, ctx.interleaved, False, True, APPLY
+        dx = rotate(do, cos, sin, fields)
         return dx, None, None, None, None, None, None, None
 
 
@@ -149,8 +151,8 @@ def apply_rotary_emb(
     Contract: flash-attention 2.8, `apply_rotary_emb`, whose alias is `apply_rotary_emb_func`.
     """
     if not _is_differentiated(x):
-        turn = Turn(seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
-        return rotate(x, cos, sin, turn)
+        fields = seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, False, APPLY
+        return rotate(x, cos, sin, fields)
     plain = type(x) in PLAIN and type(cos) in PLAIN and type(sin) in PLAIN
     if plain and cu_seqlens is None and type(seqlen_offsets) is int and is_undisturbed():
         given = unwrapped(x), unwrapped(cos), unwrapped(sin)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,52 +17,71 @@ from ..ground.chip import compiles_just_in_time, remembers_compiling
 from ..ground.dense_arguments import require_truth
 from ..ground.functions import FORWARD, PLAIN, refuse_tangents
 from ..ground.storage import blocks, require_writable
-from ..kernels.composed.rotation import few, serves_few
+from ..kernels.composed.rotation import few, few_of
 from ..problems.rowwise import Rotation, Turn
 from ..table.choice import Plan, begin, choose, recall
 from ..table.rowwise import MAX_MROPE_WIDTH
-from .keys import PLAIN_TORCH, STRIDED
+from .keys import PLAIN_TORCH
 from .positions import Part, Positions, check_dense, dense_positions, positions_of
 from .small import is_few
 
 __all__ = ["rotate", "rotate_alike"]
 
 _compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
-    """What `apply_rotary` promises, reported under the name `turn.function`."""
-    if FORWARD._current_level >= 0 and isinstance(x, Tensor) and x.device.type == "npu":
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, fields: tuple[Any, ...]) -> Tensor:
+    """What `apply_rotary` promises, reported under the name of the function that a Turn has.
+
+    Args:
+        fields: those of a Turn, in their order; to make one of them takes longer than to read it.
+    """
+    start, cu_seqlens, _, _, inplace, conjugate, _ = fields
+    forward = FORWARD._current_level >= 0
+    if forward and isinstance(x, Tensor) and x.device.type == "npu":
         refuse_tangents(PLAIN_TORCH, x=x, cos=cos, sin=sin)
-    key = _key(x, cos, sin, turn)
+    key = None if cu_seqlens is not None else _key(x, cos, sin, fields)
     found = None if key is None else recall(key)
-    if found is not None and 0 <= turn.seqlen_offsets <= cos.shape[0] - x.shape[1]:
-        direct = found.direct
-        if direct is not None and not turn.inplace and found.problem.rotary_dim == x.shape[-1]:
-            # nobody was passed over, so there is no policy to ask
-            found.tally.calls += 1
-            return direct(x, *_shared(cos, sin, turn, x.shape))  # type: ignore[no-any-return]
-        if not turn.inplace and is_few(x) and serves_few(found.problem, x, cos, sin):
+    if found is None or not 0 <= start <= cos.shape[0] - x.shape[1]:
+        return _rotated(x, cos, sin, Turn(*fields), key)
+    if not inplace:
+        small = found.few
+        # what torch's own autograd takes down must not be written over
+        recorded = _grad_enabled() and (x.requires_grad or cos.requires_grad or sin.requires_grad)
+        if small is not None and not recorded and not forward:
             begin(found)
-            start, end = turn.seqlen_offsets, turn.seqlen_offsets + x.shape[1]
+            end = start + x.shape[1]
             if start or end != cos.shape[0]:
                 cos, sin = cos[start:end], sin[start:end]
-            return few(found.problem, x, cos, sin, turn.conjugate)
-        positions = Positions(turn.seqlen_offsets, None, x.device)
-        if turn.inplace:
-            require_writable(x=x)
-        begin(found)
+            return small(x, cos, sin, conjugate)  # type: ignore[no-any-return]
+        if found.direct is not None and found.problem.rotary_dim == x.shape[-1]:
+            # nobody was passed over, so there is no policy to ask
+            found.tally.calls += 1
+            shared = _shared(cos, sin, Turn(*fields), x.shape)
+            return found.direct(x, *shared)  # type: ignore[no-any-return]
     else:
-        require_truth(interleaved=turn.interleaved, inplace=turn.inplace, conjugate=turn.conjugate)
-        positions = positions_of(x, cos, sin, turn)
-        if turn.inplace:
-            require_writable(x=x)
-        if x.device.type == "npu":
-            whole = _turned_alone(x, cos, sin, turn, positions)
-            if whole is not None:
-                return whole
-        problem = _problem(turn, x, cos, x.dim() - (3 if turn.cu_seqlens is None else 2))
-        found = choose(problem, key) if found is None else begin(found)
+        require_writable(x=x)
+    positions = Positions(start, None, x.device)
+    looked_up = partial(_lookup, cos, sin, positions, found.problem.head_dims, conjugate)
+    return _turned(begin(found), x, inplace, looked_up)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn, key: Hashable) -> Tensor:
+    """`rotate` of what no plan is known for, or is wrong in its positions."""
+    require_truth(interleaved=turn.interleaved, inplace=turn.inplace, conjugate=turn.conjugate)
+    positions = positions_of(x, cos, sin, turn)
+    if turn.inplace:
+        require_writable(x=x)
+    if x.device.type == "npu":
+        whole = _turned_alone(x, cos, sin, turn, positions)
+        if whole is not None:
+            return whole
+    problem = _problem(turn, x, cos, x.dim() - (3 if turn.cu_seqlens is None else 2))
+    found = choose(problem, key)
+    if key is not None and is_few(x) and found.direct is None:
+        how = few_of(problem, x)
+        found.few = None if how is None else partial(few, how)
     looked_up = partial(_lookup, cos, sin, positions, found.problem.head_dims, turn.conjugate)
     return _turned(found, x, turn.inplace, looked_up)
 
@@ -127,25 +147,25 @@ def _all_tokens(x: Tensor, turn: Turn) -> Part:
     return tuple([slice(0, size) for size in tokens])
 
 
-def _key(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Hashable:
+def _key(x: Tensor, cos: Tensor, sin: Tensor, fields: tuple[Any, ...]) -> Hashable:
     """`key_of`, written out, for a padded batch that starts at one position; else None.
 
     Gradients are no matter of a rotation's plan.
     """
-    if _compiling() or turn.cu_seqlens is not None or type(turn.seqlen_offsets) is not int:
+    start, _, _, interleaved, inplace, conjugate, function = fields
+    if _compiling() or type(start) is not int:
         return None
-    if not type(turn.interleaved) is type(turn.inplace) is type(turn.conjugate) is bool:
+    if not type(interleaved) is type(inplace) is type(conjugate) is bool:
         return None
     if not (type(x) in PLAIN and type(cos) in PLAIN and type(sin) in PLAIN):
         return None
-    if not (x.layout is cos.layout is sin.layout is STRIDED):
-        return None
     try:
+        device = x.device
         # fmt: off
         return (
-            turn.function, turn.interleaved, x.shape, x.dtype, x.device, cos.shape, cos.dtype,
-            cos.device, sin.shape, sin.dtype, sin.device,
-            not x.is_cpu and remembers_compiling(x.device),
+            function, interleaved, x.shape, x.dtype, device, x.layout, cos.shape, cos.dtype,
+            cos.device, cos.layout, sin.shape, sin.dtype, sin.device, sin.layout,
+            not x.is_cpu and remembers_compiling(device),
         )
         # fmt: on
     except RuntimeError:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ...ground.dtypes import converter
 from ...ground.functions import FORWARD
 from ...problems.rowwise import Lookup, Rotation, Tables
 from ..kernel import Kernel
 
-__all__ = ["KERNEL", "LOOKUP", "few", "serves_few"]
+__all__ = ["KERNEL", "LOOKUP", "few", "few_of"]
 
 AT_ONCE = 1 << 17
 """Elements: what is computed on the way stays in a core's cache."""
@@ -41,42 +45,65 @@ def forward(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor)
     out[..., second].copy_(turned_b)
 
 
-def serves_few(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether `few` may rotate x, which is on a CPU and not traced."""
-    whole = problem.rotary_dim == x.shape[-1] and not problem.empty
-    kept = x.requires_grad or cos.requires_grad or sin.requires_grad
-    return whole and not (kept and torch.is_grad_enabled()) and FORWARD._current_level < 0
+class Few(NamedTuple):
+    """How rotations of a few numbers on a CPU with one key are computed.
+
+    wide: the dtype that is computed in, to which `widen` converts.
+    narrow: converts to that of x; None if it is `wide`.
+    """
+
+    interleaved: bool
+    wide: torch.dtype
+    widen: Callable[[Tensor], Tensor]
+    narrow: Callable[[Tensor], Tensor] | None
 
 
-def few(problem: Rotation, x: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
-    """x as a new tensor, in few operations.
+def few_of(problem: Rotation, x: Tensor) -> Few | None:
+    """How `few` does this rotation of x, which is on a CPU; None where it does not."""
+    if problem.empty or problem.rotary_dim != x.shape[-1]:
+        return None
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    narrow = None if x.dtype == wide else converter(x.dtype)
+    return Few(problem.interleaved, wide, converter(wide), narrow)
+
+
+def few(how: Few, x: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
+    """x as a new tensor, in few operations, none of which autograd records or traces.
 
     Args:
         x: (batch, seqlen, ..., headdim), all of it rotated.
         cos, sin: (seqlen, headdim / 2).
         conjugate: rotate back.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    narrow, plain = x.dtype != wide, torch.contiguous_format
-    given = x.to(wide, memory_format=plain) if narrow else x.contiguous()
-    cos, sin = (cos, sin) if cos.dtype is wide is sin.dtype else (cos.to(wide), sin.to(wide))
-    (seqlen, half), heads = cos.shape, (1,) * (x.dim() - 3)
-    if problem.interleaved:
-        turns = torch.complex(cos, -sin if conjugate else sin).view(seqlen, *heads, half)
-        # a complex number begins at an even place
-        given = given.clone() if given.storage_offset() % 2 else given
-        # what will be rounded is written where it lies
-        out = given if narrow else torch.empty(x.shape, dtype=wide, device=x.device)
-        torch.mul(given.view(turns.dtype), turns, out=out.view(turns.dtype))
+    interleaved, wide, widen, narrow = how
+    cos = cos if cos.dtype is wide else widen(cos)
+    sin = sin if sin.dtype is wide else widen(sin)
+    given, dims = x.contiguous(), x.dim()
+    if narrow is not None:
+        given = widen(given)
+    if interleaved:
+        # in memory of its own, where a complex number begins at an even place
+        out = given.clone() if narrow is None else given
+        turns = torch.complex(cos, -sin if conjugate else sin)
+        pairs = out.view(turns.dtype)
+        pairs.mul_(turns.unsqueeze(1) if dims == 4 else _between(turns, dims))
     else:
-        out, pairs = torch.empty(x.shape, dtype=wide, device=x.device), (*x.shape[:-1], 2, half)
-        given, turned = given.view(pairs), out.view(pairs)
-        torch.mul(given, cos.view(seqlen, *heads, 1, half), out=turned)
-        (a, b), (turned_a, turned_b) = given.unbind(-2), turned.unbind(-2)
-        sin, sign = sin.view(seqlen, *heads, half), 1 if conjugate else -1
+        cos = torch.cat((cos, cos), 1)
+        if dims == 4:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        else:
+            cos, sin = _between(cos, dims), _between(sin, dims)
+        out, sign = given * cos, 1 if conjugate else -1
+        (a, b), (turned_a, turned_b) = given.chunk(2, -1), out.chunk(2, -1)
         turned_a.addcmul_(b, sin, value=sign)
         turned_b.addcmul_(a, sin, value=-sign)
-    return out.to(x.dtype) if narrow else out
+    return out if narrow is None else narrow(out)
+
+
+def _between(table: Tensor, dims: int) -> Tensor:
+    """(seqlen, width) to be broadcast over the heads of a tensor of `dims` dimensions."""
+    seqlen, width = table.shape
+    return table.view(seqlen, *(1,) * (dims - 3), width)
 
 
 def _turn_as_complex(x: Tensor, turns: Tensor, out: Tensor) -> None:
