@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_npu import flash_attn_func
+from flash_attn_npu._core.kernels.host import strips
 from tests.helpers.one_thread import one_thread
 
 HEADDIM = 64
@@ -50,14 +51,22 @@ def answers(
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-@pytest.mark.parametrize("softcap", [0.0, 20.0])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("causal", "softcap", "kept"),
+    [(False, 0.0, 0), (False, 0.0, 12 << 20), (True, 0.0, 0), (False, 20.0, 0), (True, 20.0, 0)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [trend, halves])
 def test_what_cancels(
-    make: Callable[[int], Made], dtype: torch.dtype, causal: bool, softcap: float
+    make: Callable[[int], Made],
+    dtype: torch.dtype,
+    causal: bool,
+    softcap: float,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(strips, "KEPT_BYTES", kept)
     # as long as what a CPU computes by strips
     seqlen = 640 if causal or softcap else 1100
     made = make(seqlen)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...ground.processor import multiplies_bf16
 from ...problems.results import accumulator
 from .decoding import many_keys, one_query
-from .parts import COPIED_BYTES, Biases, Part, Rows, Rule, Sums, Triple, dense, parts, shares
+from .parts import COPIED_BYTES, Biases, Part, Rows, Rule, Sums, Triple, dense, parts
 from .steps import Step, backward_steps, forward_steps, left_of, pieces
 
 __all__ = [
@@ -38,9 +38,6 @@ FEWEST_KEYS = 16
 LONG, LONG_CAUSAL = 1024, 512
 """Queries, and keys, of a backward that strips are faster for, or of one that is not causal and has
 a single sequence: it pays for its spaces alone."""
-
-STREAM_ROWS = 1 << 12
-"""Rows of streams that share strips: short ones are few launches then."""
 
 LEAST = torch.finfo(torch.float32).min
 """The softmax_lse of a row that has seen no key yet: of -inf the difference is NaN."""
@@ -213,7 +210,10 @@ def attend_backward(
         answer: dout, out and softmax_lse.
     """
     if _long(inputs[0], inputs[1], rule):
-        _by_strips(inputs, answer, grads, rule)
+        # of a backward only, and of no import
+        from .strips import backward_by_strips
+
+        backward_by_strips(inputs, answer, grads, rule)
         return
     dtype = accumulator(inputs[0].dtype)
     factor, scale = split_scale(rule.scale, inputs[0].dtype)
@@ -281,22 +281,3 @@ def _long(q: Tensor, k: Tensor, rule: Rule) -> bool:
     taken = taken and torch.get_num_threads() == 1
     long = LONG if rule.band.right is None and q.shape[0] == 1 else LONG_CAUSAL
     return taken and min(q.shape[2], k.shape[2]) >= long
-
-
-def _by_strips(
-    inputs: Triple, answer: tuple[Tensor, Tensor, Tensor], grads: Triple, rule: Rule
-) -> None:
-    """`attend_backward` of long bfloat16."""
-    # of a backward only, and of no import
-    from .strips import Spaces, Strips, streams, strip_backward
-
-    (_, heads_q, seqlen_q, _), (batch, heads_k) = inputs[0].shape, inputs[1].shape[:2]
-    group, spaces = heads_q // heads_k, Spaces()
-    room = STREAM_ROWS // (seqlen_q * group)
-    for part in shares(batch, heads_k, group, room):
-        heads = part.heads_k.stop - part.heads_k.start
-        dout, out, lse = (part.q(x) for x in answer)
-        flat = (streams(x, heads) for x in (*part.grads(inputs), dout, out, lse[..., None]))
-        q, k, v, dout, out, lse = flat
-        given = Strips(q, k, v, dout, out, lse[..., 0], group)
-        strip_backward(given, part.grads(grads), rule.band, rule.scale, spaces)

@@ -2,9 +2,9 @@
 
 On a CPU torch rounds a product of bfloat16 to bfloat16, once, after adding up in float32. So what
 is added up whole by one product may be one: dk and dv of a block of keys, from probabilities and
-their gradients of a whole strip, as plain PyTorch has them of all keys. dq adds up over blocks, in
-float32. Torch's own 16-bit backward adds up dk and dv in bfloat16, and is off by 2 to 36 times
-plain PyTorch's error.
+their gradients of a whole strip, as plain PyTorch has them of all keys. dq adds up over blocks: by
+one product too where all strips are kept, else in float32. Torch's own 16-bit backward adds up dk
+and dv in bfloat16, and is off by 2 to 36 times plain PyTorch's error.
 
 Tensors here are (streams, rows, headdim): a stream is a head of k in a sequence, and its rows are
 those of all heads that share it, position by position.
@@ -19,27 +19,38 @@ import torch
 from torch import Tensor
 
 from ..bands import Band, spans
+from .parts import Rule, Triple, shares
 
-__all__ = ["Spaces", "Strips", "streams", "strip_backward"]
+__all__ = ["backward_by_strips"]
+
+STREAM_ROWS = 1 << 12
+"""Rows of streams that share strips: short ones are few launches then."""
 
 STRIP_BYTES = 1 << 22
 """Of a strip of bfloat16, unless SMALLEST_BLOCK keys take more; there are two."""
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
+KEPT_BYTES = 12 << 20
+"""Of strips that are kept until dq is one product of them."""
+
+SMALLEST_BLOCK, LARGEST_CUT, LARGEST_BLOCK = 64, 256, 512
 """Keys of a block: a diagonal wastes half of what it cuts, and products like it large."""
 
 TILE_ELEMENTS = 1 << 18
 """Scores that are computed at once."""
+
+PAD = 32
+"""Numbers behind a row of what is kept: rows that lie powers of two apart share a cache's lines."""
 
 LOG2_E = math.log2(math.e)
 
 TERMS = 3
 """So many bfloat16 add up to a float32."""
 
+Range = tuple[int, int]
 
-class Strips(NamedTuple):
-    """The tensors of some heads: queries, keys, values, dout, out, and softmax_lse (streams, rows);
-    and how many heads share a stream."""
+
+class Given(NamedTuple):
+    """The tensors of some heads, softmax_lse (streams, rows); and how many heads share a stream."""
 
     q: Tensor
     k: Tensor
@@ -48,89 +59,176 @@ class Strips(NamedTuple):
     out: Tensor
     lse: Tensor
     group: int
+    band: Band
+
+    @property
+    def block(self) -> int:
+        """Keys of a strip."""
+        few = STRIP_BYTES // (2 * self.q.shape[:2].numel()) // SMALLEST_BLOCK * SMALLEST_BLOCK
+        most = LARGEST_BLOCK if self.band.right is None else LARGEST_CUT
+        return max(SMALLEST_BLOCK, min(most, few))
+
+    @property
+    def positions(self) -> int:
+        """Of a tile."""
+        return max(1, TILE_ELEMENTS // (self.block * self.group * self.q.shape[0]))
+
+    def first(self, key: int) -> int:
+        """The first query that sees this key, or one behind it."""
+        if self.band.right is None:
+            return self.band.blind
+        return max(self.band.blind, key - self.band.offset - self.band.right)
 
 
 class Spaces:
-    """Where all is written, head after head: new pages cost a CPU a fifth."""
+    """Where all is written, head after head, in one piece.
 
-    def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+    New pages cost a CPU a fifth; of one piece, unlike of several, the C library keeps the pages
+    from one call to the next, up to 32 MiB (mallopt(3): M_MMAP_THRESHOLD is raised by a free, and
+    M_TRIM_THRESHOLD to twice that).
+    """
+
+    def __init__(self, largest: Given, kept: bool) -> None:
+        (count, rows, width), keys = largest.q.shape, largest.block
+        tile = count * min(largest.positions * largest.group, rows) * keys
+        wide = {
+            "scaled": count * rows * (width + 1),
+            "sums": count * rows * width,
+            "keys": count * keys * (width + 1),
+            "wide": tile,
+        }
+        narrow = {
+            "douts": count * rows * (width + TERMS),
+            "values": count * keys * (width + TERMS),
+            "weights": count * rows * keys,
+            "dscores": count * rows * (largest.k.shape[1] + PAD if kept else keys),
+            "found": tile,
+        }
+        numbers = [(name, torch.float32, count) for name, count in wide.items()]
+        numbers += [(name, largest.q.dtype, count) for name, count in narrow.items()]
+        # each begins where a line of a cache does
+        sizes = [-(-count * dtype.itemsize // 64) * 64 for _, dtype, count in numbers]
+        pieces = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu").split(sizes)
+        self._held = {
+            name: piece.view(dtype) for (name, dtype, _), piece in zip(numbers, pieces, strict=True)
+        }
         self._last: dict[str, Tensor] = {}
 
-    def of(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    def of(self, name: str, *shape: int) -> Tensor:
         last = self._last.get(name)
         if last is not None and last.shape == shape:
             return last
-        numbers = math.prod(shape)
-        held = self._held.get(name)
-        if held is None or held.numel() < numbers:
-            held = self._held[name] = torch.empty(numbers, dtype=dtype, device="cpu")
-        found = self._last[name] = held[:numbers].view(shape)
+        found: Tensor = self._held[name][: math.prod(shape)].view(shape)
+        self._last[name] = found
         return found
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Products of columns that stand behind others save a pass over a tile.
 
     scaled: float32; its product with keys and a one is the log2 of probabilities.
     douts: bfloat16; its product with values and ones is dout.v - sum(dout * out).
-    sums: dq over the scale, float32.
     """
 
     scaled: Tensor
     douts: Tensor
-    sums: Tensor
 
 
-@torch.no_grad()
-def strip_backward(
-    given: Strips,
-    grads: tuple[Tensor, Tensor, Tensor],
-    band: Band,
-    scale: float,
-    spaces: Spaces,
+class Added:
+    """dq as float32 sums, block after block: a partial sum must not be rounded."""
+
+    def __init__(self, given: Given, spaces: Spaces) -> None:
+        self._given, self._spaces = given, spaces
+        self._sums = spaces.of("sums", *given.q.shape).zero_()
+
+    def strip(self, first: int, cols: Range) -> Tensor:
+        count, rows, _ = self._given.q.shape
+        return self._spaces.of("dscores", count, rows - first, cols[1] - cols[0])
+
+    def add(self, rows: Range, dscores: Tensor, keys: Tensor) -> None:
+        self._sums[:, slice(*rows)].baddbmm_(dscores, keys)
+
+    def whole(self) -> Tensor:
+        return self._sums
+
+
+class Kept:
+    """dq as one product of all strips, of a band without a bound.
+
+    Where queries see few keys, the rounding of each gradient of a score shows in dq.
+    """
+
+    def __init__(self, given: Given, spaces: Spaces) -> None:
+        self._keys = given.k
+        (count, rows, _), self._seqlen_k = given.q.shape, given.k.shape[1]
+        self._all = spaces.of("dscores", count, rows, self._seqlen_k + PAD)
+
+    def strip(self, _: int, cols: Range) -> Tensor:
+        return self._all[..., slice(*cols)]
+
+    def add(self, *_: object) -> None:
+        """Their bfloat16 is kept."""
+
+    def whole(self) -> Tensor:
+        # a plain product reads what lies apart as it is
+        found = zip(self._all[..., : self._seqlen_k], self._keys, strict=True)
+        return torch.stack([dscores @ keys for dscores, keys in found]).float()
+
+
+def backward_by_strips(
+    inputs: Triple, answer: tuple[Tensor, Tensor, Tensor], grads: Triple, rule: Rule
 ) -> None:
-    """Fill dq, dk and dv, (batch, heads, seqlen, headdim) of these heads."""
-    (dq, dk, dv), width, heads = grads, given.q.shape[-1], grads[1].shape[1]
-    with torch.autocast("cpu", enabled=False):
-        rows = _rows(given, scale, spaces)
-        for cols in spans(0, band.seqlen_k, block(given, band)):
-            part, first = slice(*cols), _first(band, cols[0])
-            if first >= band.seqlen_q:
-                dk[:, :, part], dv[:, :, part] = 0, 0
-                continue
-            strips = _strip(given, rows, spaces, (band, first, cols))
-            seen = slice(first * given.group, None)
-            douts, queries = rows.douts[:, seen, :width], given.q[:, seen]
-            for one, (weights, dscores) in enumerate(zip(*strips, strict=True)):
-                place = (*divmod(one, heads), part)
-                dv[place] = weights.t() @ douts[one]
-                dk[place] = dscores.t() @ queries[one]
-        dk.mul_(scale)
-        found = rows.sums.mul_(scale).unflatten(0, (-1, heads)).unflatten(2, (-1, given.group))
-        dq.unflatten(1, (heads, -1)).copy_(found.transpose(2, 3))
+    """Fill dq, dk and dv, (batch, nheads, seqlen, headdim) as all here is.
+
+    Args:
+        answer: dout, out and softmax_lse (batch, nheads, seqlen_q).
+    """
+    (_, heads_q, seqlen_q, _), (batch, heads_k, seqlen_k, _) = (x.shape for x in inputs[:2])
+    group, spaces = heads_q // heads_k, None
+    rows = seqlen_q * group
+    kept = rule.band.right is None and 2 * rows * (seqlen_k + PAD) <= KEPT_BYTES
+    for part in shares(batch, heads_k, group, 1 if kept else STREAM_ROWS // rows):
+        heads = part.heads_k.stop - part.heads_k.start
+        dout, out, lse = (part.q(x) for x in answer)
+        flat = (_streams(x, heads) for x in (*part.grads(inputs), dout, out, lse[..., None]))
+        q, k, v, dout, out, lse = flat
+        given = Given(q, k, v, dout, out, lse[..., 0], group, rule.band)
+        # the first share is the largest
+        spaces = Spaces(given, kept) if spaces is None else spaces
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            columns = _rows(given, rule.scale, spaces)
+            sums = Kept(given, spaces) if kept else Added(given, spaces)
+            _fill(given, part.grads(grads), columns, sums, spaces)
+            part.grads(grads)[1].mul_(rule.scale)
+            _write(part.grads(grads)[0], sums.whole().mul_(rule.scale), heads, group)
 
 
-def streams(x: Tensor, heads: int) -> Tensor:
+def _streams(x: Tensor, heads: int) -> Tensor:
     """(streams, rows, headdim) of (batch, nheads, seqlen, headdim), `heads` of which share them."""
     split: Tensor = x.unflatten(1, (heads, -1)).transpose(2, 3)
     return split.flatten(2, 3).flatten(0, 1)
 
 
-def _rows(given: Strips, scale: float, spaces: Spaces) -> _Rows:
-    (count, rows, width), narrow = given.q.shape, given.q.dtype
-    scaled = spaces.of("scaled", (count, rows, width + 1))
+def _write(x: Tensor, found: Tensor, heads: int, group: int) -> None:
+    """Streams, where they come from."""
+    split = found.unflatten(0, (-1, heads)).unflatten(2, (-1, group))
+    x.unflatten(1, (heads, -1)).copy_(split.transpose(2, 3))
+
+
+def _rows(given: Given, scale: float, spaces: Spaces) -> Rows:
+    count, rows, width = given.q.shape
+    scaled = spaces.of("scaled", count, rows, width + 1)
     scaled[..., :width].copy_(given.q).mul_(scale * LOG2_E)
     torch.mul(given.lse, -LOG2_E, out=scaled[..., width])
-    douts = spaces.of("douts", (count, rows, width + TERMS), narrow)
+    douts = spaces.of("douts", count, rows, width + TERMS)
     douts[..., :width] = given.dout
     # dq is not yet added up there
-    sums = spaces.of("sums", (count, rows, width))
-    rest = sums.copy_(given.dout).mul_(given.out).sum(-1).neg_()
+    rest = spaces.of("sums", count, rows, width)
+    rest = rest.copy_(douts[..., :width]).mul_(given.out).sum(-1).neg_()
     for place in range(width, width + TERMS):
         douts[..., place] = rest
         rest -= douts[..., place]
-    return _Rows(scaled, douts, sums.zero_())
+    return Rows(scaled, douts)
 
 
 def _with_ones(x: Tensor, wider: Tensor) -> Tensor:
@@ -141,55 +239,61 @@ def _with_ones(x: Tensor, wider: Tensor) -> Tensor:
     return wider
 
 
-def block(given: Strips, band: Band) -> int:
-    """How many keys."""
-    few = STRIP_BYTES // (2 * given.q.shape[:2].numel()) // SMALLEST_BLOCK * SMALLEST_BLOCK
-    return max(SMALLEST_BLOCK, min(LARGEST_BLOCK, few))
-
-
-def _first(band: Band, key: int) -> int:
-    """The first query that sees this key, or one behind it."""
-    if band.right is None:
-        return band.blind
-    return max(band.blind, key - band.offset - band.right)
+def _fill(given: Given, grads: Triple, rows: Rows, sums: Added | Kept, spaces: Spaces) -> None:
+    """dk over the scale, dv, and what `sums` adds up."""
+    (_, dk, dv), band, heads = grads, given.band, grads[1].shape[1]
+    for cols in spans(0, band.seqlen_k, given.block):
+        part, first = slice(*cols), given.first(cols[0])
+        if first >= band.seqlen_q:
+            dk[:, :, part], dv[:, :, part] = 0, 0
+            continue
+        strips = _strip(given, rows, sums, spaces, (first, cols))
+        seen = slice(first * given.group, None)
+        douts, queries = rows.douts[:, seen, :-TERMS], given.q[:, seen]
+        for one, (weights, dscores) in enumerate(zip(*strips, strict=True)):
+            place = (*divmod(one, heads), part)
+            dv[place] = weights.t() @ douts[one]
+            dk[place] = dscores.t() @ queries[one]
 
 
 def _strip(
-    given: Strips, rows: _Rows, spaces: Spaces, place: tuple[Band, int, tuple[int, int]]
+    given: Given, rows: Rows, sums: Added | Kept, spaces: Spaces, place: tuple[int, Range]
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities of a block of keys and their gradients; its part of dq is added."""
-    (band, first, cols), group, narrow = place, given.group, given.q.dtype
-    part, keys, (count, _, width) = slice(*cols), cols[1] - cols[0], given.q.shape
-    beside = _with_ones(given.k[:, part], spaces.of("keys", (count, keys, width + 1)))
-    values = spaces.of("values", (count, keys, width + TERMS), narrow)
-    values = _with_ones(given.v[:, part], values).transpose(1, 2)
-    across, plain = beside.transpose(1, 2), beside[..., :width]
-    shape = (count, (band.seqlen_q - first) * group, keys)
-    strips = spaces.of("P", shape, narrow), spaces.of("dS", shape, narrow)
-    positions = max(1, TILE_ELEMENTS // (keys * group * count))
+    """Probabilities of a block of keys and their gradients, whose part of dq is added."""
+    (first, cols), group, (count, total, width) = place, given.group, given.q.shape
+    part, keys = slice(*cols), cols[1] - cols[0]
+    beside = _with_ones(given.k[:, part], spaces.of("keys", count, keys, width + 1))
+    values = _with_ones(given.v[:, part], spaces.of("values", count, keys, width + TERMS))
+    across, values, plain = beside.transpose(1, 2), values.transpose(1, 2), beside[..., :width]
+    strips = (
+        spaces.of("weights", count, total - first * group, keys),
+        sums.strip(first * group, cols),
+    )
     seen = (x[:, first * group :] for x in rows)
-    cut = (x.split(positions * group, 1) for x in (*seen, *strips))
-    ranges = spans(first, band.seqlen_q, positions)
-    for span, scaled, douts, sums, weights, dscores in zip(ranges, *cut, strict=True):
-        tile = weights.shape
-        wide, found = spaces.of("wide", tile), spaces.of("found", tile, narrow)
-        hides = any(band.hides(span, cols))
+    cut = (x.split(given.positions * group, 1) for x in (*seen, *strips))
+    ranges = spans(first, given.band.seqlen_q, given.positions)
+    for span, scaled, douts, weights, dscores in zip(ranges, *cut, strict=True):
+        wide, found = (spaces.of(name, *weights.shape) for name in ("wide", "found"))
         torch.bmm(scaled, across, out=wide).exp2_()
-        if hides:
-            _clear(band, wide, group, span, cols)
+        _clear(given, wide, span, cols)
         weights.copy_(wide)
         wide.mul_(torch.bmm(douts, values, out=found))
-        if hides:
-            _clear(band, wide, group, span, cols)
+        _clear(given, wide, span, cols)
         dscores.copy_(wide)
-        sums.baddbmm_(wide, plain)
+        sums.add((span[0] * group, span[1] * group), wide, plain)
     return strips
 
 
-def _clear(
-    band: Band, tile: Tensor, group: int, rows: tuple[int, int], cols: tuple[int, int]
-) -> None:
+def _clear(given: Given, tile: Tensor, rows: Range, cols: Range) -> None:
     """Zeros where hidden, whatever stands there."""
+    band, group = given.band, given.group
+    if band.right is None:
+        return
+    # rows behind these see all of these keys
+    rows = rows[0], min(rows[1], cols[1] - 1 - band.offset - band.right)
+    if rows[0] >= rows[1]:
+        return
+    tile = tile[:, : (rows[1] - rows[0]) * group]
     if group == 1:
         band.clear(tile, rows, cols)
         return
