@@ -56,7 +56,6 @@ def strips_of(keys: int, rows: int, kept: int = 12 << 20) -> Iterator[None]:
     """Every backward of bfloat16 by strips of so many keys, tiles of rows, few heads together."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "LONG", 1)
-        patch.setattr(flash, "LONG_CAUSAL", 1)
         patch.setattr(strips, "STREAM_ROWS", 3 * rows)
         patch.setattr(strips, "SMALLEST_BLOCK", keys)
         patch.setattr(strips, "LARGEST_CUT", keys)

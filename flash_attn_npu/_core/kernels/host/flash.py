@@ -35,9 +35,8 @@ __all__ = [
 FEWEST_KEYS = 16
 """With fewer the kernel's maximum passes over NaN, and a row of them counts as one without keys."""
 
-LONG, LONG_CAUSAL = 1024, 512
-"""Queries, and keys, of a backward that strips are faster for, or of one that is not causal and has
-a single sequence: it pays for its spaces alone."""
+LONG = 512
+"""Queries, and keys, of a backward that strips are faster for."""
 
 LEAST = torch.finfo(torch.float32).min
 """The softmax_lse of a row that has seen no key yet: of -inf the difference is NaN."""
@@ -279,5 +278,4 @@ def _long(q: Tensor, k: Tensor, rule: Rule) -> bool:
     plain = rule.slopes is None and left_of(rule.band) is None
     taken = plain and q.dtype == torch.bfloat16 and multiplies_bf16()
     taken = taken and torch.get_num_threads() == 1
-    long = LONG if rule.band.right is None and q.shape[0] == 1 else LONG_CAUSAL
-    return taken and min(q.shape[2], k.shape[2]) >= long
+    return taken and min(q.shape[2], k.shape[2]) >= LONG
