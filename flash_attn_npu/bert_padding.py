@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import nullcontext
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from ._core.ground.dense_arguments import (
 )
 from ._core.ground.lengths import remember_lengths
 from ._core.ground.padding_arguments import (
+    are_few_on_host,
     check_device,
     check_mask,
     check_numbers,
     check_put,
     check_row,
     check_rows,
+    fits_on_host,
 )
 from .errors import ArgumentError, ArgumentTypeError, renamed
 
@@ -197,6 +199,8 @@ def unpad_input(
     Contract: flash-attention 2.8, `unpad_input`. Wider: masks on the host. In one graph under
     torch.compile if `torch._dynamo.config` captures scalar outputs and dynamic output shapes.
     """
+    if unused_mask is None and are_few_on_host(hidden_states, attention_mask):
+        return _unpadded(hidden_states, attention_mask.tolist())
     require_dense(hidden_states=hidden_states)
     check_mask("attention_mask", attention_mask, hidden_states)
     kept = attention_mask if attention_mask.dtype is torch.bool else attention_mask != 0
@@ -283,6 +287,13 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Contract: flash-attention 2.8, `pad_input`.
     """
+    if type(batch) is type(seqlen) is int and fits_on_host(hidden_states, indices, batch, seqlen):
+        try:
+            padded = _put(hidden_states, indices, batch * seqlen)
+            return padded.view(batch, seqlen, *hidden_states.shape[1:])
+        except (IndexError, RuntimeError):
+            # what is wrong is found and named below
+            pass
     batch, seqlen = whole("batch", batch), whole("seqlen", seqlen)
     if not torch.compiler.is_compiling() and batch * seqlen > LARGEST:
         raise ArgumentError(
@@ -297,6 +308,25 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         names = {"values": "hidden_states", "first_axis_dim": "seqlen"}
         raise renamed(error, names) from None
     return padded.view(batch, seqlen, *padded.shape[1:])
+
+
+def _unpadded(
+    hidden_states: Tensor, rows: list[list[Any]]
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """`unpad_input` of a few tokens on the host, whose mask is read faster than it is computed."""
+    lengths = [len(row) - row.count(0) for row in rows]
+    places = [place for place, token in enumerate(chain.from_iterable(rows)) if token != 0]
+    indices = torch.tensor(places, dtype=torch.int64, device="cpu")
+    known = [0, *accumulate(lengths)]
+    if not torch.is_inference_mode_enabled():
+        cumulative = torch.tensor(known, dtype=torch.int32, device="cpu")
+    else:
+        # an inference tensor could not be saved for a backward
+        with torch.inference_mode(False):
+            cumulative = torch.tensor(known, dtype=torch.int32, device="cpu")
+    seqused = torch.tensor(lengths, dtype=torch.int32, device="cpu")
+    packed = hidden_states.flatten(0, 1).index_select(0, indices)
+    return packed, indices, cumulative, max(lengths, default=0), seqused
 
 
 def _kept_rows(kept: Tensor, total: int) -> Tensor:
@@ -333,5 +363,6 @@ def _added_up(seqlens: Tensor) -> Tensor:
 
 
 def _put(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
-    return zeros.index_copy_(0, indices.long(), values)
+    zeros = values.new_zeros((first_axis_dim, *values.shape[1:]))
+    rows = indices if indices.dtype is torch.int64 else indices.long()
+    return zeros.index_copy_(0, rows, values)

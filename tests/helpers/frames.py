@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from collections.abc import Callable
@@ -23,9 +24,14 @@ def frames(call: Callable[[], Any]) -> list[str]:
         if event == "call" and not simulated and (ours(frame) or ours(frame.f_back)):
             seen.append(frame.f_code.co_name)
 
+    collects = gc.isenabled()
+    # it may call back functions at any place
+    gc.disable()
     sys.setprofile(saw)
     try:
         call()
     finally:
         sys.setprofile(None)
+        if collects:
+            gc.enable()
     return seen

@@ -6,6 +6,7 @@ The shortest expression of the same numbers is that of `benchmarks.rows`, which 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.rows import MAKES, call_of
+from flash_attn_npu._core.ground import padding_arguments
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.rowwise import small
+from flash_attn_npu.bert_padding import unpad_input
 from flash_attn_npu.ops.triton.rotary import apply_rotary
 from tests.helpers.frames import frames
 from tests.helpers.old_torch import TORCH
@@ -37,8 +40,8 @@ MORE: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "cross entropy smoothing": ((1, 7), (1, 8)),
     "cross entropy z-loss": ((1, 8), (0, 8)),
     "cross entropy inplace": ((1, 7), (0, 12)),
-    "unpad_input": ((-2, 27), (-2, 27)),
-    "pad_input": ((0, 18), (1, 18)),
+    "unpad_input": ((-5, 7), (-5, 7)),
+    "pad_input": ((0, 5), (1, 5)),
     "index_first_axis": ((0, 9), (0, 9)),
 }
 """Forward, and forward with backward: (operations more than torch's, frames of this package)."""
@@ -118,3 +121,28 @@ def test_few_rows_are_rotated_as_many_are(
         assert few.is_contiguous()
         assert not few._is_view()
         assert few.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("inferring", [False, True], ids=["", "inference mode"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16], ids=str)
+def test_a_few_tokens_are_packed_as_many_are(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, inferring: bool
+) -> None:
+    """The mask read as a list, and computed with: 0 and -0 are no tokens, NaN is one."""
+    mask = (torch.rand(4, 7) < 0.6).to(dtype)
+    mask[1], mask[2] = 0, 1
+    if dtype.is_floating_point:
+        mask[0, :2] = torch.tensor([float("nan"), -0.0])
+    for shape in (mask.shape, (0, 7), (2, 0)):
+        x, part = torch.randn(*shape, 3, 2), mask[: shape[0], : shape[1]]
+        with torch.inference_mode() if inferring else nullcontext():
+            few = unpad_input(x, part)
+            with monkeypatch.context() as patched:
+                patched.setattr(padding_arguments, "FEW", -1)
+                many = unpad_input(x, part)
+        assert type(few[3]) is type(many[3]) is int
+        assert few[3] == many[3]
+        for one, other in zip(few[:3] + few[4:], many[:3] + many[4:], strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert torch.equal(one, other)
+        assert not few[2].is_inference()

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
-from .dense_arguments import require_dense, require_values, whole
+from .dense_arguments import LARGEST, require_dense, require_values, whole
+from .functions import PLAIN
 
 __all__ = [
+    "are_few_on_host",
     "check_device",
     "check_indices",
     "check_mask",
@@ -16,7 +18,44 @@ __all__ = [
     "check_put",
     "check_row",
     "check_rows",
+    "fits_on_host",
 ]
+
+FEW = 128
+"""Tokens whose mask is read as a list, which takes a few operations' time for more."""
+
+_compiling = torch.compiler.is_compiling
+_transforming = torch._C._are_functorch_transforms_active
+
+
+def are_few_on_host(hidden_states: Tensor, mask: Tensor) -> bool:
+    """Whether the arguments of `unpad_input` fit, and are a few tokens on the host.
+
+    What does not fit, and transforms, are refused elsewhere.
+    """
+    if _compiling() or _transforming():
+        return False
+    if type(hidden_states) not in PLAIN or type(mask) not in PLAIN:
+        return False
+    if not (hidden_states.is_cpu and mask.is_cpu) or hidden_states.is_nested or mask.is_nested:
+        return False
+    if not (hidden_states.layout is mask.layout is torch.strided) or mask.numel() > FEW:
+        return False
+    return mask.dim() == 2 and mask.shape == hidden_states.shape[:2]
+
+
+def fits_on_host(values: Tensor, indices: Tensor, batch: int, seqlen: int) -> bool:
+    """Whether the arguments of `pad_input` fit, but for the contents of indices, on the host."""
+    if _compiling() or _transforming() or batch < 0 or seqlen < 0 or batch * seqlen > LARGEST:
+        return False
+    if type(values) not in PLAIN or type(indices) not in PLAIN:
+        return False
+    if not (values.is_cpu and indices.is_cpu) or values.is_nested or indices.is_nested:
+        return False
+    if not (values.layout is indices.layout is torch.strided) or indices.dim() != 1:
+        return False
+    dtype = indices.dtype
+    return (dtype is torch.int64 or dtype is torch.int32) and values.shape[:1] == indices.shape
 
 
 def check_put(values: Tensor, indices: Tensor, first_axis_dim: int) -> int:
