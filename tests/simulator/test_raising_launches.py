@@ -5,13 +5,12 @@ exactly, one error tells of it, and the operator is not launched again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import flash_attn_npu
 from flash_attn_npu import _virtual_ascend as virtual_ascend
@@ -22,8 +21,6 @@ from flash_attn_npu._core.verification import kinds
 from flash_attn_npu.errors import UnsupportedError
 from flash_attn_npu.layers.rotary import apply_rotary_emb
 from flash_attn_npu.ops.activations import swiglu
-from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
-from flash_attn_npu.ops.triton.layer_norm import rms_norm_fn
 from tests.helpers.old_torch import needs
 from tests.helpers.telling_calls import CALLS, alike, drawn, errors
 
@@ -286,129 +283,6 @@ def test_every_block_of_a_large_rotation_is_served_by_what_is_right(
         served = apply_rotary_emb(x.clone(), *tables, inplace=True)
     assert alike([served], [honest])
     assert len(errors(caplog)) == 1
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("operator", ["npu_fusion_attention", "npu_fusion_attention_grad"])
-def test_a_backward_repeats_the_mask_of_what_served_the_forward(
-    operator: str, deterministic: bool, npu: torch.device
-) -> None:
-    with virtual_ascend.lacking(operator):
-        out, dout, v = dropped(npu, deterministic)
-    assert weighed(out, dout) == pytest.approx(weighed(v, v.grad), rel=2e-2)
-
-
-def test_a_forward_that_was_wrong_does_not_lend_its_mask(npu: torch.device) -> None:
-    with virtual_ascend.lying("dropout not scaled"):
-        out, dout, v = dropped(npu, deterministic=True)
-    assert weighed(out, dout) == pytest.approx(weighed(v, v.grad), rel=2e-2)
-
-
-def test_a_gradient_that_was_wrong_is_not_repeated_with_another_mask(npu: torch.device) -> None:
-    with (
-        virtual_ascend.lying("gradients of q halved"),
-        pytest.raises(UnsupportedError, match="take the step again"),
-    ):
-        dropped(npu, deterministic=True)
-
-
-def dropped(device: torch.device, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """out, its gradient, and v with one. As out is linear in v, <out, dout> is <v, dv>."""
-    q, k, v = leaves(device)
-    out = flash_attn_func(q, k, v, dropout_p=0.3, deterministic=deterministic)
-    dout = drawn(device, 2, 20, 4, 32)
-    out.backward(dout)
-    return out, dout, v
-
-
-def weighed(some: Tensor, others: Tensor | None) -> float:
-    assert others is not None
-    return float((some.detach().double() * others.detach().double()).sum())
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_gradients_that_have_begun_are_put_right_too(
-    deterministic: bool, npu: torch.device, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The forwards of all layers come before the first backward, which finds the gradient wrong."""
-
-    def gradients() -> list[Tensor]:
-        layers = [leaves(npu) for _ in range(3)]
-        outs = [flash_attn_func(*layer, deterministic=deterministic) for layer in layers]
-        dout = drawn(npu, 2, 20, 4, 32)
-        for out in reversed(outs):
-            out.backward(dout)
-        return [x.grad for layer in layers for x in layer if x.grad is not None]
-
-    with verifying("off"):
-        honest = gradients()
-    with virtual_ascend.lying("gradients of q halved"):
-        assert alike(gradients(), honest)
-    assert len(errors(caplog)) == 1
-
-
-def attending(x: Tensor) -> Tensor:
-    return x + flash_attn_func(x, x[:, :, :2], x[:, :, 2:])
-
-
-def norming(x: Tensor) -> Tensor:
-    return x + rms_norm_fn(x, torch.ones_like(x[0, 0, 0]), None, eps=1e-5)
-
-
-def losing(x: Tensor) -> Tensor:
-    logits = x.flatten(0, 2).float() * 2
-    losses, _ = cross_entropy_loss(logits, torch.arange(160, device=x.device) % 32)
-    return x * losses.view(2, 20, 4, 1).to(x.dtype)
-
-
-@pytest.mark.parametrize(
-    ("layer", "operator"),
-    [
-        (layer, operator)
-        for layer, operators in (
-            (attending, ("npu_fusion_attention", "npu_fusion_attention_grad")),
-            (norming, ("npu_rms_norm", "npu_rms_norm_backward")),
-            (losing, ("npu_cross_entropy_loss", "npu_cross_entropy_loss_backward")),
-        )
-        for operator in ("", *operators)
-    ],
-)
-def test_layers_that_are_checkpointed(
-    layer: Callable[[Tensor], Tensor],
-    operator: str,
-    npu: torch.device,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """When they are computed again they have to keep as many tensors as they kept at first."""
-
-    def gradient() -> list[Tensor]:
-        x = leaf = drawn(npu, 2, 20, 4, 32, grad=True)
-        for _ in range(2):
-            x = checkpoint(layer, x, use_reentrant=False)
-        return list(torch.autograd.grad(x.float().square().mean(), leaf))
-
-    with verifying("off"):
-        [honest] = gradient()
-    with virtual_ascend.lacking(operator or "nothing"):
-        [served] = gradient()
-    scale = honest.abs().max()
-    assert alike([served / scale], [honest / scale])
-    assert len(errors(caplog)) == bool(operator)
-
-
-def test_a_rehearsal_draws_nothing_and_comes_once(npu: torch.device) -> None:
-    def losses() -> tuple[list[float], object]:
-        torch.npu.manual_seed(3)
-        layers = [leaves(npu) for _ in range(2)]
-        outs = [flash_attn_func(*layer, dropout_p=0.3) for layer in layers]
-        return [weighed(out, out) for out in outs], torch.npu.default_generators[0].get_offset()
-
-    checked = losses()
-    with virtual_ascend.record() as record:
-        assert losses() == checked
-    assert "npu_fusion_attention_grad" not in [launch.name for launch in record.launches]
-    with verifying("off"):
-        assert losses() == checked
 
 
 # of torch's own tracing

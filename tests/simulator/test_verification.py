@@ -73,18 +73,48 @@ def test_what_is_composed_is_not_compared(npu: torch.device) -> None:
     assert not known()
 
 
-def test_a_gradient_waits_for_the_first_backward(npu: torch.device) -> None:
+def test_a_gradient_is_compared_beside_the_first_forward(npu: torch.device) -> None:
     q, k, v = qkv(npu, 2, 20, 4, 32, grad=True)
-    outs = [flash_attn_func(q, k, v) for _ in range(3)]
-    assert [kind.part for kind in known()] == ["forward"]
+    out = flash_attn_func(q, k, v)
+    assert [kind.part for kind in known()] == ["forward", "gradient"]
+    assert all(verdict.settled for verdict in kinds._verdicts._known.values())
     with virtual_ascend.record() as record:
         flash_attn_func(q, k, v)
+        out.sum().backward()
     assert not record.device_to_host
-    outs[1].sum().backward()
-    assert [kind.part for kind in known()] == ["forward", "gradient"]
+
+
+@pytest.mark.parametrize("mode", ["warn", "refuse"])
+def test_a_gradient_waits_for_the_first_backward_where_no_other_kernel_may_serve(
+    mode: str, npu: torch.device
+) -> None:
+    q, k, v = qkv(npu, 2, 20, 4, 32, grad=True)
+    with verifying(mode):
+        outs = [flash_attn_func(q, k, v) for _ in range(3)]
+        assert [kind.part for kind in known()] == ["forward"]
+        outs[1].sum().backward()
+        assert [kind.part for kind in known()] == ["forward", "gradient"]
+        with virtual_ascend.record() as record:
+            outs[0].sum().backward()
+        assert not record.device_to_host
+
+
+def test_values_that_tell_nothing_of_a_gradient_are_no_rehearsal(npu: torch.device) -> None:
+    zeros = torch.zeros(2, 20, 4, 32, dtype=HALF, device=npu, requires_grad=True)
+    for _ in range(2):
+        flash_attn_func(zeros, zeros, zeros)
+    assert not any(verdict.settled for verdict in kinds._verdicts._known.values())
+    flash_attn_func(*qkv(npu, 2, 20, 4, 32, grad=True))
+    assert all(verdict.settled for verdict in kinds._verdicts._known.values())
+
+
+def test_a_gradient_is_tried_so_often_only(npu: torch.device) -> None:
+    zeros = torch.zeros(2, 20, 4, 32, dtype=HALF, device=npu, requires_grad=True)
+    for _ in range(kinds.MOST_TRIES):
+        flash_attn_func(zeros, zeros, zeros)
     with virtual_ascend.record() as record:
-        outs[0].sum().backward()
-    assert not record.device_to_host
+        flash_attn_func(zeros, zeros, zeros)
+    assert [launch.name for launch in record.launches] == ["npu_fusion_attention"]
 
 
 def test_a_ragged_training_checks_few_kinds(npu: torch.device) -> None:
@@ -100,14 +130,14 @@ def test_a_ragged_training_checks_few_kinds(npu: torch.device) -> None:
 def test_a_check_reads_a_sample(npu: torch.device) -> None:
     q, k, v = qkv(npu, 12, 256, 12, 16, grad=True)
     batch = 4 * q.nbytes
-    with virtual_ascend.record() as record:
-        out = flash_attn_func(q, k, v, causal=True)
-    forward = sum(copy.bytes for copy in record.device_to_host)
-    with virtual_ascend.record() as record:
-        out.backward(torch.ones_like(out))
-    backward = sum(copy.bytes for copy in record.device_to_host)
+    copied = []
+    for mode in (torch.no_grad, torch.enable_grad):
+        with virtual_ascend.record() as record, mode():
+            flash_attn_func(q, k, v, causal=True)
+        copied.append(sum(copy.bytes for copy in record.device_to_host))
+    forward, gradient = copied
     assert 0 < forward < batch / 8
-    assert 0 < backward < batch / 8
+    assert 0 < gradient < batch / 8
 
 
 def test_nothing_is_disturbed(npu: torch.device) -> None:

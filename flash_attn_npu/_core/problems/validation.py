@@ -77,6 +77,9 @@ def _problem(ask: Ask, shape: _Shape) -> Problem:
     scale = options.softmax_scale
     # 1e-30 is what clients pass to ask for softmax_lse: it drops nothing
     dropout_p = options.dropout_p if 1.0 - options.dropout_p < 1.0 else 0.0
+    # checkpointing runs a forward twice, without and with gradients: one kernel must serve both, as
+    # each draws masks of its own
+    needs_grad = ask.needs_grad or dropout_p > 0
     return Problem(
         ask=ask,
         dtype=ask.q.dtype,
@@ -95,10 +98,8 @@ def _problem(ask: Ask, shape: _Shape) -> Problem:
         deterministic=options.deterministic,
         s_dmask=options.return_attn_probs and dropout_p > 0,
         # torch_npu's own autograd has no deterministic backward; ours needs softmax_lse
-        uses_lse=ask.uses_lse or (options.deterministic and ask.needs_grad),
-        # checkpointing runs a forward twice, without and with gradients: one kernel must serve
-        # both, as each draws masks of its own
-        needs_grad=ask.needs_grad or dropout_p > 0,
+        uses_lse=ask.uses_lse or (options.deterministic and needs_grad),
+        needs_grad=needs_grad,
         sink=ask.sink is not None,
     )
 

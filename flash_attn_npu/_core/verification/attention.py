@@ -23,7 +23,7 @@ from .comparing import Lse, Taken, compare_forward, compare_gradients, compare_s
 from .judging import Finding
 from .kinds import Case, Check, Kind, Refuted, busy, conclude, refuted, unsettled, watched, watching
 from .reading import Drawn
-from .samples import Spot
+from .softmax_lse import by_rows, statistics
 from .traits import traits
 from .truth import sink_terms
 from .trying import rehearsed, tried
@@ -53,7 +53,9 @@ def _kinds(case: Case) -> tuple[Kind, ...]:
     how = "gradient" if case.autograd else "gradient from softmax_lse"
     if problem.ask.backward:
         return (forward._replace(part="gradient from softmax_lse"),)
-    return (forward, forward._replace(part=how)) if problem.ask.needs_grad else (forward,)
+    # a call with dropout, too: it may be one of a checkpoint, which comes again with gradients, and
+    # by another kernel it would have another mask then
+    return (forward, forward._replace(part=how)) if problem.needs_grad else (forward,)
 
 
 class _Watch:
@@ -83,10 +85,10 @@ class _Watch:
         else:
             answer = _forward(self.kernel, problem, inputs)
         own = not refuted(self.forward_kind, problem.function)
-        if own and problem.ask.needs_grad and self._unsettled(self.gradient_kind):
+        if own and problem.needs_grad and self._unsettled(self.gradient_kind):
             try:
-                launch = partial(_written, self.kernel, problem, inputs, answer)
-                rehearsed(self.case, self.gradient_kind, launch)
+                rehearsal = partial(self._rehearsal, problem, inputs, answer)
+                rehearsed(self.case, self.gradient_kind, rehearsal)
             except Refuted as found:
                 return found.answer(instead)
         return answer
@@ -100,12 +102,7 @@ class _Watch:
             return
 
         def look() -> tuple[None, list[Finding]]:
-            self.kernel.backward(*given)
-            inputs = Inputs(*saved[:3], saved.alibi_slopes)
-            taken = Taken(dout, saved.out, *grads, lambda _: (0, 0))
-            drawn = _drawn(problem, saved.rng_state)
-            lse = _by_rows(problem, saved.softmax_lse)
-            return None, compare_gradients(problem, inputs, taken, lse, drawn)
+            return None, self._written(*given)
 
         kind, drawn = self.gradient_kind, _drawn(problem, saved.rng_state)
         draws = self.kernel.draws
@@ -119,6 +116,23 @@ class _Watch:
             tried(self.case, kind, look, lambda: self._backward_instead(*given))
         else:
             self.kernel.backward(*given)
+
+    def _written(
+        self, problem: Problem, dout: Tensor, saved: Saved, grads: tuple[Tensor, Tensor, Tensor]
+    ) -> list[Finding]:
+        """Gradients where they are wanted, and what was found of them."""
+        self.kernel.backward(problem, dout, saved, grads)
+        inputs = Inputs(*saved[:3], saved.alibi_slopes)
+        taken = Taken(dout, saved.out, *grads, lambda _: (0, 0))
+        drawn = _drawn(problem, saved.rng_state)
+        return compare_gradients(problem, inputs, taken, by_rows(problem, saved.softmax_lse), drawn)
+
+    def _rehearsal(self, problem: Problem, inputs: Inputs, answer: Forward) -> list[Finding]:
+        """Of gradients of one call that nobody asked for, where nobody sees them."""
+        q, k, v, slopes, _ = inputs[:5]
+        saved = Saved(q, k, v, answer.out, answer.softmax_lse, slopes, answer.rng_state)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        return self._written(problem, _probe(answer.out), saved, (grads[0], grads[1], grads[2]))
 
     def _backward_instead(self, problem: Problem, *given: Any) -> None:
         if not problem.ask.backward:
@@ -148,27 +162,27 @@ class _Watch:
                 return run(*given[:5])[0]
 
             def launch() -> tuple[Any, Any, list[Tensor | None]]:
-                if not differentiated:
+                if not problem.needs_grad:
                     return *run(*given[:5]), []
-                leaves = _leaves(given)
-                with _same_draws(problem):
+                with _as_if_differentiated(problem):
+                    leaves = _leaves(problem, given)
                     return *run(*leaves), leaves
 
             def look() -> tuple[tuple[Any, Any, list[Tensor | None]], list[Finding]]:
                 answer, seen, leaves = launch()
                 out = answer[0] if isinstance(answer, tuple) else answer
                 drawn = Drawn(seen.seed, seen.offset) if problem.dropout_p else None
-                found = compare_forward(problem, given, out, _statistics(problem, seen), drawn)
+                found = compare_forward(problem, given, out, statistics(problem, seen), drawn)
                 return (answer, seen, leaves), found
 
-            differentiated, first = problem.ask.needs_grad, None
+            first = None
             if watching(self.forward_kind, problem):
                 first = tried(self.case, self.forward_kind, look, None)
-            if not differentiated:
+            if not problem.needs_grad:
                 return (first or run(*given[:5]))[0]
             waits = self._unsettled(self.gradient_kind)
             if waits:
-                gradient = partial(_differentiated, lambda: first or launch())
+                gradient = partial(_differentiated, problem, given, lambda: first or launch())
                 rehearsed(self.case, self.gradient_kind, gradient)
             first = None
             answer, seen = run(*given[:5])
@@ -184,9 +198,9 @@ class _Watch:
     def _returned(self, problem: Problem, inputs: Inputs, answer: Forward) -> Lse:
         """softmax_lse as it was returned; where it was not, that of a second launch."""
         if answer.softmax_lse.numel():
-            return _by_rows(problem, answer.softmax_lse)
+            return by_rows(problem, answer.softmax_lse)
         asking = replace(problem, uses_lse=True)
-        return _by_rows(problem, self.kernel.forward(asking, inputs).softmax_lse)
+        return by_rows(problem, self.kernel.forward(asking, inputs).softmax_lse)
 
 
 class _Backward:
@@ -220,17 +234,7 @@ class _Backward:
             return self._instead(dout, grads)
         if not watch._unsettled(kind):
             return None
-        drawn = Drawn(self.seen.seed, self.seen.offset) if problem.dropout_p else None
-        dq, dk, dv = grads[:3]
-        taken = Taken(dout, self.seen.out, dq, dk, dv, self.seen.shifts)
-        found = compare_gradients(
-            problem, self.inputs, taken, _statistics(problem, self.seen), drawn
-        )
-        sink = self.inputs.sink
-        if sink is not None and grads[SINK] is not None:
-            of_sink = compare_sink(sink, grads[SINK], taken, self.seen.softmax_lse)
-            found += [of_sink] if found or not of_sink.agrees else []
-        if conclude(watch.case, kind, found):
+        if conclude(watch.case, kind, _compare(problem, self.inputs, self.seen, grads, dout)):
             return None
         return self._instead(dout, grads)
 
@@ -272,25 +276,59 @@ def _forward(kernel: Kernel, problem: Problem, inputs: Inputs) -> Forward:
     return answer
 
 
-def _written(kernel: Kernel, problem: Problem, inputs: Inputs, answer: Forward) -> None:
-    """Gradients of one call that nobody asked for, where nobody sees them."""
-    q, k, v, slopes, _ = inputs[:5]
-    saved = Saved(q, k, v, answer.out, answer.softmax_lse, slopes, answer.rng_state)
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    kernel.backward(problem, answer.out, saved, grads)
+def _compare(
+    problem: Problem, inputs: Inputs, seen: Any, grads: tuple[Any, ...], dout: Tensor
+) -> list[Finding]:
+    """What was found of the gradients that torch_npu's node gives."""
+    drawn = Drawn(seen.seed, seen.offset) if problem.dropout_p else None
+    dq, dk, dv = grads[:3]
+    taken = Taken(dout, seen.out.detach(), dq, dk, dv, seen.shifts)
+    found = compare_gradients(problem, inputs, taken, statistics(problem, seen), drawn)
+    if inputs.sink is not None and grads[SINK] is not None:
+        of_sink = compare_sink(inputs.sink, grads[SINK], taken, seen.softmax_lse)
+        found += [of_sink] if found or not of_sink.agrees else []
+    return found
 
 
-def _differentiated(launch: Callable[[], tuple[Any, Any, list[Tensor | None]]]) -> None:
-    """The same by torch_npu's autograd, of a launch for itself."""
+def _differentiated(
+    problem: Problem,
+    inputs: Inputs,
+    launch: Callable[[], tuple[Any, Any, list[Tensor | None]]],
+) -> list[Finding]:
+    """Of gradients by torch_npu's autograd, of a launch for itself."""
     _, seen, leaves = launch()
+    if not _has_node(seen.out):
+        return []
+    found: list[Finding] = []
+
+    def compare(grads: tuple[Any, ...], douts: tuple[Any, ...]) -> None:
+        found.extend(_compare(problem, inputs, seen, grads, douts[0]))
+
+    handle = seen.out.grad_fn.register_hook(compare)
     wanted = [x for x in leaves if x is not None and x.requires_grad]
-    if _has_node(seen.out):
-        torch.autograd.grad(seen.out, wanted, seen.out.detach(), allow_unused=True)
+    torch.autograd.grad(seen.out, wanted, _probe(seen.out), allow_unused=True)
+    # the node holds it, and it holds the node
+    handle.remove()
+    return found
 
 
-def _leaves(inputs: Inputs) -> list[Tensor | None]:
+def _probe(out: Tensor) -> Tensor:
+    """A gradient of the size of out, which is not out itself."""
+    return out.detach().flip(-1)
+
+
+def _leaves(problem: Problem, inputs: Inputs) -> list[Tensor | None]:
     """What a launch is given, for a graph of its own."""
-    return [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs[:5]]
+    every = not problem.ask.needs_grad
+
+    def leaf(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        wanted = x.requires_grad or (every and x is not inputs.alibi_slopes)
+        # inference tensors cannot be saved for a backward
+        return (x.clone() if x.is_inference() else x.detach()).requires_grad_(wanted)
+
+    return [leaf(x) for x in inputs[:5]]
 
 
 def _has_node(out: Tensor) -> bool:
@@ -299,12 +337,13 @@ def _has_node(out: Tensor) -> bool:
 
 
 @contextmanager
-def _same_draws(problem: Problem) -> Iterator[None]:
-    """No random number is taken."""
+def _as_if_differentiated(problem: Problem) -> Iterator[None]:
+    """With gradients, and no random number is taken."""
     generators = torch.get_device_module(problem.device)
     before = generators.get_rng_state(problem.device) if problem.dropout_p else None
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         if before is not None:
             generators.set_rng_state(before, problem.device)
@@ -321,36 +360,6 @@ def _drawn(problem: Problem, rng_state: Tensor | None) -> Drawn | None:
     if not problem.dropout_p or rng_state is None:
         return None
     return Drawn(*rng_state.tolist())
-
-
-def _by_rows(problem: Problem, lse: Tensor) -> Lse:
-    """Of (batch, nheads, seqlen_q) or (nheads, total_q)."""
-
-    def read(spot: Spot, rows: Tensor, heads: tuple[int, ...]) -> Tensor:
-        source = lse.detach() if problem.varlen else lse.detach()[spot.sequence]
-        some = torch.tensor(heads, device=lse.device)
-        return source[some[:, None], (rows + spot.start_q).to(lse.device)[None]].cpu()
-
-    return read
-
-
-def _statistics(problem: Problem, seen: Any) -> Lse:
-    """Of what the kernel returned besides out; +inf of the rows without keys."""
-
-    def read(spot: Spot, rows: Tensor, heads: tuple[int, ...]) -> Tensor | None:
-        shifts = seen.shifts(spot.sequence)
-        if shifts is None:
-            return None
-        blind = problem.blind(spot.seqlen_q, spot.seqlen_k)
-        given = rows >= blind
-        source = seen.softmax_lse if problem.varlen else seen.softmax_lse[spot.sequence]
-        places = (rows[given] + spot.start_q + shifts[0]).to(source.device)
-        some = torch.tensor(heads, device=source.device)
-        lse = torch.full((len(heads), len(rows)), torch.inf, dtype=source.dtype, device="cpu")
-        lse[:, given] = source.detach()[some[:, None], places[None]].cpu()
-        return lse
-
-    return read
 
 
 CHECK = Check(_kinds, _watched)

@@ -43,6 +43,7 @@ MACHINE = (
 """What torch_npu raises of a machine at fault, for those who restart it."""
 
 _rehearsed: Memo[Kind, bool] = Memo("kinds of gradients that were launched", 1024)
+"""False of a launch that told nothing."""
 
 
 def tried(
@@ -85,11 +86,17 @@ def tried(
     return instead()
 
 
-def rehearsed(case: Case, kind: Kind, launch: Callable[[], object]) -> None:
+def rehearsed(case: Case, kind: Kind, look: Callable[[], list[Finding]]) -> None:
     """Launch once what a backward is going to, as long as another kernel can serve the forward.
 
+    Found out in the backward itself it would be too late for some: a checkpoint that has kept the
+    tensors of one kernel cannot go on with those of another, nor can another repeat dropout.
+
+    Args:
+        look: launches; gives what was found of it, nothing where that told nothing.
+
     Raises:
-        Refuted: it raised.
+        Refuted: it does not agree, or it raised.
     """
     if verification() not in ("compose", "always") or _rehearsed.recall(kind):
         return
@@ -97,7 +104,7 @@ def rehearsed(case: Case, kind: Kind, launch: Callable[[], object]) -> None:
     _rehearsed.put(kind, True)
     try:
         with _apart():
-            launch()
+            found = look()
             # a queue of launches raises here, and not in the call
             device = case.problem.device
             torch.get_device_module(device).synchronize(device)
@@ -108,6 +115,11 @@ def rehearsed(case: Case, kind: Kind, launch: Callable[[], object]) -> None:
         if not _is_of_the_kernel(error):
             raise
         raise Refuted(partial(raised, case, kind, error, _words(error))) from error
+    if not found:
+        # the next one may tell
+        _rehearsed.put(kind, False)
+    if not conclude(case, kind, found):
+        raise Refuted
 
 
 @contextmanager
