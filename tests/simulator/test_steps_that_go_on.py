@@ -1,5 +1,5 @@
-"""A gradient that raises, or is found wrong, ends no step: under checkpoints, with dropout, and where
-the forwards of other layers came before.
+"""A gradient that raises, or is found wrong, ends no step: under checkpoints, with dropout, and
+where the forwards of other layers came before.
 """
 
 from __future__ import annotations

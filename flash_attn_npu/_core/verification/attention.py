@@ -296,9 +296,11 @@ def _differentiated(
     launch: Callable[[], tuple[Any, Any, list[Tensor | None]]],
 ) -> list[Finding]:
     """Of gradients by torch_npu's autograd, of a launch for itself."""
-    _, seen, leaves = launch()
+    answer, seen, leaves = launch()
     if not _has_node(seen.out):
         return []
+    # not of what the kernel answered: it may have been given more rows, to which no gradient comes
+    out = answer[0] if isinstance(answer, tuple) else answer
     found: list[Finding] = []
 
     def compare(grads: tuple[Any, ...], douts: tuple[Any, ...]) -> None:
@@ -306,7 +308,7 @@ def _differentiated(
 
     handle = seen.out.grad_fn.register_hook(compare)
     wanted = [x for x in leaves if x is not None and x.requires_grad]
-    torch.autograd.grad(seen.out, wanted, _probe(seen.out), allow_unused=True)
+    torch.autograd.grad(out, wanted, _probe(out), allow_unused=True)
     # the node holds it, and it holds the node
     handle.remove()
     return found
