@@ -170,6 +170,7 @@ STATE = {
     "_activation.install._say_shadowed",
     "_core.ground.locks._locks",
     "_core.ground.memory._memos",
+    "_core.ground.unseen_writes._libraries",
     "_surface.compared",
     "_surface.comparison._defined",
     "_core.ground.usage._tallies",

@@ -32,6 +32,7 @@ from ..ground import policy, usage
 from ..ground.absent import WORD, Absent, absent
 from ..ground.chip import known_wrong
 from ..ground.memory import Memo
+from ..ground.records import named, replaced
 from ..ground.settings import assumed, policy_here, verification
 from ..ground.traced import note
 from ..kernels.kernel import Kernel
@@ -271,10 +272,49 @@ def _checked(candidate: Candidate, problem: Any) -> tuple[Kernel, tuple[str, ...
     """The kernel, compared with exact arithmetic where it has to be, and why it may not serve."""
     kernel = candidate.kernel
     if torch.compiler.is_compiling():
-        return kernel, missed(candidate.name)
+        return kernel, _missed(candidate.name, problem)
     if verification() == "off" or candidate.check is None:
         return kernel, ()
     return candidate.check.over(_case(candidate, problem), kernel)
+
+
+def _missed(name: str, problem: Any) -> tuple[str, ...]:
+    """Why the graph that is traced must not hold a kernel: it was compared, or is compared now."""
+    # a trace may begin anew, and must come by here alike when more is known; sizes, floats
+    # and what is compared with them may be symbols in it, and a kernel that serves depends on one
+    if isinstance(problem, rowwise.Rotation):
+        plain: Any = replaced(problem, empty=False, nheads=1, rotary_dim=_even(problem.rotary_dim))
+    elif isinstance(problem, rowwise.Norm):
+        plain = replaced(problem, empty=False, dropout=False)
+    elif isinstance(problem, rowwise.Loss):
+        smoothing = 0.1 if problem.label_smoothing > 0 else 0.0
+        scales = {"logit_scale": 1.0, "lse_square_scale": 0.0}
+        plain = replaced(problem, empty=False, rows=1, label_smoothing=smoothing, **scales)
+    else:
+        return missed(name)
+    return _compared(name, type(problem).__name__, tuple(named(plain).values()))
+
+
+def _even(size: int) -> int:
+    """The size itself, as a number: a symbol is specialised by the comparison."""
+    for number in range(2, rowwise_table.MAX_ROTARY_DIM, 2):
+        if size == number:
+            return number
+    return rowwise_table.MAX_ROTARY_DIM
+
+
+def _compared(name: str, kind: str, fields: tuple[Any, ...]) -> tuple[str, ...]:
+    from ..verification.graphs import PROBLEMS, found_wrong
+
+    problem = PROBLEMS[kind](*fields)
+    for candidate in _TABLES[type(problem)].candidates(problem):
+        if candidate.name == name and candidate.check is not None:
+            return found_wrong(candidate.check, _case(candidate, problem), candidate.kernel)
+    return ()
+
+
+# what torch.compiler.assume_constant_result sets: it runs while a graph is traced, untraced
+_compared._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _case(candidate: Candidate, problem: Any) -> Case:
