@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..ground import arguments
-from ..ground.functions import FORWARD, refuse_tangents
+from ..ground.functions import FORWARD, PLAIN, refuse_tangents
 from ..ground.lengths import Lengths, host_lengths, lengths_read, recall_lengths
 from ..problems.ask import Ask, Facts, Options, Packed
 from ..problems.results import Inputs
@@ -40,7 +40,6 @@ _functorch = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
 _grad_enabled = torch.is_grad_enabled
 EAGER = "eager attention"
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def attend(
@@ -141,7 +140,7 @@ def attend_narrow(
     q, k, v = inputs
     arguments.require_plain(q=q, k=k, v=v)
     traced = _compiling() or _dispatch_modes() or _tracing() or _functorch()
-    if traced or q.device.type != "npu" or any(type(x) not in _PLAIN for x in inputs):
+    if traced or q.device.type != "npu" or any(type(x) not in PLAIN for x in inputs):
         return None
     if FORWARD._current_level >= 0:
         refuse_tangents(EAGER, q=q, k=k, v=v)
@@ -181,7 +180,7 @@ def _indirect(
     arguments.require_plain(q=q, k=k, v=v)
     arguments.require_plain_or_none(alibi_slopes=alibi_slopes, sink=sink)
     tensors = (*inputs, alibi_slopes, sink)
-    if q.is_meta or _functorch() or any(type(x) not in _PLAIN for x in tensors if x is not None):
+    if q.is_meta or _functorch() or any(type(x) not in PLAIN for x in tensors if x is not None):
         # these need an operator's fake, or its rules
         function = found.problem.function
         return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
