@@ -37,12 +37,18 @@ def _is_wanted_leaf(x: Tensor | None) -> bool:
 
 
 def is_written_beside(x: Tensor) -> bool:
-    """Under torch.compile an autograd.Function may neither declare a leaf changed nor return it."""
-    return torch.compiler.is_compiling() and (x.is_leaf or _is_wanted_leaf(x._base))
+    """Whether x is written behind an autograd.Function, and not by it, under torch.compile.
+
+    There it may neither declare a leaf changed nor return it; and where it declares a view changed,
+    AOTAutograd ends in an internal assertion, and other graphs lose the gradient of the base.
+    """
+    return torch.compiler.is_compiling() and (x.is_leaf or x._base is not None)
 
 
 def copied(x: Tensor, rotated: Tensor) -> Tensor:
-    """`rotated`, with its values in x too, which autograd takes for unchanged."""
+    """x with the values of `rotated`; that itself, where autograd has to take x for unchanged."""
+    if not (x.is_leaf or _is_wanted_leaf(x._base)):
+        return x.copy_(rotated)
     with torch.no_grad():
         x.copy_(rotated)
     return rotated

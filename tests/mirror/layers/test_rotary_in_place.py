@@ -165,3 +165,35 @@ def test_compiled_a_leaf_is_rotated_where_it_lies(name: str, view: bool) -> None
     assert_rounded_once(grad[turning], turned(dout[turning], cos, sin, True), 5.0)
     assert torch.equal(grad[staying], dout[staying])
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_a_view_of_what_was_computed_is_rotated_where_it_lies(
+    name: str, backend: str
+) -> None:
+    """Whatever else reads the memory sees it, and what was there before gets its gradient."""
+    shape, _, rotate = IN_PLACE[name]
+    cos, sin = tables(8, 4)
+    torch._dynamo.reset()
+
+    def step(leaf: Tensor) -> tuple[Tensor, Tensor]:
+        both = leaf * 2.0
+        out = rotate(both[1], cos, sin)
+        return both, out
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    start, weights = torch.randn(2, *shape), torch.randn(3, *shape)
+
+    def answered(run: Callable[[Tensor], tuple[Tensor, Tensor]]) -> list[Tensor]:
+        leaf = start.clone().requires_grad_()
+        both, out = run(leaf)
+        ((both * weights[:2]).sum() + (out * weights[2]).sum()).backward()
+        assert leaf.grad is not None
+        return [both.detach(), out.detach(), leaf.grad]
+
+    got, want = answered(compiled), answered(step)
+    torch.testing.assert_close(got, want)
+    assert not torch.equal(got[0][1], 2.0 * start[1])
+    torch._dynamo.reset()
