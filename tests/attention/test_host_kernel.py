@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flash_attn_npu import flash_attn_func, flash_attn_varlen_func
 from flash_attn_npu._core.ground.processor import multiplies_bf16
 from flash_attn_npu._core.kernels.bands import Band
-from flash_attn_npu._core.kernels.host import attention, flash, parts, steps, strips
+from flash_attn_npu._core.kernels.host import attention, chunks, flash, parts, steps, strips
 from flash_attn_npu._core.problems.results import Inputs
 from flash_attn_npu._core.table.attention import HOST
 from flash_attn_npu._integrations.stand_ins import npu_flash_attn_func
@@ -39,6 +39,7 @@ def steps_of(rows: int) -> Iterator[None]:
         patch.setattr(steps, "LARGEST_BLOCK", rows)
         patch.setattr(flash, "COPIED_BYTES", 1)
         patch.setattr(parts, "COPIED_BYTES", 1)
+        patch.setattr(parts, "TOGETHER_BYTES", 1)
         patch.setattr(parts, "PIECE_BYTES", 1)
         patch.setattr(parts, "SMALLEST_PIECE", 2 * rows + 1)
         patch.setattr(parts, "BIAS_BYTES", 1)
@@ -288,8 +289,11 @@ def test_memory_at_64k_tokens_is_that_of_inputs_and_outputs(dtype, slopes):
 def a_sixteenth(monkeypatch: pytest.MonkeyPatch) -> None:
     """4096 tokens are to what may be held at once as 64k are."""
     for module, names in (
+        (attention, ("COPIED_BYTES", "TOGETHER_BYTES")),
+        (chunks, ("TOGETHER_BYTES",)),
         (flash, ("COPIED_BYTES",)),
         (parts, ("COPIED_BYTES", "PIECE_BYTES", "SMALLEST_PIECE", "LARGEST_PIECE", "BIAS_BYTES")),
+        (parts, ("TOGETHER_BYTES",)),
         (steps, ("BIAS_ELEMENTS",)),
         (strips, ("STRIP_BYTES", "KEPT_BYTES", "TILE_ELEMENTS")),
     ):

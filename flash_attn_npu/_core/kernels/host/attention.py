@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..composed.attention import attend_group
 from ..groups import Group, groups, groups_in_place
 from ..kernel import Kernel
 from ..sinks import counting, take_share
+from .chunks import attend_chunks, chunks, copied_together
 from .flash import (
     attend,
     attend_backward,
@@ -25,13 +27,10 @@ from .flash import (
     split_scale,
     with_silence,
 )
-from .parts import COPIED_BYTES, Rule, dense
-from .steps import Step, forward_steps
+from .parts import COPIED_BYTES, TOGETHER_BYTES, Rule, dense
+from .steps import Step, whole_step
 
 __all__ = ["KERNEL", "shares_heads"]
-
-COPIED_NUMBERS = 1 << 16
-"""Of one tensor: so few are copied to compute sequences together that lie apart."""
 
 
 def direct(problem: Problem) -> Any:
@@ -82,23 +81,23 @@ def _launched(problem: Problem) -> Step | None:
     if extras or ask.backward or problem.pages is not None or len(problem.sequences) > 1:
         return None
     ((seqlen_q, seqlen_k),) = problem.sequences
-    steps = forward_steps(Band(seqlen_q, seqlen_k, problem.left, problem.right), 0)
-    copied = problem.dtype != accumulator(problem.dtype)
-    numbers = problem.headdim * max(problem.rows_q * problem.nheads, problem.rows_k)
-    whole = (0, seqlen_q), (0, seqlen_k)
-    if len(steps) != 1 or steps[0][:2] != whole or steps[0].biased:
-        return None
-    return None if copied and numbers >= COPIED_BYTES // 4 else steps[0]
+    step = whole_step(Band(seqlen_q, seqlen_k, problem.left, problem.right))
+    wide = accumulator(problem.dtype)
+    copied = problem.dtype != wide
+    rows = max(problem.rows_q * problem.nheads, problem.rows_k * problem.nheads_k)
+    # several sequences are better copied few after few, and for one query none may be
+    most = COPIED_BYTES if problem.batch == 1 and seqlen_q > 1 else TOGETHER_BYTES
+    large = copied and problem.headdim * rows >= most // wide.itemsize
+    return None if not seqlen_q or large else step
 
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """Attention without autograd; rows of no sequence give 0 and +inf."""
     q, k, v, slopes, sink = inputs[:5]
-    laid = _groups(problem)
     if inputs.cache is not None and inputs.cache.rows is None:
         k, v = inputs.cache.gather(inputs.spans)
-    elif inputs.spans:
-        laid = groups_in_place(problem, inputs.cache, inputs.spans)
+    in_place = bool(inputs.spans) and (inputs.cache is None or inputs.cache.rows is not None)
+    runs = None if in_place else chunks(problem)
     # a sink takes its share before the answer is rounded, once
     kept = q.dtype if sink is None else accumulator(q.dtype)
     out = torch.empty(q.shape, dtype=kept, device=q.device)
@@ -109,6 +108,22 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     if problem.tail_q:
         out[problem.total_q :] = 0
         lse[:, problem.total_q :] = math.inf
+    if runs is not None:
+        attend_chunks(runs, (q, k, v), (out, lse), problem)
+    else:
+        in_groups = groups_in_place(problem, inputs.cache, inputs.spans)
+        laid = in_groups if in_place else _groups(problem)
+        _by_groups(problem, laid, (q, k, v, out, lse), slopes)
+    if sink is not None:
+        take_share(out, lse, sink)
+        out, lse = out.to(q.dtype), counting(lse, sink)
+    return Forward(out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device="cpu"))
+
+
+def _by_groups(
+    problem: Problem, laid: Iterator[Group], tensors: tuple[Tensor, ...], slopes: Tensor | None
+) -> None:
+    q, k, v, out, lse = tensors
     biased = problem.alibi or problem.windowed or not _square(problem)
     for group in laid:
         part, part_lse = group.q.space(out), group.q.space_of_rows(lse)
@@ -123,10 +138,6 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
             attend_group(problem, group, (q, k, v, part, part_lse), slopes)
         group.q.write(out, part)
         group.q.write_rows(lse, part_lse)
-    if sink is not None:
-        take_share(out, lse, sink)
-        out, lse = out.to(q.dtype), counting(lse, sink)
-    return Forward(out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device="cpu"))
 
 
 def backward(
@@ -159,15 +170,10 @@ def _square(problem: Problem) -> bool:
 
 
 def _groups(problem: Problem) -> Iterator[Group]:
-    width = problem.nheads * max(problem.headdim, 1)
-
-    def copied(seqlen_q: int, seqlen_k: int) -> int:
-        return COPIED_NUMBERS // (width * max(seqlen_q, seqlen_k, 1))
-
     def together(*_: int) -> int:
         return problem.batch
 
-    return groups(problem, together, copied)
+    return groups(problem, together, partial(copied_together, problem))
 
 
 def _heads(x: Tensor) -> Tensor:

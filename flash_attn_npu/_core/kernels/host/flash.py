@@ -19,13 +19,15 @@ from torch import Tensor
 
 from ...ground.processor import multiplies_bf16
 from ...problems.results import accumulator
+from .copies import Copies
 from .decoding import many_keys, one_query
-from .parts import COPIED_BYTES, Biases, Part, Rows, Rule, Sums, Triple, dense, parts
+from .parts import COPIED_BYTES, Biases, Part, Rows, Rule, Sums, Triple, parts
 from .steps import Step, backward_steps, forward_steps, left_of, pieces
 
 __all__ = [
     "attend",
     "attend_backward",
+    "attend_step",
     "launch",
     "shares_heads",
     "split_scale",
@@ -121,25 +123,25 @@ def attend(inputs: Triple, out: Tensor, lse: Tensor, rule: Rule) -> None:
         out[:, :, :blind] = 0
         lse[:, :, :blind] = math.inf
     dtype = _forward_dtype(inputs, out, rule)
-    factor, scale = split_scale(rule.scale, inputs[0].dtype)
+    (factor, scale), copies = split_scale(rule.scale, inputs[0].dtype), Copies(dtype)
     for part in parts(inputs[0], inputs[1], rule, dtype):
         if part.size:
             _attend_by_pieces(part, inputs, (out, lse), rule, dtype)
             continue
-        q, k, v = part.inputs(inputs, dtype)
+        q, k, v = part.of(inputs, (), copies)
         q = q * factor if factor != 1 else q
         biases = Biases(rule, part, q)
         for step in forward_steps(band, biases.streams):
             rows, keys, bias = slice(*step.rows), slice(*step.keys), biases.of(step)
             given, values = (q[:, :, rows], k[:, :, keys]), v[:, :, keys]
-            found, total = _answer(given, values, scale, step, bias)
+            found, total = attend_step(given, values, scale, step, bias)
             part.q(out)[:, :, rows].copy_(found)
             if rule.told:
                 total = with_silence(total, given, step, scale, bias)
             part.q(lse)[:, :, rows].copy_(total)
 
 
-def _answer(
+def attend_step(
     given: tuple[Tensor, Tensor], values: Tensor, scale: float, step: Step, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse) of a step, by the faster way."""
@@ -162,7 +164,7 @@ def _attend_by_pieces(
             total = torch.full_like(lse[:, :, first:last], LEAST)
         for step in steps:
             given, bias = (q[step.rows], k[step.keys]), biases.of(step)
-            found, more = _answer(given, v[step.keys], rule.scale, step, bias)
+            found, more = attend_step(given, v[step.keys], rule.scale, step, bias)
             if rule.told or not once:
                 more = with_silence(more, given, step, rule.scale, bias)
             if once:
@@ -215,14 +217,13 @@ def attend_backward(
         backward_by_strips(inputs, answer, grads, rule)
         return
     dtype = accumulator(inputs[0].dtype)
-    factor, scale = split_scale(rule.scale, inputs[0].dtype)
+    (factor, scale), copies = split_scale(rule.scale, inputs[0].dtype), Copies(dtype)
     for part in parts(inputs[0], inputs[1], rule, dtype):
         if part.size:
             _backward_by_pieces(part, inputs, answer, grads, rule)
             continue
-        q, k, v = part.inputs(inputs, dtype)
+        q, k, v, dout, out = part.of(inputs, answer[:2], copies)
         given = (q * factor if factor != 1 else q, k, v)
-        dout, out = (dense(part.q(x).to(dtype)) for x in answer[:2])
         biases = Biases(rule, part, given[0])
         steps = backward_steps(rule.band, biases.streams)
         sums = Sums(part.grads(grads), rule.band, steps, dtype)

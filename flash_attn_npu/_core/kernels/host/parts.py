@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ...problems.results import accumulator
 from ..bands import Band
+from .copies import Copies
 from .steps import SMALLEST_BLOCK, Step
 
 __all__ = [
     "COPIED_BYTES",
+    "TOGETHER_BYTES",
     "Biases",
     "Part",
     "Rows",
@@ -27,6 +29,9 @@ __all__ = [
 
 COPIED_BYTES = 1 << 22
 """Of the float32 copy of one tensor: what one head takes beyond it is copied by pieces of rows."""
+
+TOGETHER_BYTES = 1 << 20
+"""Of the float32 copy of one tensor for several sequences together: it stays in a cache."""
 
 PIECE_BYTES = 1 << 20
 """Of the float32 copy of such a piece, unless SMALLEST_PIECE rows take more."""
@@ -82,9 +87,10 @@ class Part(NamedTuple):
     def k(self, x: Tensor) -> Tensor:
         return x[self.batch, self.heads_k]
 
-    def inputs(self, inputs: Triple, dtype: torch.dtype) -> Triple:
-        q, k, v = self.grads(inputs)
-        return dense(q.to(dtype)), dense(k.to(dtype)), dense(v.to(dtype))
+    def of(self, inputs: Triple, answer: tuple[Tensor, ...], copies: Copies) -> list[Tensor]:
+        """Of q, k and v, and of what is laid out as q: copies, or as they are if dense."""
+        found = [*self.grads(inputs), *map(self.q, answer)]
+        return copies.of(found) if inputs[0].dtype != copies.dtype else [dense(x) for x in found]
 
     def grads(self, three: Triple) -> Triple:
         return self.q(three[0]), self.k(three[1]), self.k(three[2])
@@ -98,8 +104,9 @@ def parts(q: Tensor, k: Tensor, rule: Rule, dtype: torch.dtype) -> Iterator[Part
     if q.dtype != dtype:
         of_one = dtype.itemsize * max(group * q.shape[2], seqlen_k) * headdim
         # the backward shares out nothing but heads among threads
-        few = max(torch.get_num_threads(), COPIED_BYTES // max(of_one, 1))
-        room = min(room, few)
+        threads, together = torch.get_num_threads(), TOGETHER_BYTES // max(of_one, 1)
+        few = max(threads, COPIED_BYTES // max(of_one, 1))
+        room = min(room, few, max(threads, heads_k, together))
     if rule.slopes is not None:
         numbers = group * min(SMALLEST_BLOCK, q.shape[2]) * seqlen_k
         room = max(1, min(room, BIAS_BYTES // (dtype.itemsize * max(numbers, 1))))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..bands import Band, spans
 
-__all__ = ["Step", "backward_steps", "forward_steps", "left_of", "pieces"]
+__all__ = ["Step", "backward_steps", "forward_steps", "left_of", "pieces", "whole_step"]
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 """Rows of a block: few waste little at the rim of a window, many waste little on launches."""
@@ -43,6 +43,14 @@ def forward_steps(band: Band, streams: int) -> list[Step]:
         return []
     whole = None if streams else _whole(band)
     return _blocks(band, streams) if whole is None else whole
+
+
+def whole_step(band: Band) -> Step | None:
+    """The one step in which all queries see a key, without a bias; None if there is none such."""
+    if not band.seqlen_q:
+        return Step((0, 0), (0, band.seqlen_k))
+    whole = None if band.blind else _whole(band)
+    return whole[0] if whole and whole[0].keys == (0, band.seqlen_k) else None
 
 
 def backward_steps(band: Band, streams: int) -> list[Step]:
