@@ -21,6 +21,7 @@ from flash_attn_npu.modules.mlp import GatedMlp
 from flash_attn_npu.ops.activations import swiglu
 from flash_attn_npu.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn
+from tests.helpers import reference
 
 Call = Callable[[torch.device], list[Tensor]]
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -78,12 +79,27 @@ def packed(ends_q: list[int], ends_k: list[int], grad: bool = False, **options: 
 def sunk(grad: bool, sinks: tuple[float, float] = (1.5, -0.5)) -> Call:
     def run(device: torch.device) -> list[Tensor]:
         q = drawn(device, 2, 40, 2, 32, grad=grad)
+        k, v = (drawn(device, 2, 40, 2, d)[..., :32] for d in (33, 34))
+        k, v = (x.detach().requires_grad_(grad) for x in (k, v))
         sink = torch.tensor(sinks).to(device).requires_grad_(grad)
-        out = core.attend("sunk", (q, q, q), None, Options(causal=True), None, sink)
+        out = core.attend("sunk", (q, k, v), None, Options(causal=True), None, sink)
         assert isinstance(out, Tensor)
-        return differentiated(out, q, sink) if grad else [out]
+        return differentiated(out, q, k, v, sink) if grad else [out]
 
     return run
+
+
+def sunk_by_torch(dtype: torch.dtype, sinks: tuple[float, float] = (1.5, -0.5)) -> list[Tensor]:
+    """What `sunk` answers with gradients, by plain operations in this precision on the host."""
+    given = [drawn(torch.device("cpu"), 2, 40, 2, d)[..., :32] for d in (32, 33, 34)]
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in given)
+    wide = torch.promote_types(dtype, torch.float32)
+    sink = torch.tensor(sinks, dtype=wide).requires_grad_()
+    outs = [
+        reference.same_precision(*rows, causal=True, sink=sink)[0]
+        for rows in zip(q, k, v, strict=True)
+    ]
+    return [x.detach() for x in differentiated(torch.stack(outs), q, k, v, sink)]
 
 
 def sunk_pages(sinks: Tensor, filled: int = 70, **options: Any) -> Call:

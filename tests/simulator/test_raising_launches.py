@@ -22,7 +22,7 @@ from flash_attn_npu.errors import UnsupportedError
 from flash_attn_npu.layers.rotary import apply_rotary_emb
 from flash_attn_npu.ops.activations import swiglu
 from tests.helpers.old_torch import needs
-from tests.helpers.telling_calls import CALLS, alike, drawn, errors
+from tests.helpers.telling_calls import CALLS, HALF, alike, drawn, errors, sunk_by_torch
 
 LACKED = {
     "npu_fusion_attention": (
@@ -85,6 +85,22 @@ def seeded(npu: torch.device) -> Iterator[None]:
         yield
 
 
+def exact(name: str, served: list[Tensor], honest: list[Tensor]) -> bool:
+    """By upstream's rule with a sink: what older kernels do not take makes out be rounded twice."""
+    if name != "attention with a sink, gradient":
+        return alike(served, honest)
+    truth, plain = (sunk_by_torch(dtype) for dtype in (torch.float64, HALF))
+    return all(
+        off(x, true) <= 2 * off(other, true) + 1e-5
+        for answer in (served, honest)
+        for x, true, other in zip(answer, truth, plain, strict=True)
+    )
+
+
+def off(x: Tensor, true: Tensor) -> float:
+    return float((x.detach().cpu().double() - true).abs().max())
+
+
 @pytest.mark.parametrize(("operator", "name", "late"), CASES)
 def test_what_raises_is_served_exactly(
     operator: str, name: str, late: bool, npu: torch.device, caplog: pytest.LogCaptureFixture
@@ -99,13 +115,13 @@ def test_what_raises_is_served_exactly(
                 pytest.skip("this torch_npu lacks the operator: the call is composed")
     with virtual_ascend.lacking(operator, late=late) as lack:
         served = call(npu)
-        assert alike(served, honest)
+        assert exact(name, served, honest)
         # where one operator stands behind another, or a gradient is another kind, it raises too
         record, *more = errors(caplog)
         launched = lack.raised
         assert len(more) + 1 == launched
         with flash_attn_npu.reporting() as report:
-            assert alike(call(npu), honest)
+            assert exact(name, call(npu), honest)
         assert lack.raised == launched
     assert len(errors(caplog)) == launched
     told = "".join(reason for tally in report.tallies for reason in tally.reasons)
