@@ -66,9 +66,19 @@ def normed(function: str, fields: tuple[Any, ...], masked: bool) -> Any:
     """
     key = _key(function, fields)
     found = None if key is None else recall(key)
-    if found is not None and found.few is not None and not masked and not _transforming():
-        begin(found)
-        return found.few(fields)
+    if found is not None and not masked:
+        if found.direct is not None:
+            # nobody was passed over, so there is no policy to ask
+            found.tally.calls += 1
+            call = NormCall(*fields)
+            try:
+                y, total = _fused(found, call)
+            except Refuted as refuted:
+                return refuted.answer(lambda: normed(function, fields, masked))
+            return y if total is None else (y, total)
+        if found.few is not None and not _transforming():
+            begin(found)
+            return found.few(fields)
     call = fields if isinstance(fields, NormCall) else NormCall(*fields)
     answer = _normalized(function, call, masked, key, found)
     return arranged(answer, call.weight1 is not None, call.prenorm, masked)
@@ -104,9 +114,10 @@ def _normalized(
         found.tally.calls += 1
     if found.direct is not None:
         try:
-            return _fused(found, call)
+            y, total = _fused(found, call)
         except Refuted as refuted:
             return refuted.answer(lambda: normalize(function, call, masked))
+        return Answer(y, None, total, None, None)
     if key is None or _transforming():
         refuse_transforms(RENAMED.get(function, {}).get("x", "x"))
     needs_grad = found.problem.needs_grad
@@ -217,7 +228,8 @@ def compose(function: str, call: NormCall) -> None:
     choose(replaced(norms.problem_of(function, call), within=True))
 
 
-def _fused(found: Plan, call: NormCall) -> Answer:
+def _fused(found: Plan, call: NormCall) -> tuple[Tensor, Tensor | None]:
+    """y, and the sum if prenorm."""
     assert found.direct is not None
     # torch's own layer norm has derivatives of every kind
     if FORWARD._current_level >= 0 and found.name != LAYER_NORM:
@@ -229,7 +241,7 @@ def _fused(found: Plan, call: NormCall) -> Answer:
     if call.prenorm and call.residual is None and total.dtype == call.x.dtype:
         # it is x, which must not change with the result
         total = total.clone()
-    return Answer(y, None, total if call.prenorm else None, None, None)
+    return y, total if call.prenorm else None
 
 
 class _Normalize(torch.autograd.Function):
