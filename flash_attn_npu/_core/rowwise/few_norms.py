@@ -6,6 +6,7 @@ What a call's key says is looked at once, and kept as `Steps`; the numbers are t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ TENSORS: Final = 7
 """x, weight, bias, residual, x1, weight1, bias1: the first fields of a call."""
 
 _once = once("a norm")
+_AS_WIDE = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+_of_gradient = attrgetter("wide", "widen", "rms", "zero_centered", "kept", "prenorm")
+_NO_MASKS: Masks = (None, None)
 _grad_enabled = torch.is_grad_enabled
 _layer_norm = torch.layer_norm
 _rms_norm = torch.rms_norm
@@ -39,6 +44,7 @@ class Steps(NamedTuple):
     wide, dtype: what is computed in, and that of y; `widen` and `narrow` convert to them.
     scaled: there is a tensor of scales, so that `norms.summed` adds up.
     kept: what dropout and a constant scale make of x and x1; None where there are none.
+    chance, bits: how much dropout keeps, None without it, and the dtype of its masks.
     widens: x is converted before anything is added to it.
     stored: the dtype of the sum as it is returned, if `prenorm`, and kept for the gradient.
     alone: the sum is x.
@@ -56,6 +62,8 @@ class Steps(NamedTuple):
     zero_centered: bool
     scaled: bool
     kept: norms.Terms | None
+    chance: float | None
+    bits: torch.dtype
     widens: bool
     stored: torch.dtype
     prenorm: bool
@@ -72,6 +80,7 @@ def steps_of(call: NormCall, needs_grad: bool) -> Steps | None:
         return None
     wide, dtype = norms.wide_dtype(call), norms.out_dtype(call)
     changed = scaled or call.dropout_p != 0 or call.rowscale_const != 1
+    watched = needs_grad and not several
     alone = not changed and call.x1 is None and call.residual is None
     # torch's layer norm widens 16-bit rows itself, but its gradient would round sums over them
     inside = alone and not rms and not needs_grad and call.x.dtype == dtype
@@ -86,12 +95,14 @@ def steps_of(call: NormCall, needs_grad: bool) -> Steps | None:
         zero_centered=call.zero_centered_weight,
         scaled=scaled,
         kept=norms.terms_of(call) if changed else None,
+        chance=1.0 - call.dropout_p if call.dropout_p != 0 else None,
+        bits=torch.bool if watched else _AS_WIDE[wide],
         widens=call.x.dtype != wide and not inside,
         stored=norms.total_dtype(call),
         prenorm=bool(call.prenorm),
         alone=alone,
         recorded=needs_grad and several,
-        watched=needs_grad and not several,
+        watched=watched,
     )
 
 
@@ -103,17 +114,19 @@ def serve(steps: Steps, fields: tuple[Any, ...], masks: Masks | None = None) -> 
         masks: what dropout keeps of x and x1; drawn if None.
     """
     tensors = fields[:TENSORS]
-    if masks is None:
-        masks = (None, None) if steps.kept is None else norms.draw_masks(NormCall(*fields))
-    if steps.recorded:
-        given = [None if one is None else unwrapped(one) for one in tensors]
-        return _recorded(*given, steps, *masks)
     x, weight, bias, residual, x1, weight1, bias1 = tensors
     if steps.scaled:
         call = NormCall(*fields)
         rowscale = None if call.rowscale is None else call.rowscale.detach()
-        rows = norms.summed(call._replace(rowscale=rowscale), *masks)
+        rows = norms.summed(call._replace(rowscale=rowscale), *(masks or norms.draw_masks(call)))
     else:
+        if steps.chance is None:
+            masks = _NO_MASKS
+        else:
+            masks = _drawn(steps, x, x1) if masks is None else _as_bits(steps, masks)
+        if steps.recorded:
+            given = [None if one is None else unwrapped(one) for one in tensors]
+            return _recorded(*given, steps, *masks)
         rows = _rows(steps, x, residual, x1, masks)
     y = _normed(steps, rows, weight, bias)
     if steps.watched:
@@ -125,23 +138,58 @@ def serve(steps: Steps, fields: tuple[Any, ...], masks: Masks | None = None) -> 
     return (y, y1, _total(steps, x, rows)) if steps.prenorm else (y, y1)
 
 
+def _drawn(steps: Steps, x: Tensor, x1: Tensor | None) -> Masks:
+    """Masks as `_kept` takes them, of the same random numbers whatever it takes."""
+    chance: Any = steps.chance
+
+    def drawn(addend: Tensor) -> Tensor:
+        mask = torch.empty(addend.shape, dtype=steps.bits, device=addend.device)
+        return mask.bernoulli_(chance)
+
+    return drawn(x), None if x1 is None else drawn(x1)
+
+
+def _as_bits(steps: Steps, masks: Masks) -> Masks:
+    """Masks of True and False as `_kept` takes them."""
+    if steps.watched:
+        return masks
+    mask, mask1 = [None if mask is None else mask.to(steps.bits) for mask in masks]
+    return mask, mask1
+
+
+def _kept(steps: Steps, values: Tensor, mask: Tensor | None) -> Tensor:
+    """`norms.kept` as a new tensor.
+
+    Args:
+        mask: 1 for what is kept, in integers as wide as what is computed in, of which it is made
+            0 whatever it is; torch.where takes four times as long, but has a derivative.
+    """
+    kept = steps.kept
+    assert kept is not None
+    if steps.watched:
+        return norms.kept(values, mask, None, kept)
+    values = (values if values.dtype is kept.wide else steps.widen(values)) * kept.scale
+    if mask is not None:
+        values.view(steps.bits).mul_(mask)
+    return values
+
+
 def _rows(
     steps: Steps, x: Tensor, residual: Tensor | None, x1: Tensor | None, masks: Masks
 ) -> Tensor:
     """The sum, not rounded yet."""
-    kept = steps.kept
-    if kept is None:
+    if steps.kept is None:
         rows = steps.widen(x) if steps.widens else x
     else:
-        rows = norms.kept(x, masks[0], None, kept)
-        x1 = None if x1 is None else norms.kept(x1, masks[1], None, kept)
+        rows = _kept(steps, x, masks[0])
+        x1 = None if x1 is None else _kept(steps, x1, masks[1])
     if x1 is not None:
         rows = rows + x1
     return rows if residual is None else rows + residual
 
 
 def _normed(steps: Steps, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    shape, eps, wide, widen, dtype, narrow, rms, zero_centered, *_ = steps
+    shape, eps, wide, widen, dtype, narrow, rms, zero_centered = steps[:8]
     if weight.dtype is not wide:
         weight = widen(weight)
     if zero_centered:
@@ -202,7 +250,7 @@ def _layer(
     steps: Steps, rows: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """`_normed`, with mean and rstd."""
-    shape, eps, wide, widen, dtype, narrow, _, zero_centered, *_ = steps
+    shape, eps, wide, widen, dtype, narrow, _, zero_centered = steps[:8]
     scale = weight if weight.dtype is wide else widen(weight)
     scale = scale + 1.0 if zero_centered else scale
     bias = bias if bias is None or bias.dtype is wide else widen(bias)
@@ -223,7 +271,8 @@ def _gradients(
     ctx: Any, saved: tuple[Tensor, ...], douts: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     total, mean, rstd, weight, weight1, mask, mask1 = saved
-    _, _, wide, widen, _, _, rms, zero_centered, _, kept, _, _, prenorm, *_ = ctx.steps
+    steps = ctx.steps
+    wide, widen, rms, zero_centered, kept, prenorm = _of_gradient(steps)
     _, *sums, of_residual, of_x1, of_weight1, of_bias1, _, _, _ = ctx.needs_input_grad
     rows = total if total.dtype is wide else widen(total)
     scale = weight if weight.dtype is wide else widen(weight)
@@ -238,10 +287,10 @@ def _gradients(
         ds = ds.add_(more)
     if prenorm:
         ds = ds.add_(douts[-1])
-    dx = ds if kept is None else norms.kept(ds, mask, None, kept)
+    dx = ds if kept is None else _kept(steps, ds, mask)
     dx1 = None
     if of_x1:
-        dx1 = ds if kept is None else norms.kept(ds, mask1, None, kept)
+        dx1 = ds if kept is None else _kept(steps, ds, mask1)
     return dx, dweight, dbias, ds if of_residual else None, dx1, dweight1, dbias1, None, None, None
 
 
