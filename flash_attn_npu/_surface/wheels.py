@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from .._core.ground.absent import SCHEMAS, VERSIONS, arguments, schema
+from .._core.ground.absent import arguments, schema, schemas, versions
 from .._core.table.installed import NEEDS, Need
 from .._version import OLDEST_TORCH_NPU
 
-__all__ = ["SCHEMAS", "VERSIONS", "arguments", "groups", "schema", "table"]
+__all__ = ["arguments", "groups", "schema", "schemas", "table", "versions"]
 
 _HEAD = f"""\
 ## What is fused with which torch_npu
 
 Arguments came to torch_npu's operators with post releases, so the installed operators are asked,
-not their version. Printed from the schemas of {len(VERSIONS)} wheels; a test binds every call of
+not their version. Printed from the schemas of {len(versions())} wheels; a test binds every call of
 every kernel against each of them. torch_npu must be that of the torch at hand: its first three
 numbers are torch's.
 
@@ -27,7 +27,7 @@ numbers are torch's.
 def groups() -> dict[tuple[str, ...], list[str]]:
     """The versions of each column of the table: what becomes of every need -> the versions."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for version in VERSIONS:
+    for version in versions():
         outcomes = tuple(_outcome(version, need) for need in NEEDS)
         found.setdefault(outcomes, []).append(version)
     return found

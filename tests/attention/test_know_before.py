@@ -13,7 +13,7 @@ import torch
 
 import flash_attn_npu
 from flash_attn_npu._core.ground import usage
-from flash_attn_npu._core.ground.absent import DEFAULT, VERSIONS, Absent
+from flash_attn_npu._core.ground.absent import Absent, default, versions
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.table import attention, choice
 from flash_attn_npu._core.table.attention import BLOCKWISE, HOST, TABLE
@@ -71,7 +71,7 @@ def test_a_torch_npu_may_be_named() -> None:
     older = flash_attn_npu.fallback("ascend", soc="Ascend910B3", torch_npu="2.5.1")
     with older, pytest.raises(UnsupportedError, match=r"older than 2\.6"):
         flash_attn_npu.flash_attn_func(q, q, q, causal=True)
-    with flash_attn_npu.fallback("ascend", torch_npu=VERSIONS[-1]):
+    with flash_attn_npu.fallback("ascend", torch_npu=versions()[-1]):
         flash_attn_npu.flash_attn_func(q, q, q, causal=True)
 
 
@@ -143,4 +143,4 @@ def test_the_environment_holds_the_line_in_ci(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "softcap=1.0" in done.stderr
-    assert f"ascend (Ascend910B4, torch_npu {DEFAULT.torch_npu})" in done.stderr
+    assert f"ascend (Ascend910B4, torch_npu {default().torch_npu})" in done.stderr

@@ -45,15 +45,15 @@ SHORTCUTS = ("of a sum", "new keys", "gathered", "at positions", "exact geglu")
 def classes() -> dict[str, list[str]]:
     """One version for each set of schemas -> all versions that have it."""
     found: dict[tuple[str | None, ...], list[str]] = {}
-    for version in wheels.VERSIONS:
-        schemas = tuple(wheels.schema(version, operator) for operator in wheels.SCHEMAS)
+    for version in wheels.versions():
+        schemas = tuple(wheels.schema(version, operator) for operator in wheels.schemas())
         found.setdefault(schemas, []).append(version)
     return {versions[-1]: versions for versions in found.values()}
 
 
 CLASSES = classes()
 SUPPORTED = [version for version in CLASSES if not version.startswith("2.5.")]
-NEWEST = wheels.VERSIONS[-1]
+NEWEST = wheels.versions()[-1]
 
 EQUAL = ([7, 4, 9], [7, 4, 9])
 MORE_QUERIES = ([7, 4, 9], [5, 4, 3])
@@ -302,8 +302,8 @@ def operators_named() -> set[str]:
 
 def test_every_call_is_covered(npu: torch.device, recorded: list[Call]) -> None:
     """A new call of a kernel fails here until a case makes it and a need names it."""
-    assert operators_named() == set(wheels.SCHEMAS)
-    assert {entry.operator for entry in recorded} == set(wheels.SCHEMAS)
+    assert operators_named() == set(wheels.schemas())
+    assert {entry.operator for entry in recorded} == set(wheels.schemas())
     lines = {(Path(entry.file).name, entry.line) for entry in recorded}
     sites = list(call_sites())
     assert len(sites) >= 10
@@ -313,11 +313,11 @@ def test_every_call_is_covered(npu: torch.device, recorded: list[Call]) -> None:
 
 
 def test_the_needs_name_what_is_passed(npu: torch.device, recorded: list[Call]) -> None:
-    named: dict[str, set[str]] = {operator: set() for operator in wheels.SCHEMAS}
+    named: dict[str, set[str]] = {operator: set() for operator in wheels.schemas()}
     for need in NEEDS:
         for operator, *arguments in need.calls:
             named[operator] |= set(arguments)
-    passed: dict[str, set[str]] = {operator: set() for operator in wheels.SCHEMAS}
+    passed: dict[str, set[str]] = {operator: set() for operator in wheels.schemas()}
     for entry in recorded:
         passed[entry.operator] |= entry.arguments
     # behind a setting that no case here switches on, and on a chip that none here has
@@ -336,7 +336,7 @@ def test_the_table_refuses_what_a_wheel_lacks(
     """The rows and compat_matrix.md say the same of every wheel."""
     column = NEEDS.index(need)
     outcomes = {v: outcomes[column] for outcomes, them in wheels.groups().items() for v in them}
-    assert set(outcomes) == set(wheels.VERSIONS)
+    assert set(outcomes) == set(wheels.versions())
     if need.otherwise is not None:
         return
     (row,) = installed.rows((need._replace(applies=lambda problem: True),))
@@ -406,7 +406,7 @@ def test_a_pretended_wheel_refuses_what_the_real_one_would(npu: torch.device) ->
 
 def test_the_data_is_what_was_read_out_of_wheels() -> None:
     stored = json.loads((Path(absent.__file__).parent / "torch_npu.json").read_text())
-    assert stored == wheels.SCHEMAS
-    assert len(wheels.VERSIONS) == 20
+    assert stored == wheels.schemas()
+    assert len(wheels.versions()) == 20
     assert sum(map(len, CLASSES.values())) == 20
     assert isinstance(Seen().calls, list)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
 from flash_attn_npu._core.ground import schemas
-from flash_attn_npu._core.ground.absent import VERSIONS
+from flash_attn_npu._core.ground.absent import versions
 from flash_attn_npu._core.ground.versions import torch_npu_version
 from flash_attn_npu._core.kernels.host import flash
 
@@ -60,7 +60,7 @@ def lacks(operator: str, *arguments: str) -> bool:
 def like_the_installed() -> str:
     """The version of the torch_npu that runs, or a newer one that takes the same."""
     version = torch_npu_version()
-    return VERSIONS[-2] if version is None or version not in VERSIONS else version
+    return versions()[-2] if version is None or version not in versions() else version
 
 
 def needs(operator: str, *arguments: str) -> pytest.MarkDecorator:

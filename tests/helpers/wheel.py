@@ -94,7 +94,7 @@ def pretended(
 
         replace(schemas, "_read", lambda operator: names(schema(version, operator)))
         replace(versions, "_loaded", lambda: version)
-        for operator in wheels.SCHEMAS:
+        for operator in wheels.schemas():
             for owner in (torch_npu, torch.ops.npu):
                 if hasattr(owner, operator):
                     real, text = getattr(owner, operator), schema(version, operator)

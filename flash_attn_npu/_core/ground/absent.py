@@ -11,25 +11,10 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 
 from ...errors import ArgumentError
 
-__all__ = ["DEFAULT", "SCHEMAS", "VERSIONS", "WORD", "Absent", "absent", "arguments", "schema"]
-
-SCHEMAS: Mapping[str, Mapping[str, list[str]]] = json.loads(
-    (resources.files(__package__) / "torch_npu.json").read_text(encoding="utf-8")
-)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split("."))
-
-
-VERSIONS = tuple(
-    sorted({v for them in SCHEMAS.values() for where in them.values() for v in where}, key=_numbers)
-)
-"""Of the wheels that were read, the oldest first."""
+__all__ = ["WORD", "Absent", "absent", "arguments", "default", "schema", "schemas", "versions"]
 
 WORD = "ascend"
 """The policy that is about an Ascend that is not there: `ascend`, `ascend:SOC`,
@@ -38,7 +23,7 @@ WORD = "ascend"
 
 @dataclass(frozen=True)
 class Absent:
-    """soc: such as Ascend910B3. torch_npu: one of VERSIONS. The rest is what a device has."""
+    """soc: such as Ascend910B3. torch_npu: one of `versions`. The rest is what a device has."""
 
     soc: str
     torch_npu: str
@@ -49,12 +34,36 @@ class Absent:
         return f"{self.soc}, torch_npu {self.torch_npu}"
 
 
-DEFAULT = Absent("Ascend910B3", VERSIONS[-1])
+@functools.cache
+def schemas() -> Mapping[str, Mapping[str, list[str]]]:
+    """What `torch_npu.json` holds; read when it is asked for, and by no import."""
+    from importlib import resources
+
+    text = (resources.files(__package__) / "torch_npu.json").read_text(encoding="utf-8")
+    found: dict[str, dict[str, list[str]]] = json.loads(text)
+    return found
+
+
+@functools.cache
+def versions() -> tuple[str, ...]:
+    """Of the wheels that were read, the oldest first."""
+    found = {v for them in schemas().values() for where in them.values() for v in where}
+    return tuple(sorted(found, key=_numbers))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split("."))
+
+
+@functools.cache
+def default() -> Absent:
+    """What a policy is about that names neither."""
+    return Absent("Ascend910B3", versions()[-1])
 
 
 def schema(version: str, operator: str) -> str | None:
     """The operator's schema in a version of torch_npu, None if it is absent there."""
-    found = (text for text, where in SCHEMAS[operator].items() if version in where)
+    found = (text for text, where in schemas()[operator].items() if version in where)
     return next(found, None)
 
 
@@ -80,13 +89,13 @@ def absent(policy: str) -> Absent | None:
     if word != WORD:
         return None
     soc, torch_npu, *rest = (*named, *("", "")[len(named) :]) if len(named) < 2 else named
-    soc, torch_npu = soc or DEFAULT.soc, torch_npu or DEFAULT.torch_npu
-    if rest or not soc.startswith("Ascend") or torch_npu not in VERSIONS:
+    soc, torch_npu = soc or default().soc, torch_npu or default().torch_npu
+    if rest or not soc.startswith("Ascend") or torch_npu not in versions():
         raise ArgumentError(
             "policy",
             repr(policy),
             f"{WORD}, {WORD}:SOC or {WORD}:SOC:torch_npu, with a SOC such as Ascend910B3 or "
-            f"Ascend950PR and a torch_npu of {', '.join(VERSIONS)}",
-            f"write {WORD}:{DEFAULT.soc}:{DEFAULT.torch_npu}, for one",
+            f"Ascend950PR and a torch_npu of {', '.join(versions())}",
+            f"write {WORD}:{default().soc}:{default().torch_npu}, for one",
         )
     return Absent(soc, torch_npu)

@@ -21,7 +21,7 @@ from threading import local
 from typing import Literal
 
 from ...errors import ArgumentError
-from .absent import DEFAULT, WORD, Absent, absent
+from .absent import WORD, Absent, absent, default
 from .memory import forget_all
 
 __all__ = [
@@ -80,7 +80,7 @@ policy_here: Callable[[], str] = _fallback.get
 
 def assumed() -> Absent:
     """The Ascend that a report speaks of on a machine without one."""
-    return absent(_default_policy) or DEFAULT
+    return absent(_default_policy) or default()
 
 
 def fallback(

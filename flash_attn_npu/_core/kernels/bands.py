@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 __all__ = ["Band", "spans"]
 
 
-@dataclass(frozen=True)
-class Band:
+class Band(NamedTuple):
     """Which keys a query sees: offset - left <= j - i <= offset + right, None for no limit."""
 
     seqlen_q: int

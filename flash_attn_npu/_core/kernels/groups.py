@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .bands import Band
 __all__ = ["Group", "Side", "groups", "groups_in_place"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """The rows of a group in q, or in k: batch rows, or rows of packed tensors.
 
@@ -58,7 +59,7 @@ class Side:
             lse.index_copy_(1, self.at, part.transpose(0, 1).flatten(1, 2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Rows(Side):
     """Keys in rows of a cache, all at the same positions."""
 
@@ -68,8 +69,7 @@ class _Rows(Side):
         return x[self.at, self.positions]
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Equally long sequences, which are computed together.
 
     first, sequences: the first one, and where they lie in what has a row for each sequence.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +55,7 @@ SATURATED = 20.0
 """From here on tanh is 1 in float32, and exp of twice as much is finite."""
 
 
-@dataclass(frozen=True)
-class Scoring:
+class Scoring(NamedTuple):
     """How a score is made from q.k, and how probabilities are dropped.
 
     slopes: (batch or 1, nheads_k, group, 1, 1) float32 or None; sink: (nheads_k, group, 1) or None.
@@ -77,8 +76,7 @@ class Scoring:
         return drawn.ge_(self.dropout_p).to(like.dtype).div_(1.0 - self.dropout_p)
 
 
-@dataclass(frozen=True)
-class Streams:
+class Streams(NamedTuple):
     """The tensors of one group of equally long sequences, as views into the caller's tensors.
 
     `place` tells them apart from others of one call, for their dropout masks.
@@ -109,7 +107,7 @@ def parts(streams: Streams, scoring: Scoring) -> Iterator[tuple[slice, Streams, 
         some = Streams(q, k, v, out, lse, (*streams.place, first))
         slopes_of = None if slopes is None else slopes[:, part]
         sink_of = None if sink is None else sink[part]
-        yield part, some, replace(scoring, slopes=slopes_of, sink=sink_of)
+        yield part, some, scoring._replace(slopes=slopes_of, sink=sink_of)
 
 
 def tile_elements(device: torch.device) -> int:
