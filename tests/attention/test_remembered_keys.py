@@ -32,7 +32,11 @@ for _, _name, _ in pkgutil.walk_packages(flash_attn_npu.__path__, "flash_attn_np
     if not _name.endswith("__main__"):
         importlib.import_module(_name)
 
-SAID = ("reasons that were logged", "remarks on decoding that were logged")
+SAID = (
+    "reasons that were logged",
+    "remarks on decoding that were logged",
+    "readings that a captured graph holds",
+)
 """Memos that answer nothing: what they hold is not said a second time."""
 COMPARED = (
     "kinds of calls that were compared",

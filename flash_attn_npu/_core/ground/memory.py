@@ -10,12 +10,14 @@ Only single operations on dictionaries touch shared state, so threads and forks 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 
+from .capture import capturing
 from .unseen_writes import listen
 
 __all__ = ["Memo", "PerTensorMemo", "forget_all", "forget_lengths", "held", "memos", "snapshot"]
@@ -23,6 +25,8 @@ __all__ = ["Memo", "PerTensorMemo", "forget_all", "forget_lengths", "held", "mem
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 T = TypeVar("T")
+
+logger = logging.getLogger("flash_attn_npu")
 
 _memos: list[weakref.ref[Memo[Any, Any]]] = []
 
@@ -49,7 +53,13 @@ class Memo(Generic[K, V]):
         _memos.append(weakref.ref(self))
 
     def put(self, key: K, answer: V) -> None:
-        """Let `recall(key)` give `answer`."""
+        """Let `recall(key)` give `answer`.
+
+        Tensors that are made while a graph is captured are not kept: they have values, and memory
+        of their own, as long as the graph runs, and not before.
+        """
+        if self.nbytes is not None and capturing():
+            return
         if self._make_room(answer):
             self._known[key] = answer
 
@@ -117,6 +127,8 @@ class PerTensorMemo(Memo[int, _Reading[T]]):
         """What `compute(tensor)` returns, or returned when it was last asked."""
         known = self.known(tensor)
         if known is not None:
+            if capturing():
+                self._tell_of_graph()
             return known
         if not _can_be_remembered(tensor):
             return compute(tensor)
@@ -125,6 +137,15 @@ class PerTensorMemo(Memo[int, _Reading[T]]):
         value = compute(tensor)
         self._store(tensor, version, value)
         return value
+
+    def _tell_of_graph(self) -> None:
+        if _in_graphs.recall(self.name) is None:
+            _in_graphs.put(self.name, True)
+            logger.warning(
+                "flash_attn_npu: a graph is captured with %s as they are now, which a replay goes "
+                "on with whatever the tensor holds then: kernels take them from the host",
+                self.name,
+            )
 
     def tell(self, tensor: torch.Tensor, value: T) -> None:
         """Remember `value` as what the present contents of `tensor` give."""
@@ -154,6 +175,9 @@ class PerTensorMemo(Memo[int, _Reading[T]]):
 
         owner = weakref.ref(tensor, gone)
         self.put(key, (owner, version, address, tensor.numel(), value))
+
+
+_in_graphs: Memo[str, bool] = Memo("readings that a captured graph holds", 16)
 
 
 def memos() -> tuple[Memo[Any, Any], ...]:

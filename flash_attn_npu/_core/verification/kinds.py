@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ...errors import UnsupportedError
+from ..ground.capture import capturing
 from ..ground.chip import combination
 from ..ground.confirmed import confirmed
 from ..ground.memory import Memo
@@ -158,13 +159,7 @@ def busy(tensor: torch.Tensor) -> bool:
     """Whether nothing may be read now: a graph is captured or traced, or there are no values."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
     traced = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
-    return not plain or bool(traced) or _is_capturing()
-
-
-def _is_capturing() -> bool:
-    capturing = getattr(torch, "npu", None)
-    asked = getattr(capturing, "is_current_stream_capturing", None)
-    return asked is not None and bool(asked())
+    return not plain or bool(traced) or capturing()
 
 
 def missed(kernel: str) -> tuple[str, ...]:
