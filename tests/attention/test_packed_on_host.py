@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_npu import flash_attn_varlen_func
 from flash_attn_npu._core.kernels.host import attention, chunks
 from flash_attn_npu._core.problems.attention import Problem as Described
 from flash_attn_npu._core.problems.results import Inputs
 from tests.helpers import reference
+from tests.helpers.crossings import Crossings
 from tests.helpers.old_torch import GROUP
 from tests.helpers.peak_bytes import PeakBytes
 from tests.helpers.property_harness import EFFORTS
@@ -60,20 +59,6 @@ def test_any_sequences_in_any_chunks(effort):
             assert_case(case, CPU)
 
     run()
-
-
-class Crossings(TorchDispatchMode):
-    """How often each operator is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.counts[func.name()] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def described(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from flash_attn_npu import flash_attn_with_kvcache
-from flash_attn_npu._core.kernels.host import decoding
+from flash_attn_npu._core.kernels.host import attention, decoding
 from flash_attn_npu._core.kernels.host.decoding import one_query
 from tests.helpers import reference
+from tests.helpers.crossings import Crossings
 from tests.helpers.peak_bytes import PeakBytes
 
 NAN, INF = float("nan"), float("inf")
@@ -79,6 +80,37 @@ def test_one_query_of_many_keys(group, dtype):
         found = out[i].transpose(0, 1)
         reference.assert_close_to_reference(found, exact.out, plain.out, "out")
         reference.assert_lse_close(lse[i].float(), exact.softmax_lse)
+
+
+def test_a_sequence_more_is_two_products_and_one_softmax():
+    """What is left of it, the sum and the logarithm, is done for all at once."""
+    counts = []
+    for batch in (2, 4):
+        q, k = torch.randn(batch, 8, 1, HEADDIM), torch.randn(batch, 2, USED, HEADDIM)
+        with Crossings() as seen:
+            one_query(q, k, k, 0.2)
+        counts.append(seen.counts)
+    more = counts[1] - counts[0]
+    assert more["aten::bmm.out"] == 2 * 2
+    assert sum(more.values()) == 2 * 8, more
+
+
+def test_a_decode_step_is_looked_through_for_nothing(monkeypatch):
+    """No bias, no copy: neither is NaN looked for, nor what the biased launches need made."""
+    original, counts = attention._by_groups, []
+
+    def counted(*args):
+        with Crossings() as seen:
+            original(*args)
+        counts.append(seen.counts)
+
+    monkeypatch.setattr(attention, "_by_groups", counted)
+    q, k = torch.randn(1, 1, 8, HEADDIM), torch.randn(1, 2 * CAPACITY, 2, HEADDIM)
+    flash_attn_with_kvcache(q, k, k, cache_seqlens=2 * CAPACITY, causal=True)
+    (seen,) = counts
+    assert seen["aten::bmm.out"] == 2
+    assert not seen["aten::isnan"]
+    assert sum(seen.values()) <= 50, seen
 
 
 def test_numbers_that_are_none_in_one_query():

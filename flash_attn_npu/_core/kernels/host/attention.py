@@ -133,7 +133,8 @@ def _by_groups(
             part_lse,
             _rule(problem, group, slopes),
         )
-        if biased and part_lse.isnan().any():
+        unclear = biased and (problem.alibi or whole_step(group.band) is None)
+        if unclear and part_lse.isnan().any():
             # a bias does not hide NaN, or inf: tiles do
             attend_group(problem, group, (q, k, v, part, part_lse), slopes)
         group.q.write(out, part)

@@ -27,16 +27,18 @@ def many_keys(k: Tensor) -> bool:
 def one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse (batch, nheads, 1)); zeros where all scores are -inf, as of the kernel."""
     rows = q.squeeze(2).unflatten(1, (k.shape[1], -1)) * (scale * LOG2_E)
-    found, sums = torch.empty_like(rows), []
-    for of_one, keys, values, out in zip(rows, k, v, found, strict=True):
-        scores = torch.bmm(of_one, keys.transpose(1, 2))
+    found, scores = torch.empty_like(rows), rows.new_empty(*rows.shape[1:3], k.shape[2])
+    tops, totals = rows.new_empty(2, *rows.shape[:3], 1)
+    for of_one, keys, values, out, top, total in zip(rows, k, v, found, tops, totals, strict=True):
+        torch.bmm(of_one, keys.transpose(1, 2), out=scores)
+        torch.amax(scores, -1, keepdim=True, out=top)
         # not -inf, as -inf - -inf is NaN
-        top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+        top.clamp_(min=torch.finfo(scores.dtype).min)
         # several times as fast as exp on a CPU
-        weights = scores.sub_(top).exp2_()
-        total = weights.sum(-1, keepdim=True)
-        silent = total == 0
-        total.masked_fill_(silent, 1.0)
-        torch.bmm(weights, values, out=out).div_(total)
-        sums.append(total.log2_().add_(top).div_(LOG2_E).masked_fill_(silent, 0.0))
-    return found.flatten(1, 2).unsqueeze(2), torch.stack(sums).flatten(1, 2)
+        scores.sub_(top).exp2_()
+        torch.sum(scores, -1, keepdim=True, out=total)
+        torch.bmm(scores, values, out=out)
+    silent = totals == 0
+    found.div_(totals.masked_fill_(silent, 1.0))
+    lse = totals.log2_().add_(tops).div_(LOG2_E).masked_fill_(silent, 0.0)
+    return found.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2)

@@ -21,8 +21,8 @@ from ...ground.processor import multiplies_bf16
 from ...problems.results import accumulator
 from .copies import Copies
 from .decoding import many_keys, one_query
-from .parts import COPIED_BYTES, Biases, Part, Rows, Rule, Sums, Triple, parts
-from .steps import Step, backward_steps, forward_steps, left_of, pieces
+from .parts import COPIED_BYTES, Biases, Part, Rows, Rule, Sums, Triple, dense, parts
+from .steps import Step, backward_steps, forward_steps, left_of, pieces, whole_step
 
 __all__ = [
     "attend",
@@ -119,10 +119,14 @@ def with_silence(
 def attend(inputs: Triple, out: Tensor, lse: Tensor, rule: Rule) -> None:
     """Fill out and softmax_lse (batch, nheads, seqlen_q): zeros and +inf where no key is seen."""
     band, blind = rule.band, rule.band.blind
+    dtype = _forward_dtype(inputs, out, rule)
+    whole = None if rule.slopes is not None else whole_step(band)
+    if whole is not None and whole.rows[1] and inputs[0].dtype == dtype:
+        _attend_whole(inputs, (out, lse), whole, rule)
+        return
     if blind:
         out[:, :, :blind] = 0
         lse[:, :, :blind] = math.inf
-    dtype = _forward_dtype(inputs, out, rule)
     (factor, scale), copies = split_scale(rule.scale, inputs[0].dtype), Copies(dtype)
     for part in parts(inputs[0], inputs[1], rule, dtype):
         if part.size:
@@ -139,6 +143,16 @@ def attend(inputs: Triple, out: Tensor, lse: Tensor, rule: Rule) -> None:
             if rule.told:
                 total = with_silence(total, given, step, scale, bias)
             part.q(lse)[:, :, rows].copy_(total)
+
+
+def _attend_whole(inputs: Triple, answer: tuple[Tensor, Tensor], step: Step, rule: Rule) -> None:
+    """`attend` by one launch over tensors as they are."""
+    (out, lse), (factor, scale) = answer, split_scale(rule.scale, inputs[0].dtype)
+    q, k, v = dense(inputs[0]), dense(inputs[1]), dense(inputs[2])
+    q = q * factor if factor != 1 else q
+    found, total = attend_step((q, k), v, scale, step, None)
+    out.copy_(found)
+    lse.copy_(with_silence(total, (q, k), step, scale) if rule.told else total)
 
 
 def attend_step(
