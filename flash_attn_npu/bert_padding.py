@@ -287,10 +287,12 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Contract: flash-attention 2.8, `pad_input`.
     """
-    if type(batch) is type(seqlen) is int and fits_on_host(hidden_states, indices, batch, seqlen):
+    if type(batch) is type(seqlen) is int:
         try:
-            padded = _put(hidden_states, indices, batch * seqlen)
-            return padded.view(batch, seqlen, *hidden_states.shape[1:])
+            if fits_on_host(hidden_states, indices, batch, seqlen):
+                rest = hidden_states.shape[1:]
+                zeros = hidden_states.new_zeros((batch * seqlen, *rest))
+                return zeros.index_copy_(0, indices, hidden_states).view(batch, seqlen, *rest)
         except (IndexError, RuntimeError):
             # what is wrong is found and named below
             pass

@@ -45,17 +45,20 @@ def are_few_on_host(hidden_states: Tensor, mask: Tensor) -> bool:
 
 
 def fits_on_host(values: Tensor, indices: Tensor, batch: int, seqlen: int) -> bool:
-    """Whether the arguments of `pad_input` fit, but for the contents of indices, on the host."""
+    """Whether the arguments of `pad_input` fit, but for the contents of int64 indices, on the host.
+
+    Raises:
+        RuntimeError: a tensor is nested, and has no shape.
+    """
     if _compiling() or _transforming() or batch < 0 or seqlen < 0 or batch * seqlen > LARGEST:
         return False
     if type(values) not in PLAIN or type(indices) not in PLAIN:
         return False
-    if not (values.is_cpu and indices.is_cpu) or values.is_nested or indices.is_nested:
+    if not (values.is_cpu and indices.is_cpu and indices.dtype is torch.int64):
         return False
-    if not (values.layout is indices.layout is torch.strided) or indices.dim() != 1:
+    if not (values.layout is indices.layout is torch.strided):
         return False
-    dtype = indices.dtype
-    return (dtype is torch.int64 or dtype is torch.int32) and values.shape[:1] == indices.shape
+    return indices.dim() == 1 and values.shape[:1] == indices.shape
 
 
 def check_put(values: Tensor, indices: Tensor, first_axis_dim: int) -> int:

@@ -19,6 +19,9 @@ _nll_loss_backward = torch.ops.aten.nll_loss_backward.default
 _log_softmax_backward = torch._C._VariableFunctions._log_softmax_backward_data
 _NO_REDUCTION = 0
 
+PLAIN_OPTIONS = (0.0, 1.0, 0.0)
+"""No smoothing, no scale and no square."""
+
 
 def in_place(options: kernel.Options, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`kernel.recorded` of logits with a gradient, which is written over them.
@@ -26,12 +29,11 @@ def in_place(options: kernel.Options, logits: Tensor, labels: Tensor) -> tuple[T
     Raises:
         IndexError: a label is not a class.
     """
-    smoothing, scale, square, ignore = options
     # what goes forward is left to torch, whose own operations have tangents
-    if smoothing != 0 or scale != 1 or square != 0 or FORWARD._current_level >= 0:
+    if options[:3] != PLAIN_OPTIONS or FORWARD._current_level >= 0:
         return kernel.recorded(options, _overwritten(logits), labels)
     labels = labels if labels.dtype is torch.int64 else labels.long()
-    losses = _recorded(unwrapped(logits), unwrapped(labels), ignore)
+    losses = _recorded(unwrapped(logits), unwrapped(labels), options.ignore_index)
     return losses, torch.zeros_like(losses)
 
 
@@ -56,12 +58,13 @@ class FewLossesInPlace(torch.autograd.Function):
         logits, chances, labels = ctx.saved_tensors
         ignore = ctx.ignore_index
         if torch.is_grad_enabled():
-            options = kernel.Options(0.0, 1.0, 0.0, ignore)
+            options = kernel.Options(*PLAIN_OPTIONS, ignore)
             losses = kernel.recorded(options, logits, labels)[0]
             (gradient,) = torch.autograd.grad(losses, logits, dlosses, create_graph=True)
             return gradient, None, None
-        given = dlosses, chances, labels, None, _NO_REDUCTION, ignore, _TOTAL_WEIGHT
-        dchances = _nll_loss_backward(*given)
+        dchances = _nll_loss_backward(
+            dlosses, chances, labels, None, _NO_REDUCTION, ignore, _TOTAL_WEIGHT
+        )
         target, wide = logits.detach(), chances.dtype
         ignored = kernel.ignored(labels, ignore)
         if wide is logits.dtype and logits.is_contiguous():

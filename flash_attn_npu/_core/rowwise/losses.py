@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,13 +124,25 @@ def cross_entropy(fields: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     if not _is_by_torch(call, options):
         losses, z_losses = CrossEntropyLoss.apply(*call)  # type: ignore[no-untyped-call]
         return losses, z_losses
-    inplace = call.inplace_backward and found.problem.needs_grad
-    few = partial(few_losses.in_place if inplace else kernel.recorded, options)
     if not is_small(call.logits):
         return kernel.unrecorded(options, call.logits, call.labels)
+    few = _few(call, options, found.problem.needs_grad)
     if key is not None:
         found.few = few
     return few(call.logits, call.labels)
+
+
+def _few(
+    call: LossCall, options: kernel.Options, needs_grad: bool
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """How calls of a few rows are served that equal this one in all that its key holds."""
+    smoothing, scale, square, ignore = options
+    if needs_grad:
+        return partial(few_losses.in_place if call.inplace_backward else kernel.recorded, options)
+    if scale != 1 or square != 0 or call.labels.dtype != torch.int64:
+        return partial(kernel.recorded, options)
+    widens = call.logits.dtype not in (torch.float32, torch.float64)
+    return partial(kernel.unscaled, widens, ignore, smoothing)
 
 
 def _checked(call: LossCall) -> kernel.Options:
@@ -171,15 +183,17 @@ def _key(fields: tuple[Any, ...]) -> Hashable:
         return None
     if type(ignore) is not int or type(inplace) is not bool:
         return None
-    if type(logits) not in PLAIN or type(labels) not in PLAIN or not logits.is_cpu:
+    if type(logits) not in PLAIN or type(labels) not in PLAIN:
+        return None
+    if not (logits.is_cpu and labels.is_cpu):
         return None
     grad = _grad_enabled()
     try:
         # fmt: off
         return (
             "cross_entropy_loss", grad, smoothing, scale, square, ignore, inplace,
-            logits.shape, logits.dtype, logits.device, logits.layout, grad and logits.requires_grad,
-            labels.shape, labels.dtype, labels.device, labels.layout,
+            logits.shape, logits.dtype, logits.layout, grad and logits.requires_grad,
+            labels.shape, labels.dtype, labels.layout,
         )
         # fmt: on
     except RuntimeError:

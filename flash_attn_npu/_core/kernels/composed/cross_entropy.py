@@ -32,6 +32,7 @@ __all__ = [
     "recorded",
     "takes_lse",
     "unrecorded",
+    "unscaled",
 ]
 
 CHUNK_ELEMENTS = 1 << 22
@@ -156,6 +157,19 @@ def recorded(options: Options, logits: Tensor, labels: Tensor) -> tuple[Tensor, 
     if without is not None:
         z_losses = z_losses.masked_fill(without, 0.0)
     return losses + z_losses, z_losses.detach()
+
+
+def unscaled(
+    widens: bool, ignore_index: int, smoothing: float, logits: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`recorded` of int64 labels without a gradient, a scale and a square.
+
+    Args:
+        widens: the logits are of 16 bit.
+    """
+    wide = logits.float() if widens else logits
+    losses: Tensor = _cross_entropy(wide, labels, None, _NO_REDUCTION, ignore_index, smoothing)
+    return losses, torch.zeros_like(losses)
 
 
 def ignored(labels: Tensor, ignore_index: int) -> Tensor | None:
