@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flash_attn_npu
-from flash_attn_npu._core.ground import usage
+from flash_attn_npu._core.ground import traced, usage
 from flash_attn_npu._core.ground.absent import Absent, default, versions
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.table import attention, choice
@@ -115,6 +115,34 @@ def test_the_report_says_what_a_card_would_do() -> None:
     heading, *rows = str(report).splitlines()
     assert heading.endswith("on Ascend")
     assert any(row.endswith("fused: npu_fusion_attention") for row in rows)
+
+
+def test_a_backward_is_told_the_verdict_of_its_forward() -> None:
+    q = torch.randn(1, 6, 2, 8, requires_grad=True)
+    ends = [0, 2, 6]
+    with flash_attn_npu.reporting() as report:
+        for out in (
+            flash_attn_npu.flash_attn_func(q, q, q, causal=True, window_size=(3, 0)),
+            flash_attn_npu.flash_attn_varlen_func(q[0], q[0], q[0], ends, ends, 4, 4),
+            flash_attn_npu.flash_attn_func(q, q, q, softcap=2.0),
+        ):
+            assert isinstance(out, torch.Tensor)
+            out.sum().backward()
+    told = {entry.function: set[str]() for entry in report.tallies}
+    for entry in report.tallies:
+        told[entry.function].add(entry.on_ascend)
+    assert len(told) == 4
+    for function in ("flash_attn_func", "flash_attn_varlen_func"):
+        assert told[f"{function} (backward)"] == told[function]
+    assert "runs on Ascend NPUs only" not in str(report)
+
+
+def test_a_graph_off_a_card_is_not_told_its_device_s_reasons() -> None:
+    with flash_attn_npu.reporting() as report:
+        traced.note("rms_norm_fn", "cpu", "torch", ("it runs on Ascend NPUs only",), True)
+        traced.note("rms_norm_fn", "npu", "torch", ("another reason",), False)
+    assert "runs on Ascend NPUs only" not in str(report)
+    assert [entry.on_ascend for entry in report.tallies] == [traced.UNASKED, ""]
 
 
 def test_on_a_card_nothing_is_said_of_another(npu: torch.device) -> None:

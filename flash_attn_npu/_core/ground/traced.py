@@ -17,6 +17,9 @@ from .settings import traced
 
 __all__ = ["note"]
 
+UNASKED = "not known of a call that torch.compile traces"
+"""Told of an Ascend in the report: the reasons of a graph off a card are those of its device."""
+
 
 def note(function: str, device: str, operator: str, reasons: tuple[str, ...], work: bool) -> None:
     """Count one call in a graph, and apply the fallback policy to it.
@@ -39,7 +42,8 @@ def _note(
             policy.permit(function, torch.device(device), reasons)
         except UnsupportedError as error:
             raise _refusal()(error) from None
-    usage.tally(f"{function} (compiled)", operator, reasons).calls += 1
+    told = "" if device == "npu" else UNASKED
+    usage.tally(f"{function} (compiled)", operator, reasons, told).calls += 1
 
 
 # what torch.compiler.assume_constant_result sets, which would import all of dynamo: the compiler

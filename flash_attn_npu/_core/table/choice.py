@@ -129,8 +129,9 @@ class Plan:
 
     @cached_property
     def backward_tally(self) -> usage.Tally:
-        """Counts backwards that this plan serves apart from its forwards."""
-        return usage.tally(f"{self.problem.function} (backward)", self.name, self.reasons)
+        """Counts backwards that this plan serves apart from its forwards, which have begun."""
+        name, told = f"{self.problem.function} (backward)", self.tally.on_ascend
+        return usage.tally(name, self.name, self.reasons, told)
 
 
 def choose(problem: Any, key: Hashable = None) -> Plan:
