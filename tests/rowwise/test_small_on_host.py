@@ -19,6 +19,7 @@ from flash_attn_npu._core.ground import padding_arguments
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.rowwise import small
 from flash_attn_npu.bert_padding import unpad_input
+from flash_attn_npu.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 from flash_attn_npu.ops.triton.rotary import apply_rotary
 from tests.helpers.frames import frames
 from tests.helpers.old_torch import TORCH
@@ -147,3 +148,14 @@ def test_a_few_tokens_are_packed_as_many_are(
             assert (one.dtype, one.shape) == (other.dtype, other.shape)
             assert torch.equal(one, other)
         assert not few[2].is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_norm_of_a_few_transposed_rows_is_contiguous(dtype: torch.dtype) -> None:
+    """With and without a bias, at the first call and after it."""
+    x, weight = torch.randn(4, 3, 8, dtype=dtype).transpose(0, 1), torch.rand(8)
+    for function in (layer_norm_fn, rms_norm_fn):
+        for bias in (None, weight, None, weight):
+            y = function(x, weight, bias)
+            assert y.is_contiguous()
+            assert torch.equal(y, function(x.contiguous(), weight, bias))
