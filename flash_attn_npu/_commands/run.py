@@ -15,12 +15,15 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from .._startup import VARIABLE
-from ..errors import ActivationError
+from ..errors import ActivationError, ArgumentError
 from . import COMMANDS
+from .outputs import writable
 from .simulation import MARK, simulate
 from .starting import complete
 
 REPORT_SCHEMA = 1
+
+_log = logging.getLogger("flash_attn_npu")
 
 
 def add(subparsers: Any) -> None:
@@ -54,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     """Install, run the program as `__main__`, and say on stderr which kernels served."""
     if not options.program:
         _stop("nothing to run: name a script, -m module, -c command or -; see -h")
+    report = _report_file(options)
     if options.verbose:
         _log_to_stderr()
     if options.simulate:
@@ -68,8 +72,22 @@ def run(options: argparse.Namespace) -> int:
     try:
         _run(options.program)
     finally:
-        _tell(options)
+        _tell(options, report)
     return 0
+
+
+def _report_file(options: argparse.Namespace) -> Path | None:
+    """Where this process writes its report; a program runs for hours before it is written."""
+    if options.report is None:
+        return None
+    rank = _rank()
+    try:
+        file = writable("--report", options.report)
+        if rank in ("", "0"):
+            return file
+        return writable("--report", str(file.with_name(f"{file.stem}.rank{rank}{file.suffix}")))
+    except ArgumentError as error:
+        _stop(str(error))
 
 
 def _simulate() -> None:
@@ -78,11 +96,11 @@ def _simulate() -> None:
         _stop(reason)
 
 
-def _tell(options: argparse.Namespace) -> None:
+def _tell(options: argparse.Namespace, report: Path | None) -> None:
     from .._core.ground import usage
 
-    if options.report:
-        _write_report(Path(options.report), options.simulate)
+    if report is not None:
+        _write_report(report, options.simulate)
     if not options.quiet and _rank() in ("", "0"):
         mark = f"{MARK}: " if options.simulate else ""
         for line in usage.summary().splitlines():
@@ -92,12 +110,15 @@ def _tell(options: argparse.Namespace) -> None:
 def _write_report(file: Path, simulated: bool) -> None:
     from .._core.ground import usage
 
-    rank = _rank()
-    if rank not in ("", "0"):
-        file = file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
     served = [vars(entry) for entry in usage.report().tallies]
     report = {"schema": REPORT_SCHEMA, "simulated": simulated, "served": served}
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    text = json.dumps(report, indent=1)
+    try:
+        file.write_text(f"{text}\n")
+    except OSError as error:
+        # the exit status stays the program's
+        _log.error("--report: %s is not written (%s); what it was to hold:", file, error.strerror)
+        print(text, file=sys.stderr)
 
 
 def _rank() -> str:
@@ -163,9 +184,8 @@ def _first_on_path(folder: str) -> None:
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    logger = logging.getLogger("flash_attn_npu")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
 
 
 def _stop(message: str) -> NoReturn:

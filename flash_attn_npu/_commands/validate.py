@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .._startup import PROVIDER
+from ..errors import ArgumentError
+from .outputs import writable
 
 _EPILOG = """\
 Exit status 0 if everything asked was right, 1 if something was wrong, 2 if nothing could be asked,
@@ -45,22 +47,25 @@ def add(subparsers: Any) -> None:
 
 def run(options: Namespace) -> int:
     """Ask, and say how it went."""
-    from .._validation.report import MismatchError, Report
+    from .._validation.report import MismatchError, Report, UnwrittenError
     from .._validation.session import NoWorkerError
     from .._validation.session import run as ask
 
-    file = Path(options.output) if options.output else None
     mode = "full" if options.full else "quick"
-    if options.resume and file is None:
+    if options.resume and options.output is None:
         return _failed("--resume needs the file to go on with: -o FILE")
     try:
+        named = options.output is not None
+        file = writable("-o/--output", options.output, replaced=True) if named else None
         if options.resume and file is not None and file.exists():
             report = Report.read(file)
             report.mode, report.simulated = mode, options.simulate
         else:
             report = Report(_version(), mode, options.simulate)
         ask(report, file, _Progress(len(report.cases)), options.only)
-    except (NoWorkerError, MismatchError, OSError) as error:
+    except (ArgumentError, MismatchError, UnwrittenError) as error:
+        return _failed(str(error))
+    except (NoWorkerError, OSError) as error:
         return _failed(f"{error}; see `flash-attn-npu doctor`")
     except KeyboardInterrupt:
         kept = f" in {file}; go on with --resume" if file else ""

@@ -17,7 +17,7 @@ from typing import Any
 from .._core.ground.confirmed import EVERY_CALL, REFUTING, SCHEMA
 from .._version import FLASH_ATTN_VERSION
 
-__all__ = ["STATUSES", "MismatchError", "Report", "faults"]
+__all__ = ["STATUSES", "MismatchError", "Report", "UnwrittenError", "faults"]
 
 STATUSES = ("right", "skipped", *REFUTING)
 MACHINE = ("device", "soc", "cann", "torch_npu", "torch", "python", "architecture")
@@ -26,7 +26,11 @@ PRIVATE = re.compile(r"/home/|/root/|/Users/|\\Users\\|@")
 
 
 class MismatchError(Exception):
-    """A report to be resumed was made on another machine."""
+    """What is to be resumed is no report, or was made on another machine."""
+
+
+class UnwrittenError(Exception):
+    """A report cannot be written, or no more."""
 
 
 @dataclass
@@ -44,11 +48,15 @@ class Report:
     @classmethod
     def read(cls, file: Path) -> Report:
         """A report that was written, to be gone on with."""
-        told = json.loads(file.read_text(encoding="utf-8"))
-        if told.get("schema") != SCHEMA:
-            raise MismatchError(f"{file.name} has schema {told.get('schema')}, not {SCHEMA}")
-        made = told["flash_attn_npu"]["version"], told["mode"], told["simulated"]
-        return cls(*made, told["machine"], told["cases"], told["not_asked"])
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise _no_report(file, str(error)) from None
+        if _shape_faults(told):
+            raise _no_report(file, "; ".join(_shape_faults(told)))
+        version = told["flash_attn_npu"].get("version", "")
+        told = [told[name] for name in ("mode", "simulated", "machine", "cases", "not_asked")]
+        return cls(version, *told)
 
     def of(self, machine: dict[str, str]) -> None:
         """Say which machine it is about; it may be said again."""
@@ -86,8 +94,20 @@ class Report:
         """Replace the file by what is known now, in one step."""
         beside = file.with_name(f"{file.name}.part")
         text = json.dumps(self.as_json(), indent=1, allow_nan=False)
-        beside.write_text(f"{text}\n", encoding="utf-8")
-        os.replace(beside, file)
+        try:
+            beside.write_text(f"{text}\n", encoding="utf-8")
+            os.replace(beside, file)
+        except OSError as error:
+            raise UnwrittenError(
+                f"{file}: {error.strerror}; what it held before is whole: mend that, and go on "
+                "with --resume"
+            ) from error
+
+
+def _no_report(file: Path, why: str) -> MismatchError:
+    return MismatchError(
+        f"{file.name} is no report to go on with: {why}; name another file, or leave --resume out"
+    )
 
 
 def faults(report: Mapping[str, Any], rows: frozenset[str], kernels: frozenset[str]) -> list[str]:
@@ -96,11 +116,8 @@ def faults(report: Mapping[str, Any], rows: frozenset[str], kernels: frozenset[s
     Args:
         rows, kernels: the names that the tables know.
     """
-    if report.get("schema") != SCHEMA:
-        return [f"its schema is {report.get('schema')}, not {SCHEMA}"]
-    missing = [name for name in Report("", "", False).as_json() if name not in report]
-    if missing:
-        return [f"it lacks {', '.join(missing)}"]
+    if shape := _shape_faults(report):
+        return shape
     found = [*_machine_faults(report)]
     names = [case.get("name") for case in report["cases"]]
     found += [f"{name}: asked twice" for name in sorted({n for n in names if names.count(n) > 1})]
@@ -109,6 +126,25 @@ def faults(report: Mapping[str, Any], rows: frozenset[str], kernels: frozenset[s
     if PRIVATE.search(json.dumps(report)):
         found.append("it names a folder or an address, which a report must not")
     return found
+
+
+def _shape_faults(report: Any) -> list[str]:
+    if not isinstance(report, Mapping):
+        return ["it is no JSON object"]
+    if report.get("schema") != SCHEMA:
+        return [f"its schema is {report.get('schema')}, not {SCHEMA}"]
+    whole = Report("", "", False).as_json()
+    missing = [name for name in whole if name not in report]
+    if missing:
+        return [f"it lacks {', '.join(missing)}"]
+    wrong = [name for name, value in whole.items() if not isinstance(report[name], type(value))]
+    if "cases" not in wrong and not all(map(_is_named, report["cases"])):
+        wrong.append("cases")
+    return [f"{', '.join(wrong)}: of another kind than validate writes"] if wrong else []
+
+
+def _is_named(case: Any) -> bool:
+    return isinstance(case, Mapping) and isinstance(case.get("name", ""), str)
 
 
 def _machine_faults(report: Mapping[str, Any]) -> Iterator[str]:

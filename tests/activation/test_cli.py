@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import pytest
 import flash_attn_npu
 from flash_attn_npu import __main__ as command_line
 from flash_attn_npu._commands import run
+from flash_attn_npu._commands.outputs import writable
 from flash_attn_npu._core.ground import usage
+from flash_attn_npu.errors import ArgumentError
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -95,16 +99,40 @@ def test_exit_status_and_exceptions_of_the_program_come_through(command: Run) ->
         (("no_such_script.py",), "can't open 'no_such_script.py': there is no such file\n"),
         (("docter",), "can't open 'docter': there is no such file; the command is called doctor"),
         (("--fast", "script.py"), "unrecognized arguments: --fast"),
+        (("--report", "no/used.json", "-c", "print(1)"), "--report: got 'no/used.json': "),
+        (("validate", "-o", "no/report.json"), "-o/--output: got 'no/report.json': "),
     ],
 )
+@pytest.mark.usefixtures("programs")
 def test_what_cannot_run_is_said_in_one_line(
     command: Run, args: tuple[str, ...], message: str
 ) -> None:
     done = command(*args)
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced", "why"),
+    [
+        ("", False, "got '': no name; allowed: a file that can be written"),
+        (".", False, "got '.': it is a folder; allowed: "),
+        ("failing.py/x", False, "failing.py is no folder; allowed: "),
+        ("/dev/null", True, "would be replaced by a file; allowed: "),
+        (f"/tmp/{'x' * 300}", False, "File name too long"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named(
+    programs: Path, monkeypatch: pytest.MonkeyPatch, name: str, replaced: bool, why: str
+) -> None:
+    monkeypatch.chdir(programs)
+    with pytest.raises(ArgumentError, match=re.escape(why)) as refused:
+        writable("--report", name, replaced=replaced)
+    assert refused.value.argument == "--report"
+    assert writable("-o", "failing.py", replaced=replaced) == programs / "failing.py"
+    assert (programs / "failing.py").read_text()
 
 
 def test_a_refused_install_is_an_error_line(python: Run, tmp_path: Path) -> None:
@@ -180,10 +208,28 @@ def test_a_file_says_what_served(command: Run, tmp_path: Path) -> None:
     assert served["reasons"]
 
 
+def test_a_program_that_goes_elsewhere_takes_no_report_with_it(
+    command: Run, tmp_path: Path
+) -> None:
+    done = command("--report", "used.json", "-c", "import os; os.mkdir('x'); os.chdir('x')")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "used.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full")
+def test_a_report_that_cannot_be_written_at_the_end_is_told(command: Run) -> None:
+    done = command("-q", "--report", "/dev/full", "-c", "raise SystemExit(3)")
+    assert done.returncode == 3
+    first, *told = done.stderr.splitlines()
+    assert first.startswith("--report: /dev/full is not written (No space left on device)")
+    assert json.loads("".join(told))["served"] == []
+
+
 def test_every_rank_has_its_own_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RANK", "3")
-    run._write_report(tmp_path / "used.json", simulated=False)
-    assert [file.name for file in tmp_path.iterdir()] == ["used.rank3.json"]
+    options = Namespace(report=str(tmp_path / "other.json"))
+    assert run._report_file(options) == tmp_path / "other.rank3.json"
+    assert not list(tmp_path.glob("other*"))
 
 
 @pytest.mark.usefixtures("programs")

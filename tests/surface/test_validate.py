@@ -165,6 +165,31 @@ def test_a_run_survives_its_cases_and_an_interrupt(
     assert str(tmp_path) not in file.read_text()
 
 
+def test_a_file_that_can_no_more_be_written_ends_a_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(report: Report, file: Path, *_: Any) -> None:
+        report.write(file)
+        (tmp_path / "report.json.part").mkdir()
+        report.write(file)
+
+    monkeypatch.setattr(session, "run", ask)
+    file = tmp_path / "report.json"
+    options = Namespace(full=False, output=str(file), resume=False, only="", simulate=False)
+    assert validate.run(options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {file}: Is a directory; what it held before is whole")
+    assert "doctor" not in said
+    assert json.loads(file.read_text())["cases"] == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', "\xff"])
+def test_what_is_no_report_is_not_gone_on_with(text: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(text, encoding="latin-1")
+    with pytest.raises(MismatchError, match="is no report to go on with: "):
+        Report.read(tmp_path / "report.json")
+
+
 def test_a_report_of_another_machine_is_not_gone_on_with() -> None:
     report = Report("0", "quick", False, {"device": "cpu"})
     with pytest.raises(MismatchError):
@@ -254,9 +279,15 @@ def test_a_report_is_added_and_told(
     assert f"| native, {where} by {added.stem} |" in matrix._row(causal)
     spoiled = deepcopy(believable())
     spoiled["cases"][0]["figures"] = {}
-    file.write_text(json.dumps(spoiled))
-    assert matrix_command.run(Namespace(add=str(file))) == 1
-    assert "claims to be right without figures" in capsys.readouterr().err
+    for sent, why in (
+        (spoiled, "claims to be right without figures"),
+        ([], "it is no JSON object"),
+        (believable() | {"cases": 3, "machine": []}, "machine, cases: of another kind"),
+        (believable() | {"cases": [{"name": {}}]}, "cases: of another kind"),
+    ):
+        file.write_text(json.dumps(sent))
+        assert matrix_command.run(Namespace(add=str(file))) == 1
+        assert why in capsys.readouterr().err
 
 
 def test_a_refuted_cell_is_refused_there_and_nowhere_else(
