@@ -58,7 +58,8 @@ def attend(call: CacheCall, more: More) -> Pair:
 
 def _over_packed(call: CacheCall, heads: Heads, more: More, window: Options) -> Any:
     cu_q, table = more.cu_seqlens_q, call.block_table
-    cu_q = cu_q if isinstance(cu_q, Tensor) else torch.tensor(cu_q, dtype=torch.int32)
+    if not isinstance(cu_q, Tensor):
+        cu_q = torch.tensor(cu_q, dtype=torch.int32, device="cpu")
     batch, capacity, rows = cu_q.shape[0] - 1, _capacity(call), call.cache_batch_idx
     ends = accumulate(cache_lengths("cache_seqlens", call.cache_seqlens, batch, capacity))
     if table is not None and rows is not None:
@@ -68,14 +69,14 @@ def _over_packed(call: CacheCall, heads: Heads, more: More, window: Options) -> 
     if table is None:
         # a row of the cache is a page as long as it
         numbers = range(batch) if rows is None else rows.tolist()
-        table = torch.tensor([*numbers], dtype=torch.int32).view(batch, 1)
+        table = torch.tensor([*numbers], dtype=torch.int32, device="cpu").view(batch, 1)
     longest = more.max_seqlen_q
     longest = heads.q.shape[0] if longest is None else operators.number(longest)
     with torch.no_grad():
         return _ops._flash_attn_varlen_forward(
             *(heads.q, heads.k, heads.v),
             cu_q,
-            torch.tensor([0, *ends], dtype=torch.int32),
+            torch.tensor([0, *ends], dtype=torch.int32, device="cpu"),
             longest,
             max(longest, capacity) if looks_ahead(window) else capacity,
             dropout_p=0.0,

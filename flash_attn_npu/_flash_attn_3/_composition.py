@@ -242,7 +242,7 @@ def _used_queries(q: Tensor, cu_q: Any, used: Any) -> tuple[Tensor, list[int], T
     starts = lengths.cumulative
     pairs = zip(starts, counts, strict=False)
     rows = [row for start, count in pairs for row in range(start, start + count)]
-    index = torch.tensor(rows, dtype=torch.int64).to(q.device)
+    index = torch.tensor(rows, dtype=torch.int64, device="cpu").to(q.device)
     return q[index], [0, *accumulate(counts)], index
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 
-__all__ = ["FORWARD", "PLAIN", "bare", "is_undisturbed", "refuse_tangents", "unwrapped"]
+__all__ = [
+    "FORWARD",
+    "PLAIN",
+    "bare",
+    "is_undisturbed",
+    "listed",
+    "outside_transforms",
+    "refuse_tangents",
+    "unwrapped",
+]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -19,6 +29,7 @@ unwrapped = torch._C._functorch.unwrap_if_dead
 
 _compiling = torch.compiler.is_dynamo_compiling
 _transforming = torch._C._are_functorch_transforms_active
+_layer = torch._C._functorch.peek_interpreter_stack
 FORWARD = torch.autograd.forward_ad
 """Where a dual level is entered, its `_current_level` is not below 0."""
 
@@ -29,6 +40,31 @@ def is_undisturbed() -> bool:
     For these autograd functions have ways of their own.
     """
     return not (_compiling() or _transforming() or FORWARD._current_level >= 0)
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """For what is asked of torch, not of a call: a transform wraps whatever is made in it."""
+    layers: list[Any] = []
+    try:
+        while _layer() is not None:
+            layers.append(torch._C._functorch.pop_dynamic_layer_stack())
+        yield
+    finally:
+        while layers:
+            torch._C._functorch.push_dynamic_layer_stack(layers.pop())
+
+
+def listed(tensor: Tensor) -> Any:
+    """`tensor.tolist()`, also in torch.func.functionalize, whose tensors have no memory."""
+    layer = _layer()
+    if layer is None or layer.key() != torch._C._functorch.TransformType.Functionalize:
+        return tensor.tolist()
+    with outside_transforms():
+        if torch._is_functional_tensor(tensor):
+            torch._functionalize_sync(tensor)
+            tensor = torch._from_functional_tensor(tensor)
+        return tensor.tolist()
 
 
 def bare(function: type[torch.autograd.Function]) -> Callable[..., Any]:

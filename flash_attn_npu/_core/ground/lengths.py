@@ -15,6 +15,7 @@ import torch
 
 from ...errors import ArgumentError, ArgumentTypeError
 from .arguments import require_values
+from .functions import listed
 from .memory import Memo, PerTensorMemo
 
 __all__ = [
@@ -117,7 +118,7 @@ def interned(values: tuple[int, ...], argument: str) -> Lengths:
 
 
 def _ends(tensor: torch.Tensor) -> list[int]:
-    return cast(list[int], tensor.tolist())[1:]
+    return cast(list[int], listed(tensor))[1:]
 
 
 def not_lengths(argument: str, came: str) -> ArgumentTypeError:
@@ -139,7 +140,7 @@ def _read(argument: str, tensor: torch.Tensor) -> Lengths:
             "a torch.int32 tensor of shape (batch + 1,)",
             f"pass {argument}.flatten().to(torch.int32)",
         )
-    return _lengths(tuple(cast(list[int], tensor.tolist())), argument)
+    return _lengths(tuple(cast(list[int], listed(tensor))), argument)
 
 
 def _lengths(cumulative: tuple[int, ...], argument: str) -> Lengths:

@@ -22,6 +22,8 @@ from .unseen_writes import listen
 
 __all__ = ["Memo", "PerTensorMemo", "forget_all", "forget_lengths", "held", "memos", "snapshot"]
 
+_transforming = torch._C._are_functorch_transforms_active
+
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 T = TypeVar("T")
@@ -56,9 +58,10 @@ class Memo(Generic[K, V]):
         """Let `recall(key)` give `answer`.
 
         Tensors that are made while a graph is captured are not kept: they have values, and memory
-        of their own, as long as the graph runs, and not before.
+        of their own, as long as the graph runs, and not before. Nor are those that are made inside
+        of a torch.func transform, which wraps them for itself.
         """
-        if self.nbytes is not None and capturing():
+        if self.nbytes is not None and (_transforming() or capturing()):
             return
         if self._make_room(answer):
             self._known[key] = answer
@@ -130,7 +133,7 @@ class PerTensorMemo(Memo[int, _Reading[T]]):
             if capturing():
                 self._tell_of_graph()
             return known
-        if not _can_be_remembered(tensor):
+        if not _can_be_remembered(tensor) or _transforming():
             return compute(tensor)
         # the counter is read first: a change during `compute` makes the entry stale, not wrong
         version = tensor._version

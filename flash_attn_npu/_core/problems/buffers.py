@@ -29,6 +29,10 @@ STEPS = 4096
 """A search that takes longer is given up, and the tensors count as sharing memory."""
 
 
+MEMORY_BITS = 48
+"""Of addresses."""
+
+
 class _Extent(NamedTuple):
     """The bytes from the first element of a tensor to the end of its last."""
 
@@ -75,11 +79,11 @@ def rows_share(caches: tuple[Tensor, Tensor], where: tuple[Tensor, Tensor]) -> b
     Pages of one may lie between those of the other: transformers numbers them in one buffer, which
     both caches see whole, one a page behind the other.
     """
-    starts, reach = [], 0
+    starts, reach, base = [], 0, _address(caches[0])
     for cache in caches:
         nbytes = cache.element_size()
         row = where[0] * cache.stride(0) + where[1] * cache.stride(1)
-        starts.append(cache.data_ptr() + row * nbytes)
+        starts.append(_address(cache) - base + row * nbytes)
         sides = zip(cache.stride()[2:], cache.shape[2:], strict=True)
         reach = max(reach, nbytes * (1 + sum(stride * (size - 1) for stride, size in sides)))
     return bool((torch.cat(starts).sort().values.diff() < reach).any())
@@ -90,8 +94,16 @@ def _extent(tensor: Tensor) -> _Extent:
         return _Extent(tensor, 0, 0)
     sides = zip(tensor.stride(), tensor.shape, strict=True)
     last = sum(stride * (size - 1) for stride, size in sides)
-    first = tensor.data_ptr()
+    first = _address(tensor)
     return _Extent(tensor, first, first + (last + 1) * tensor.element_size())
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the first element lies; in torch.func.functionalize each storage is a memory."""
+    if not torch._is_functional_tensor(tensor):
+        return tensor.data_ptr()
+    start: int = tensor.untyped_storage()._cdata << MEMORY_BITS
+    return start + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _meet(one: _Extent, other: _Extent) -> bool:

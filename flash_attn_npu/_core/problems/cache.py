@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError, ArgumentTypeError
 from ..ground.arguments import require_plain, require_values
+from ..ground.functions import listed
 from ..ground.memory import PerTensorMemo
 from ..ground.storage import overlaps_itself
 from .ask import Pages
@@ -176,7 +177,7 @@ def host_values(argument: str, tensor: Tensor) -> tuple[int, ...]:
 
 
 def _values(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.flatten().tolist())
+    return tuple(listed(tensor.flatten()))
 
 
 def _rows(batch: int, batch_cache: int, batch_idx: Tensor | None) -> tuple[int, ...]:

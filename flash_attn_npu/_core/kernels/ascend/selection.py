@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...ground.functions import listed
 from ...ground.memory import Memo
 from ...problems.attention import Problem
 
@@ -245,7 +246,7 @@ def _ends(problem: Problem) -> tuple[list[int], list[int]]:
     ends_q, ends_k = seeing[kept].cumsum(0), seqlens_k[kept].cumsum(0)
     idle = seeing[kept] == 0
     last = torch.cat((~(idle[:-1] & idle[1:]), idle.new_ones(min(1, len(idle)))))
-    return ends_q[last].tolist(), ends_k[last].tolist()
+    return listed(ends_q[last]), listed(ends_k[last])
 
 
 def _seeing_index(problem: Problem) -> _Index:

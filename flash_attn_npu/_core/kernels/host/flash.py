@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ...ground.functions import outside_transforms
 from ...ground.processor import multiplies_bf16
 from ...problems.results import accumulator
 from .copies import Copies
@@ -88,10 +89,15 @@ def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
 @cache
 def shares_heads() -> bool:
     """Whether the installed torch's kernel knows of fewer heads of k and v: asked of it, once."""
+    with outside_transforms():
+        return _shares_heads()
+
+
+def _shares_heads() -> bool:
     q = torch.ones(1, 4, 2, 8, device="cpu")
     # what a kernel that does not know would read are twos
     k = torch.full((1, 4, 1, 8), 2.0, device="cpu")
-    k[:, :2] = torch.tensor([0.0, 1.0])[:, None, None]
+    k[:, :2] = torch.tensor([0.0, 1.0], device="cpu")[:, None, None]
     try:
         out, _ = _forward(q, k[:, :2], k[:, :2], 0.0, False)
     except RuntimeError:
