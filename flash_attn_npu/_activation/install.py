@@ -26,7 +26,7 @@ from .metadata import VirtualDistributionFinder
 from .mirrored import mirrored
 from .names import NAMES
 
-__all__ = ["MIRRORED", "Activation", "follow", "install", "installed", "uninstall"]
+__all__ = ["MIRRORED", "Activation", "claim", "follow", "install", "installed", "uninstall"]
 
 MIRRORED = mirrored(sys.modules[__package__.partition(".")[0]].__path__, own=("errors",))
 """Our modules that mirror upstream ones; anything else of ours is absent under `flash_attn`."""
@@ -131,7 +131,8 @@ def install(*, force: bool = False, children: bool = False, fa3: bool = False) -
             `sys.modules["flash_attn"] = None`. What was replaced comes back on uninstall.
         children: let the processes that this one starts meanwhile do the same, by the
             environment variable FLASH_ATTN_NPU_INSTALL. They are those of an environment into
-            which flash_attn_npu is installed; a forked child needs nothing.
+            which flash_attn_npu is installed; a forked child needs nothing. Where it is not
+            installed, that is logged as a warning.
         fa3: serve FlashAttention 3's interface as well, as `flash_attn_interface` and
             `flash_attn_3.flash_attn_interface`, which clients prefer once they find it.
 
@@ -142,7 +143,14 @@ def install(*, force: bool = False, children: bool = False, fa3: bool = False) -
         ActivationError: a real flash_attn is already imported, or the name is blocked; with fa3
             the same of FlashAttention 3, whatever `force` says.
     """
-    claim = Activation(children=children, fa3=fa3)
+    return claim(force=force, children=children, fa3=fa3, by_name=True)
+
+
+def claim(
+    *, force: bool = False, children: bool = False, fa3: bool = False, by_name: bool = False
+) -> Activation:
+    """`install`, for a program that asked for it by name, or for what starts programs."""
+    made = Activation(children=children, fa3=fa3)
     with _lock:
         if not _claims:
             # what an interrupted uninstall has left
@@ -153,14 +161,16 @@ def install(*, force: bool = False, children: bool = False, fa3: bool = False) -
             _clear_the_way(force)
             if not _claims:
                 _switch_on()
-            _claims.add(claim)
+            _claims.add(made)
             _settle()
+            if children:
+                _tell_of_the_start_up_file(logging.WARNING if by_name else logging.INFO)
             _warn_of_those_before_us()
             _State.given_up = {}
         except BaseException:
-            claim.uninstall()
+            made.uninstall()
             raise
-    return claim
+    return made
 
 
 def uninstall() -> None:
@@ -220,8 +230,12 @@ def _settle() -> None:
     words = {"1"} | ({"force"} if _State.shadows else set())
     words |= {"fa3"} if any(claim.fa3 and claim.children for claim in _claims) else set()
     offspring.tell(words)
+
+
+def _tell_of_the_start_up_file(level: int) -> None:
     if not offspring.followed():
-        _log.info(
+        _log.log(
+            level,
             "no start-up file of %s in site-packages: children that do not fork will find no "
             "flash_attn; pip install the package, from a PYTHONPATH alone it does not work",
             PROVIDER,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .install import Activation, install
+from .install import Activation, claim
 
 __all__ = ["load_ipython_extension", "unload_ipython_extension"]
 
@@ -11,7 +11,7 @@ _claims: list[Activation] = []
 
 def load_ipython_extension(ipython: object) -> None:
     """Install, for the workers that cells start as well."""
-    _claims.append(install(children=True))
+    _claims.append(claim(children=True))
 
 
 def unload_ipython_extension(ipython: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ..errors import ActivationError
-from .install import Activation, install
+from .install import Activation, claim
 
 _CLAIM = pytest.StashKey[Activation]()
 
@@ -34,6 +34,6 @@ def _claim(config: pytest.Config) -> None:
     if unwanted or _CLAIM in config.stash:
         return
     try:
-        config.stash[_CLAIM] = install(children=True)
+        config.stash[_CLAIM] = claim(children=True)
     except ActivationError as error:
         raise pytest.UsageError(str(error)) from error

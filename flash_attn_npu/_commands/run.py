@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from .. import _activation
 
     try:
-        _activation.install(children=True, fa3="fa3" in os.environ.get(VARIABLE, "").split(","))
+        _activation.claim(children=True, fa3="fa3" in os.environ.get(VARIABLE, "").split(","))
     except ActivationError as error:
         _stop(str(error))
     try:
