@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._core.attention import operators
 from ._core.ground.arguments import require_plain
+from ._core.ground.functions import EAGER, FORWARD, refuse_tangents
 
 __all__ = [
     "_flash_attn_backward",
@@ -44,7 +45,7 @@ def _flash_attn_forward(
 
     Contract: flash-attention 2.8, `_flash_attn_forward`.
     """
-    require_plain(q=q, k=k, v=v)
+    _check(alibi_slopes, q=q, k=k, v=v)
     answer: tuple[Tensor, Tensor, Tensor, Tensor] = _wrapped_flash_attn_forward(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
         alibi_slopes, return_softmax,
@@ -68,7 +69,7 @@ def _flash_attn_varlen_forward(
 
     Contract: flash-attention 2.8, `_flash_attn_varlen_forward`.
     """
-    require_plain(q=q, k=k, v=v)
+    _check(alibi_slopes, q=q, k=k, v=v)
     answer: tuple[Tensor, Tensor, Tensor, Tensor] = _wrapped_flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
@@ -92,7 +93,10 @@ def _flash_attn_backward(
 
     Contract: flash-attention 2.8, `_flash_attn_backward`.
     """
-    require_plain(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse, dq=dq, dk=dk, dv=dv)
+    _check(
+        alibi_slopes, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse, dq=dq, dk=dk,
+        dv=dv,
+    )
     row_sums: Tensor = _wrapped_flash_attn_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state,
@@ -112,10 +116,23 @@ def _flash_attn_varlen_backward(
 
     Contract: flash-attention 2.8, `_flash_attn_varlen_backward`.
     """
-    require_plain(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse, dq=dq, dk=dk, dv=dv)
+    _check(
+        alibi_slopes, dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse, dq=dq, dk=dk,
+        dv=dv,
+    )
     row_sums: Tensor = _wrapped_flash_attn_varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap, alibi_slopes, deterministic, rng_state, zero_tensors,
     )
     return row_sums
+
+
+# fmt: on
+
+
+def _check(alibi_slopes: Tensor | None, **tensors: Tensor | None) -> None:
+    require_plain(**tensors)
+    if FORWARD._current_level >= 0:
+        # below autograd, where operators look too, a tensor that requires a gradient shows none
+        refuse_tangents(EAGER, alibi_slopes=alibi_slopes, **tensors)

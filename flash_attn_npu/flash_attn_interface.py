@@ -46,7 +46,7 @@ from ._operator_wrappers import (
     noop_register_fake_wrapper,
     round_multiple,
 )
-from .errors import ArgumentError, ArgumentTypeError, renamed
+from .errors import ArgumentError, ArgumentTypeError, UnsupportedError, renamed
 
 __all__ = [
     "USE_TRITON_ROCM",
@@ -84,7 +84,7 @@ __all__ = [
     "round_multiple",
 ]
 
-_ERRORS = (ArgumentError, ArgumentTypeError)
+_ERRORS = (ArgumentError, ArgumentTypeError, UnsupportedError)
 _KV = {"k": "kv", "v": "kv"}
 _QKV = {"q": "qkv", "k": "qkv", "v": "qkv"} | {
     f"{name}_{side}": name for name in ("cu_seqlens", "max_seqlen") for side in "qk"

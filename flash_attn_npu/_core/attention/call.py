@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..ground import arguments
-from ..ground.functions import FORWARD, PLAIN, refuse_tangents
+from ..ground.functions import EAGER, FORWARD, PLAIN, refuse_tangents
 from ..ground.lengths import Lengths, host_lengths, lengths_read, recall_lengths
 from ..problems.ask import Ask, Facts, Options, Packed
 from ..problems.results import Inputs
@@ -39,7 +39,6 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
 _grad_enabled = torch.is_grad_enabled
-EAGER = "eager attention"
 
 
 def attend(
@@ -55,7 +54,7 @@ def attend(
         return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
     q, k, v = inputs
     if FORWARD._current_level >= 0:
-        refuse_tangents(EAGER, q=q, k=k, v=v, sink=sink)
+        refuse_tangents(EAGER, q=q, k=k, v=v, alibi_slopes=alibi_slopes, sink=sink)
     packed = None if lengths is None else _read(lengths)
     try:
         # as `Ask.at_door` takes it
@@ -240,7 +239,7 @@ def attend_paged(
         )
     arguments.require_plain_or_none(alibi_slopes=alibi_slopes)
     if FORWARD._current_level >= 0:
-        refuse_tangents(EAGER, q=q, k=k, v=v)
+        refuse_tangents(EAGER, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
     plain, packed = Options.checked(*options), _packed(*lengths)
     if not needs_grad:
         lengths = (*lengths[:2], *packed[2:])

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ...errors import ArgumentError, renamed
 from ..ground import arguments
+from ..ground.functions import EAGER, FORWARD, refuse_tangents
 from ..ground.lengths import interned
+from ..ground.records import named
 from ..problems.ask import Ask, Facts, Options, Packed
 from ..problems.buffers import share
 from ..problems.cache import Cache, Span, cache_lengths
@@ -92,6 +94,8 @@ class _Step(NamedTuple):
 
 def with_kvcache(call: CacheCall) -> tuple[Tensor, Tensor | None]:
     """Serve a call: out as q, and softmax_lse (batch, nheads, seqlen_q) if it is asked for."""
+    if FORWARD._current_level >= 0:
+        refuse_tangents(EAGER, **named(call))
     step = _checked(call)
     batch, seqlen_q, nheads, headdim = call.q.shape
     keys = _keys(step)

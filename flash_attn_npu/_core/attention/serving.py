@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..ground import arguments
+from ..ground.functions import EAGER, FORWARD, refuse_tangents
 from ..ground.lengths import host_lengths
 from ..ground.second_derivatives import first_order
 from ..ground.storage import require_writable
@@ -104,6 +105,7 @@ def run(found: Plan, inputs: Inputs) -> Forward:
 
 def forward(call: AnyForward) -> Forward:
     """(out, softmax_lse, S_dmask, rng_state) of a forward operator."""
+    _refuse_tangents(call)
     packed = None
     arguments.require_plain(q=call.q, k=call.k, v=call.v)
     arguments.require_plain_or_none(alibi_slopes=call.alibi_slopes, sink=call.sink)
@@ -141,6 +143,7 @@ def backward(call: AnyBackward) -> Tensor:
     (batch, nheads, seqlen_q rounded up to 128), or (nheads, total_q + 128 * batch): sequence i
     starts there at the multiple of 128 below cu_seqlens_q[i] + 128 * i.
     """
+    _refuse_tangents(call)
     packed = _packed(call) if isinstance(call, VarlenBackward) else None
     arguments.require_plain(
         q=call.q,
@@ -168,6 +171,11 @@ def backward(call: AnyBackward) -> Tensor:
         rounded[..., : delta.shape[2]] = delta
         return rounded
     return _spread(delta, call.cu_seqlens_q, found.problem.total_q)
+
+
+def _refuse_tangents(call: AnyForward | AnyBackward) -> None:
+    if FORWARD._current_level >= 0:
+        refuse_tangents(EAGER, **call._asdict())
 
 
 def _spread(delta: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:

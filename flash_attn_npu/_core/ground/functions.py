@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import UnsupportedError
 
 __all__ = [
+    "EAGER",
     "FORWARD",
     "PLAIN",
     "bare",
@@ -32,6 +33,10 @@ _transforming = torch._C._are_functorch_transforms_active
 _layer = torch._C._functorch.peek_interpreter_stack
 FORWARD = torch.autograd.forward_ad
 """Where a dual level is entered, its `_current_level` is not below 0."""
+
+
+EAGER = "eager attention"
+"""What to call for derivatives that attention here has not."""
 
 
 def is_undisturbed() -> bool:
@@ -72,14 +77,14 @@ def bare(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
-def refuse_tangents(instead: str, **tensors: Tensor | None) -> None:
+def refuse_tangents(instead: str, **tensors: Any) -> None:
     """Raise for a forward-mode tangent: behind a fused kernel it would silently be zero.
 
     Called where a dual level is entered; nothing is asked while a graph is traced.
 
     Args:
         instead: what to call where one is needed.
-        tensors: by the names of the caller's arguments.
+        tensors: by the names of the caller's arguments, which may have others beside.
     """
     if _compiling():
         return
