@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import NamedTuple
 
+from .._core.ground.variables import unread
 from .._startup import PACKAGE, PROVIDER
 from .._version import OLDEST_TORCH_NPU
+from ..errors import printable
 from . import installed, settings
-from .probe import Probed
+from .probe import START, Probed
 
 __all__ = ["Clash", "clashes"]
 
@@ -33,6 +35,9 @@ def clashes(probed: Probed) -> list[Clash]:
     wrong = settings.illegal()
     if wrong:
         found.append(Clash(f"a setting is not legal: {wrong}", "unset or correct it", fatal=True))
+    for name, meant in unread().items():
+        what = f"{printable(name)} is set in the environment, and nothing reads it"
+        found.append(Clash(what, f"write {meant}, or unset it"))
     return sorted(found, key=lambda clash: not clash.fatal)
 
 
@@ -99,6 +104,7 @@ def _of_imports(probed: Probed) -> Iterator[Clash]:
 
 
 _WHAT = {
+    START: "nothing could be imported, as the child process that was to do it failed",
     "torch": "torch cannot be imported",
     "torch_npu": "torch_npu cannot be imported, and as torch loads it, nor can torch",
     "card": "the card does not answer",
@@ -107,6 +113,7 @@ _WHAT = {
     "clients": "transformers cannot be asked",
 }
 _MEND = {
+    START: "see the reason: this Python must be able to start another, as sys.executable names it",
     "torch": "pip install --force-reinstall torch, of the version that your torch_npu names",
     "torch_npu": "mend what is named here; to use torch on the CPU meanwhile: "
     "export TORCH_DEVICE_BACKEND_AUTOLOAD=0",

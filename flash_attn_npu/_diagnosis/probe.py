@@ -1,7 +1,7 @@
 """Facts that only an import can tell, found out in a child process, as the import may kill it.
 
-The child runs this very file as a script. It prints a line of JSON after each stage, so what was
-found out before it died is kept.
+The child runs the text of this very module, which may lie in a zip, as a command. It prints a line
+of JSON after each stage, so what was found out before it died is kept.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Probed", "probe"]
+__all__ = ["START", "Probed", "probe"]
 
 PACKAGE = "flash_attn_npu"
+START = "start"
+"""What failed where a child did not come to its first stage: torch is not to blame."""
+
+SIMULATED = "simulate"
 SECONDS = 180
 
 
@@ -39,9 +44,8 @@ def probe(simulate: bool = False) -> Probed:
     # it would tell of modules where the signal is what matters
     environment.pop("PYTHONFAULTHANDLER", None)
     environment.pop("FLASH_ATTN_NPU_INSTALL", None)
-    command = [sys.executable, __file__, *sys.path]
-    if simulate:
-        environment["FLASH_ATTN_NPU_PROBE_SIMULATE"] = "1"
+    text = (resources.files(__package__) / "probe.py").read_text(encoding="utf-8")
+    command = [sys.executable, "-c", text, SIMULATED if simulate else "card", *sys.path]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
@@ -50,13 +54,15 @@ def probe(simulate: bool = False) -> Probed:
         stdout = error.stdout or b""
         text = stdout.decode(errors="replace") if isinstance(stdout, bytes) else stdout
         return _read(text, f"no answer in {SECONDS} seconds")
+    except OSError as error:
+        return Probed({}, START, _line(error))
     return _read(done.stdout, _death(done.returncode, done.stderr))
 
 
 def _read(stdout: str, death: str) -> Probed:
     facts: dict[str, Any] = {}
     failed: list[tuple[str, str]] = []
-    stage = "torch"
+    stage = START
     for line in stdout.splitlines():
         if not line.startswith('{"stage"'):
             continue
@@ -197,9 +203,8 @@ def _say(**told: Any) -> None:
 
 def main() -> None:
     """Go through the stages until one fails; a missing torch_npu is no failure."""
-    # the parent's path, in place of this folder, whose files are called like others
-    sys.path[:] = sys.argv[1:]
-    if os.environ.get("FLASH_ATTN_NPU_PROBE_SIMULATE"):
+    word, *sys.path[:] = sys.argv[1:]
+    if word == SIMULATED:
         _simulate()
     here = True
     for stage, find in STAGES:

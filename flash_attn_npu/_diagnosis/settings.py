@@ -8,9 +8,10 @@ import re
 from importlib import resources
 from typing import NamedTuple
 
+from .._core.ground.variables import PREFIX
+
 __all__ = ["Setting", "illegal", "in_force"]
 
-PREFIX = "FLASH_ATTN_NPU_"
 _ROW = re.compile(r"^\| `(\w+)` \| `(\w+)` \| ([^|]*)", re.MULTILINE)
 _VALUE = re.compile(r"`([^`]*)`")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -211,6 +213,36 @@ def test_a_torch_npu_that_does_not_import(
     assert any(clash.fatal and told in clash.what for clash in clashes.clashes(probed))
 
 
+def test_a_package_in_a_zip_is_probed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a package that looks like ours: what lies in a zip is no file that Python could run."""
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as packed:
+        packed.writestr("boxed/__init__.py", "")
+        packed.write(probe.__file__, "boxed/probe.py")
+    package(tmp_path, "torch_npu", "raise ImportError('from torch_npu')")
+    package(tmp_path, "torch", "__version__ = '2.13.0'")
+    for place in (tmp_path, tmp_path / "package.zip"):
+        monkeypatch.syspath_prepend(place)
+    monkeypatch.delitem(sys.modules, "boxed", raising=False)
+    boxed = importlib.import_module("boxed.probe")
+    for name in ("boxed", "boxed.probe"):
+        monkeypatch.delitem(sys.modules, name)
+    found = boxed.probe()
+    assert (found.failed, found.why) == ("torch_npu", "ImportError: from torch_npu")
+    assert found.facts["torch"]["version"] == "2.13.0"
+
+
+@pytest.mark.parametrize("python", ["/no/such/python", "/bin/false"])
+def test_a_child_that_does_not_start_is_not_torch_s_fault(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, python: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", python)
+    probed = probe.probe()
+    assert (probed.failed, probed.facts) == (probe.START, {})
+    told = whats(clashes.clashes(probed))
+    assert "the child process that was to do it failed" in told
+    assert "force-reinstall torch" not in told
+
+
 def page(**changed: Any) -> Page:
     given: dict[str, Any] = {"versions": {}, "probed": Probed(HEALTHY), "simulated": False}
     lists: dict[str, Any] = {"clashes": [], "clients": [], "settings": [], "combination": None}
@@ -252,6 +284,15 @@ def test_settings_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["fallback"] == ("fallback", "error", "FLASH_ATTN_NPU_FALLBACK")
     assert found["alibi_offset"] == ("alibi_offset", "0", "default")
     assert found["FLASH_ATTN_NPU_NOBODY_KNOWS"].value == "1"
+
+
+def test_what_nothing_reads_clashes(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cann(machine, "8.5.0", sourced=True, monkeypatch=monkeypatch)
+    monkeypatch.setenv("FLASH_ATTN_NPU_FALBACK", "error")
+    (clash,) = found()
+    assert not clash.fatal
+    assert clash.what.startswith("FLASH_ATTN_NPU_FALBACK is set")
+    assert clash.mend == "write FLASH_ATTN_NPU_FALLBACK, or unset it"
 
 
 def test_the_page_names_no_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,12 @@
 """What happens to calls that no fused kernel serves, and what is said and counted about it."""
 
-import importlib.util
 import logging
 import os
-import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
-from types import ModuleType
 
 import pytest
 import torch
@@ -234,59 +231,6 @@ def test_threads_have_a_policy_of_their_own():
         leave.set()
         thread.join()
     assert seen == ["warn", "allow", "error"]
-
-
-def imported_anew(monkeypatch, variable: str, value: str | None) -> ModuleType:
-    """A second copy of the settings, which has read this environment."""
-    if value is None:
-        monkeypatch.delenv(variable, raising=False)
-    else:
-        monkeypatch.setenv(variable, value)
-    spec = importlib.util.spec_from_file_location(
-        "flash_attn_npu._core.ground.settings_anew", settings.__file__
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("value", "policy"),
-    [(None, "warn"), ("warn", "warn"), ("allow", "allow"), ("error", "error")],
-)
-def test_the_environment_sets_the_default(monkeypatch, value, policy):
-    module = imported_anew(monkeypatch, "FLASH_ATTN_NPU_FALLBACK", value)
-    assert module.fallback_policy() == policy
-    with module.fallback("allow"):
-        assert module.fallback_policy() == "allow"
-    assert module.fallback_policy() == policy
-    seen = []
-    thread = threading.Thread(target=lambda: seen.append(module.fallback_policy()))
-    thread.start()
-    thread.join()
-    assert seen == [policy]
-
-
-@pytest.mark.parametrize(("value", "allowed"), [(None, False), ("0", False), ("1", True)])
-def test_the_environment_sets_the_alibi_offset(monkeypatch, value, allowed):
-    module = imported_anew(monkeypatch, "FLASH_ATTN_NPU_ALIBI_OFFSET", value)
-    assert module.alibi_offset() is allowed
-
-
-@pytest.mark.parametrize(
-    ("variable", "legal"),
-    [
-        ("FLASH_ATTN_NPU_FALLBACK", "warn, allow, error, ascend"),
-        ("FLASH_ATTN_NPU_ALIBI_OFFSET", "0, 1"),
-        ("FLASH_ATTN_NPU_CONSISTENT", "0, 1"),
-        ("FLASH_ATTN_NPU_VERIFY", "compose, refuse, warn, always, off"),
-    ],
-)
-@pytest.mark.parametrize("value", ["ignore", "", "2"])
-def test_an_illegal_value_in_the_environment_is_an_error(monkeypatch, variable, legal, value):
-    message = f"{variable}: got {value!r}; allowed: {legal};"
-    with pytest.raises(ArgumentError, match=f"^{re.escape(message)}"):
-        imported_anew(monkeypatch, variable, value)
 
 
 PROGRAM = """

@@ -8,7 +8,7 @@
 | `consistent` | `FLASH_ATTN_NPU_CONSISTENT` | `0` (default), `1` |
 
 A variable is read once, when the package is imported; a value that is not legal is an error
-there and then.
+there and then. Of a name that begins like these and is none (`ground.variables`) a warning tells.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Literal
 from ...errors import ArgumentError
 from .absent import WORD, Absent, absent, default
 from .memory import forget_all
+from .variables import warn_of_unread
 
 __all__ = [
     "alibi_offset",
@@ -51,6 +52,7 @@ def _from_environment(variable: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
+warn_of_unread()
 _default_policy = _from_environment("FLASH_ATTN_NPU_FALLBACK", POLICIES)
 _fallback: ContextVar[str] = ContextVar("flash_attn_npu.fallback", default=_default_policy)
 
