@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flash_attn_npu import flash_attn_varlen_func
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
 from tests.helpers import every_function as every
 
@@ -81,6 +82,42 @@ def test_all_on_meta(name: str, make: Make) -> None:
     answer = flat(every.run(name, moved))
     assert [x.shape for x in answer] == [x.shape for x in real]
     assert answer[0].is_meta
+
+
+@each_call
+def test_all_on_meta_lengths_and_tables_too(name: str, make: Make) -> None:
+    if name == "attention_forward_varlen":
+        pytest.skip("takes lengths of the host")
+    call = make(name, torch.device("cpu"))
+    real = flat(every.run(name, call))
+    moved = {x: y.to("meta") if isinstance(y, Tensor) else y for x, y in call.items()}
+    answer = flat(every.run(name, moved))
+    assert [(x.shape, x.dtype) for x in answer] == [(x.shape, x.dtype) for x in real]
+    assert answer[0].is_meta
+
+
+WITHOUT_VALUES: list[Any] = [
+    (lambda x: {"q": x["q"][None]}, "q"),
+    (lambda x: {"k": x["k"][:, :1].expand(-1, 3, -1), "v": x["v"][:, :1].expand(-1, 3, -1)}, "k"),
+    (lambda x: {"v": x["v"].double()}, "v"),
+    (lambda x: {"cu_seqlens_q": x["cu_seqlens_q"].long()}, "cu_seqlens_q"),
+    (lambda x: {"cu_seqlens_k": x["cu_seqlens_k"][1:]}, "cu_seqlens_k"),
+    (lambda x: {"max_seqlen_k": torch.ones((), dtype=torch.int32, device="meta")}, "max_seqlen_k"),
+    (lambda x: {"causal": "yes"}, "causal"),
+    (lambda x: {"block_table": torch.zeros(2, 1, device="meta")}, "block_table"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "argument"), WITHOUT_VALUES)
+def test_what_is_seen_without_values_is_checked(spoil: Any, argument: str) -> None:
+    x = torch.empty(10, 4, 16, device="meta")
+    lengths = torch.empty(3, dtype=torch.int32, device="meta")
+    call = {"q": x, "k": x, "v": x, "cu_seqlens_q": lengths, "cu_seqlens_k": lengths}
+    call |= {"max_seqlen_q": 6, "max_seqlen_k": 6}
+    assert flash_attn_varlen_func(**call).shape == x.shape
+    with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
+        flash_attn_varlen_func(**call | spoil(call))
+    assert caught.value.argument == argument
 
 
 @each_call

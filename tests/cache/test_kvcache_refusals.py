@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_npu import _virtual_ascend as virtual_ascend
-from flash_attn_npu import flash_attn_with_kvcache, reporting
+from flash_attn_npu import flash_attn_varlen_func, flash_attn_with_kvcache, reporting
 from flash_attn_npu.errors import ArgumentError, ArgumentTypeError
 from tests.helpers.cache_calls import CacheProblem, bits, place
 
@@ -246,3 +246,17 @@ def test_tables_for_queries_at_one_position(device):
     assert_refused(
         problem, device, "rotary_cos", lambda given: {name: given[name][:12] for name in names}
     )
+
+
+@pytest.mark.parametrize(
+    ("table", "argument", "said"),
+    [
+        (torch.zeros(3, dtype=torch.int32), "block_table", r"got a torch\.int32 .* shape \(3,\)"),
+        (torch.zeros(2, 1), "block_table", r"torch\.float32 tensor of shape \(2, 1\); .*int32"),
+        (torch.zeros(2, 1, dtype=torch.int32), "k, v", r"shape \(10, 2, 8\) on cpu each; .*no blo"),
+    ],
+)
+def test_a_table_beside_packed_keys(table: Tensor, argument: str, said: str) -> None:
+    x = torch.zeros(10, 2, 8)
+    with pytest.raises(ArgumentError, match=rf"^{argument}: .*{said}"):
+        flash_attn_varlen_func(x, x, x, [0, 4, 10], [0, 4, 10], 6, 6, block_table=table)

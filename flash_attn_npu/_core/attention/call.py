@@ -23,7 +23,7 @@ from ..problems.results import Inputs
 from ..problems.validation import describe
 from ..table.choice import Plan, recall
 from ..verification.kinds import Refuted
-from . import operators, paged, serving
+from . import meta, operators, paged, serving
 from .asking import make_plan, new_plan
 
 __all__ = ["Answer", "attend", "attend_narrow", "attend_paged", "unpacked"]
@@ -55,7 +55,12 @@ def attend(
     q, k, v = inputs
     if FORWARD._current_level >= 0:
         refuse_tangents(EAGER, q=q, k=k, v=v, alibi_slopes=alibi_slopes, sink=sink)
-    packed = None if lengths is None else _read(lengths)
+    try:
+        packed = None if lengths is None else _read(lengths)
+    except ArgumentError:
+        if lengths is not None and meta.lacks_values(q, lengths):
+            return meta.attend(function, inputs, lengths, options, alibi_slopes, sink)
+        raise
     try:
         # as `Ask.at_door` takes it
         dtype: Any = q.dtype
@@ -240,6 +245,10 @@ def attend_paged(
     arguments.require_plain_or_none(alibi_slopes=alibi_slopes)
     if FORWARD._current_level >= 0:
         refuse_tangents(EAGER, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
+    if meta.lacks_values(q, (*lengths, block_table)):
+        return meta.attend(
+            function, inputs, lengths, options, alibi_slopes, block_table=block_table
+        )
     plain, packed = Options.checked(*options), _packed(*lengths)
     if not needs_grad:
         lengths = (*lengths[:2], *packed[2:])

@@ -23,7 +23,16 @@ from .ask import Pages
 from .buffers import rows_share, share, written_twice
 from .places import Layout, Span, positions, wrong_block
 
-__all__ = ["MAX_PAGE", "PAGE_UNIT", "Cache", "Span", "cache_lengths", "host_values", "pages_of"]
+__all__ = [
+    "MAX_PAGE",
+    "PAGE_UNIT",
+    "Cache",
+    "Span",
+    "cache_lengths",
+    "check_layout",
+    "host_values",
+    "pages_of",
+]
 
 MAX_PAGE = 512
 PAGE_UNIT = 16
@@ -54,7 +63,7 @@ class Cache:
         for argument, tensor in (("block_table", block_table), ("cache_batch_idx", batch_idx)):
             if tensor is not None:
                 require_plain(**{argument: tensor})
-        _check_shapes(k, v, names)
+        check_layout(k, v, batch, block_table, names[:2])
         self.k, self.v = k, v
         self._names, self._lengths = names[:2], names[2]
         self.block_table = block_table
@@ -72,7 +81,6 @@ class Cache:
                 "one of them",
                 "name the pages of each sequence in block_table alone",
             )
-        _check_table(block_table, batch, k.device, k.shape[1])
         self.ids = host_values("block_table", block_table)
         self.width = block_table.shape[1]
         self.capacity = block_table.shape[1] * k.shape[1]
@@ -192,31 +200,47 @@ def _rows(batch: int, batch_cache: int, batch_idx: Tensor | None) -> tuple[int, 
     return rows
 
 
-def _check_shapes(k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
-    if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
+def check_layout(
+    k: Tensor,
+    v: Tensor,
+    batch: int,
+    block_table: Tensor | None,
+    names: Sequence[str] = ("k", "v"),
+) -> None:
+    """Refuse what is no cache, or no table of its pages, by what is known without reading."""
+    if block_table is not None:
+        _check_table(block_table, batch)
+    pages = "(num_blocks, page_block_size, nheads_k, headdim)"
+    layouts = f"(batch_cache, seqlen_cache, nheads_k, headdim), or with a block_table {pages}"
+    alike = k.shape == v.shape and k.dtype == v.dtype and k.device == v.device
+    if k.dim() != 4 or not alike:
+        came = [f"a {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}" for x in (k, v)]
         raise ArgumentError(
             f"{names[0]}, {names[1]}",
-            f"{k.dtype} {tuple(k.shape)} on {k.device} and "
-            f"{v.dtype} {tuple(v.shape)} on {v.device}",
-            "two tensors alike, (batch_cache, seqlen_cache, nheads_k, headdim) or "
-            "(num_blocks, page_block_size, nheads_k, headdim)",
-            "give both four dimensions, and lay them out in the same way",
+            f"{came[0]} each" if alike else " and ".join(came),
+            f"two tensors alike, {layouts if block_table is None else pages}",
+            "give both four dimensions, and lay them out in the same way"
+            + (", or pass no block_table" if block_table is not None and alike else ""),
         )
+    if block_table is not None:
+        _check_pages(block_table, k, names[0])
 
 
-def _check_table(table: Tensor, batch: int, device: torch.device, page: int) -> None:
-    if table.dim() != 2 or table.shape[0] != batch:
+def _check_table(table: Tensor, batch: int) -> None:
+    if table.dim() != 2 or table.shape[0] != batch or table.dtype != torch.int32:
         raise ArgumentError(
             "block_table",
-            f"shape {tuple(table.shape)}",
-            f"an int32 tensor of shape ({batch}, max_blocks)",
-            "pass one row of block ids for each sequence",
+            f"a {table.dtype} tensor of shape {tuple(table.shape)}",
+            f"a torch.int32 tensor of shape ({batch}, max_blocks)",
+            "pass one row of block ids for each sequence, or None where k and v are no pages",
         )
-    if page == 0:
-        raise ArgumentError(
-            "k_cache", "pages of 0 positions", "pages of at least 1", "pass real pages"
-        )
-    if table.device not in (device, torch.device("cpu")):
+
+
+def _check_pages(table: Tensor, k: Tensor, name: str) -> None:
+    if k.shape[1] == 0:
+        raise ArgumentError(name, "pages of 0 positions", "pages of at least 1", "pass real pages")
+    if table.device not in (k.device, torch.device("cpu")):
+        device = k.device
         raise ArgumentError(
             "block_table", table.device, f"{device}, as the cache", "move it to the cache's device"
         )
