@@ -88,8 +88,8 @@ def _flash_attn_backward(
     """Write the gradients into dq, dk and dv, where they lie, from (out, softmax_lse) alone.
 
     out and softmax_lse may come from a merge over several blocks of keys: the gradients are
-    then this block's share. Returns rowsum(dout * out) in float32, (batch, nheads, seqlen_q
-    rounded up to 128).
+    then this block's share. Returns rowsum(dout * out) in float32 (float64 for float64),
+    (batch, nheads, seqlen_q rounded up to 128).
 
     Contract: flash-attention 2.8, `_flash_attn_backward`.
     """

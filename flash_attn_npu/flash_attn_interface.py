@@ -118,7 +118,8 @@ def flash_attn_func(
 
     Returns:
         out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse, S_dmask) with softmax_lse
-        (batch, nheads, seqlen_q) in float32 and S_dmask empty without dropout.
+        (batch, nheads, seqlen_q) in float32 (float64 for float64) and S_dmask empty without
+        dropout.
 
     >>> q, k, v = torch.randn(2, 5, 8, 64), torch.randn(2, 7, 2, 64), torch.randn(2, 7, 2, 64)
     >>> flash_attn_func(q, k, v, causal=True).shape
@@ -165,7 +166,7 @@ def flash_attn_varlen_func(
 
     Returns:
         out (total_q, nheads, headdim), or (out, softmax_lse, S_dmask) with softmax_lse
-        (nheads, total_q) in float32.
+        (nheads, total_q) in float32 (float64 for float64).
 
     >>> q, k, v = (torch.randn(9, nheads, 64) for nheads in (8, 2, 2))
     >>> cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -347,7 +348,8 @@ def flash_attn_with_kvcache(
         block_table: int32 (batch, max_blocks), the pages of each sequence.
         causal, window_size: aligned to the bottom right of the keys, new ones included.
         num_splits: accepted; it changes no number.
-        return_softmax_lse: also return softmax_lse (batch, nheads, seqlen_q), float32.
+        return_softmax_lse: also return softmax_lse (batch, nheads, seqlen_q), float32 (float64
+            for float64).
 
     Everything is checked before anything is written. There is no backward.
 

@@ -265,3 +265,19 @@ def test_nothing_is_never_refused(name: str, rows: int) -> None:
         refused = pytest.raises(UnsupportedError, match="Ascend NPUs only")
         with refused if rows else nullcontext():
             EMPTY[name](torch.zeros(rows, 8))
+
+
+def test_softmax_lse_is_of_the_dtype_that_is_written(device: torch.device) -> None:
+    dense_call = flash_attn_interface.flash_attn_func
+    cache_call = flash_attn_interface.flash_attn_with_kvcache
+    q, lengths = torch.randn(1, 4, 2, 8, dtype=torch.float64, device=device), [0, 4]
+    answers: dict[Callable[..., Any], Tensor] = {
+        dense_call: dense_call(q, q, q, return_attn_probs=True)[1],
+        flash_attn_varlen_func: flash_attn_varlen_func(
+            q[0], q[0], q[0], lengths, lengths, 4, 4, return_attn_probs=True
+        )[1],
+        cache_call: cache_call(q, q, q, return_softmax_lse=True)[1],
+    }
+    for function, lse in answers.items():
+        assert lse.dtype == torch.float64
+        assert "float32 (float64 for float64)" in " ".join((function.__doc__ or "").split())
