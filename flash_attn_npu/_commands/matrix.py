@@ -11,6 +11,8 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
+from ..errors import ArgumentError
+
 _EPILOG = """\
 examples:
   %(prog)s                      print the matrix
@@ -39,7 +41,11 @@ def run(options: Namespace) -> int:
 
     # the tables take torch, and no card; without CANN torch_npu would end its import
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    complete()
+    try:
+        complete()
+    except ArgumentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if options.add:
         return _add(Path(options.add))
     from .._surface.matrix import matrix
@@ -87,7 +93,7 @@ def _name(report: dict[str, Any]) -> str:
 
 
 def _refused(file: Path, found: list[str]) -> int:
-    print(f"error: {file.name} is not added:", file=sys.stderr)
+    print(f"error: {file} is not added:", file=sys.stderr)
     for fault in found[:20]:
         print(f"  {fault}", file=sys.stderr)
     return 1

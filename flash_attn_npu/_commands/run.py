@@ -10,6 +10,7 @@ import logging
 import os
 import runpy
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -62,12 +63,12 @@ def run(options: argparse.Namespace) -> int:
         _log_to_stderr()
     if options.simulate:
         _simulate()
-    complete()
-    from .. import _activation
-
     try:
+        complete()
+        from .. import _activation
+
         _activation.claim(children=True, fa3="fa3" in os.environ.get(VARIABLE, "").split(","))
-    except ActivationError as error:
+    except (ActivationError, ArgumentError) as error:
         _stop(str(error))
     try:
         _run(options.program)
@@ -144,6 +145,8 @@ def _run_script(path: str, args: list[str]) -> None:
         meant = difflib.get_close_matches(path, COMMANDS, n=1)
         hint = f"; the command is called {meant[0]}" if meant else ""
         _stop(f"can't open {path!r}: there is no such file{hint}")
+    if os.path.isdir(path) and not PathFinder.find_spec("__main__", [path]):
+        _stop(f"can't find '__main__' module in {path!r}")
     sys.argv = [path, *args]
     _first_on_path(os.path.dirname(os.path.realpath(path)))
     runpy.run_path(path, run_name="__main__")
@@ -160,6 +163,8 @@ def _run_module(name: str, args: list[str]) -> None:
     if found is None:
         _stop(f"no module named {name}")
     sys.argv = ["-m", *args]
+    if found.submodule_search_locations and not importlib.util.find_spec(f"{name}.__main__"):
+        _stop(f"no module named {name}.__main__; {name!r} is a package and cannot be executed")
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 

@@ -17,6 +17,10 @@ def simulate() -> str | None:
     reason = _virtual_ascend.start()
     if reason is not None:
         return f"--simulate: {reason}"
-    _virtual_ascend.enable()
+    try:
+        _virtual_ascend.enable()
+    except RuntimeError as error:
+        # of torch_npu, as of a chip that it does not know
+        return f"--simulate: {error}"
     print(f"flash_attn_npu: {MARK}: {_virtual_ascend.description()}", file=sys.stderr)
     return None

@@ -48,7 +48,7 @@ def add(subparsers: Any) -> None:
 def run(options: Namespace) -> int:
     """Ask, and say how it went."""
     from .._validation.report import MismatchError, Report, UnwrittenError
-    from .._validation.session import NoWorkerError
+    from .._validation.session import NoCaseError, NoWorkerError
     from .._validation.session import run as ask
 
     mode = "full" if options.full else "quick"
@@ -63,7 +63,7 @@ def run(options: Namespace) -> int:
         else:
             report = Report(_version(), mode, options.simulate)
         ask(report, file, _Progress(len(report.cases)), options.only)
-    except (ArgumentError, MismatchError, UnwrittenError) as error:
+    except (ArgumentError, MismatchError, NoCaseError, UnwrittenError) as error:
         return _failed(str(error))
     except (NoWorkerError, OSError) as error:
         return _failed(f"{error}; see `flash-attn-npu doctor`")

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import NamedTuple
 
 from .._core.ground.variables import unread
-from .._startup import PACKAGE, PROVIDER
+from .._startup import OFF, PACKAGE, PROVIDER, VARIABLE, WORDS
 from .._version import OLDEST_TORCH_NPU
 from ..errors import printable
 from . import installed, settings
@@ -35,6 +35,10 @@ def clashes(probed: Probed) -> list[Clash]:
     wrong = settings.illegal()
     if wrong:
         found.append(Clash(f"a setting is not legal: {wrong}", "unset or correct it", fatal=True))
+    told = os.environ.get(VARIABLE, "")
+    if told not in OFF and not set(told.split(",")) <= set(WORDS):
+        what = f"{VARIABLE} is {printable(told)!r}: new interpreters do not serve flash_attn"
+        found.append(Clash(what, f"write 0, or some of {', '.join(WORDS)} joined by commas"))
     for name, meant in unread().items():
         what = f"{printable(name)} is set in the environment, and nothing reads it"
         found.append(Clash(what, f"write {meant}, or unset it"))

@@ -8,7 +8,9 @@ import re
 from importlib import resources
 from typing import NamedTuple
 
+from .._core.ground.absent import WORD, absent
 from .._core.ground.variables import PREFIX
+from ..errors import ArgumentError
 
 __all__ = ["Setting", "illegal", "in_force"]
 
@@ -55,9 +57,16 @@ def illegal() -> str | None:
     wrong = [
         f"{variable}={os.environ[variable]} (legal: {', '.join(legal)})"
         for _, variable, legal in _documented()
-        if variable in os.environ and os.environ[variable].partition(":")[0] not in legal
+        if variable in os.environ and not _is_legal(os.environ[variable], legal)
     ]
     return "; ".join(wrong) or None
+
+
+def _is_legal(value: str, legal: tuple[str, ...]) -> bool:
+    try:
+        return value in legal or (WORD in legal and absent(value) is not None)
+    except ArgumentError:
+        return False
 
 
 def _documented() -> list[tuple[str, str, tuple[str, ...]]]:

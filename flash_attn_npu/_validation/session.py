@@ -16,7 +16,10 @@ from typing import Any
 
 from .report import Report
 
-__all__ = ["NoWorkerError", "run"]
+__all__ = ["NoCaseError", "NoWorkerError", "run"]
+
+EXAMPLE = "causal"
+"""What may be asked of `only`, for who asks what is not."""
 
 SECONDS = 600
 START_SECONDS = 300
@@ -24,6 +27,10 @@ START = (
     "import sys; sys.path[:] = sys.argv[2:]; from flash_attn_npu._validation.worker import main; "
     "main(sys.argv[1] == 'simulate')"
 )
+
+
+class NoCaseError(Exception):
+    """No case has such a name, so nothing is asked."""
 
 
 class NoWorkerError(Exception):
@@ -127,6 +134,7 @@ def run(
 
     Raises:
         NoWorkerError: no child can be started.
+        NoCaseError: `only` is in no name.
         KeyboardInterrupt: what was done until then is in the report and the file.
     """
     worker = _Worker(report.simulated)
@@ -135,6 +143,11 @@ def run(
         report.not_asked = worker.not_asked
         quick = report.mode == "quick"
         cases = [(n, row) for n, row, is_quick in worker.cases if only in n and is_quick >= quick]
+        if not cases:
+            raise NoCaseError(
+                f"--only: got {only!r}; allowed: a part of a case's name, such as {EXAMPLE!r}, of "
+                f"{len(worker.cases)} cases with --full; to fix it: leave it out to see them all"
+            )
         for name, row in cases:
             if report.has(name):
                 continue

@@ -14,7 +14,7 @@ import pytest
 
 import flash_attn_npu
 from flash_attn_npu import __main__ as command_line
-from flash_attn_npu._commands import run
+from flash_attn_npu._commands import run, starting
 from flash_attn_npu._commands.outputs import writable
 from flash_attn_npu._core.ground import usage
 from flash_attn_npu.errors import ArgumentError
@@ -98,6 +98,8 @@ def test_exit_status_and_exceptions_of_the_program_come_through(command: Run) ->
         (("-m", "no_such.module"), "No module named 'no_such'"),
         (("no_such_script.py",), "can't open 'no_such_script.py': there is no such file\n"),
         (("docter",), "can't open 'docter': there is no such file; the command is called doctor"),
+        (("apps",), "can't find '__main__' module in 'apps'"),
+        (("-m", "apps"), "no module named apps.__main__; 'apps' is a package"),
         (("--fast", "script.py"), "unrecognized arguments: --fast"),
         (("--report", "no/used.json", "-c", "print(1)"), "--report: got 'no/used.json': "),
         (("validate", "-o", "no/report.json"), "-o/--output: got 'no/report.json': "),
@@ -133,6 +135,42 @@ def test_a_file_that_cannot_be_written_is_named(
     assert refused.value.argument == "--report"
     assert writable("-o", "failing.py", replaced=replaced) == programs / "failing.py"
     assert (programs / "failing.py").read_text()
+
+
+@pytest.mark.parametrize("words", [["-c", "print(1)"], ["matrix"]])
+def test_a_setting_that_is_not_legal_is_an_error_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """The package refuses to be imported, which the command line does in `complete`."""
+
+    def complete() -> None:
+        raise ArgumentError("FLASH_ATTN_NPU_FALLBACK", "'x'", "warn", "unset it")
+
+    monkeypatch.setattr(run, "complete", complete)
+    monkeypatch.setattr(starting, "complete", complete)
+    try:
+        status: object = command_line.main(words)
+    except SystemExit as leaving:
+        status = leaving.code
+    said = capsys.readouterr()
+    assert (status, said.out) == (2, "")
+    assert said.err == (
+        "error: FLASH_ATTN_NPU_FALLBACK: got 'x'; allowed: warn; to fix it: unset it\n"
+    )
+
+
+def test_a_chip_that_torch_npu_does_not_know_is_an_error_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def enable() -> None:
+        raise RuntimeError("Unsupported soc version: Ascend999")
+
+    monkeypatch.setattr("flash_attn_npu._virtual_ascend.start", lambda: None)
+    monkeypatch.setattr("flash_attn_npu._virtual_ascend.enable", enable)
+    with pytest.raises(SystemExit) as leaving:
+        command_line.main(["--simulate", "-c", "print(1)"])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == "error: --simulate: Unsupported soc version: Ascend999\n"
 
 
 def test_a_refused_install_is_an_error_line(python: Run, tmp_path: Path) -> None:

@@ -295,6 +295,25 @@ def test_what_nothing_reads_clashes(machine: Path, monkeypatch: pytest.MonkeyPat
     assert clash.mend == "write FLASH_ATTN_NPU_FALLBACK, or unset it"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("FALLBACK", "ascend:Ascend910B3:9", "a setting is not legal: FLASH_ATTN_NPU_FALLBACK=asc"),
+        ("ALIBI_OFFSET", "1:x", "a setting is not legal: FLASH_ATTN_NPU_ALIBI_OFFSET=1:x"),
+        ("INSTALL", "yes", "FLASH_ATTN_NPU_INSTALL is 'yes': new interpreters do not serve"),
+        ("INSTALL", "fa3,force", ""),
+        ("FALLBACK", "ascend:Ascend950PR", ""),
+    ],
+)
+def test_values_that_are_not_legal_clash(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    cann(machine, "8.5.0", sourced=True, monkeypatch=monkeypatch)
+    monkeypatch.setenv(f"FLASH_ATTN_NPU_{name}", value)
+    assert [clash.what for clash in found() if not clash.what.startswith(told or "?")] == []
+    assert len(found()) == bool(told)
+
+
 def test_the_page_names_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     home = os.path.expanduser("~")
     clash = clashes.Clash(f"a flash_attn lies at {home}/x", "remove it")

@@ -67,6 +67,12 @@ def test_an_illegal_value_in_the_environment_is_an_error(monkeypatch, variable, 
         imported_anew(monkeypatch, variable, value)
 
 
+def test_the_error_about_another_ascend_names_the_variable(monkeypatch):
+    with pytest.raises(ArgumentError, match="FLASH_ATTN_NPU_FALLBACK: got 'ascend:Asc") as refused:
+        imported_anew(monkeypatch, "FLASH_ATTN_NPU_FALLBACK", "ascend:Ascend910B3:9")
+    assert refused.value.argument == "FLASH_ATTN_NPU_FALLBACK"
+
+
 def test_a_variable_that_nothing_reads_is_warned_of_once(monkeypatch, caplog):
     for name in (*variables.KNOWN, *variables.OF_TESTS):
         monkeypatch.delenv(name, raising=False)

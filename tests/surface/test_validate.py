@@ -183,6 +183,28 @@ def test_a_file_that_can_no_more_be_written_ends_a_run(
     assert json.loads(file.read_text())["cases"] == []
 
 
+def test_a_name_that_no_case_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Worker:
+        machine: dict[str, str] = {}  # noqa: RUF012
+        not_asked: dict[str, str] = {}  # noqa: RUF012
+        cases = (("causal", "causal", True), ("taking long", "", False))
+
+        def __init__(self, simulate: bool) -> None: ...
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr(session, "_Worker", Worker)
+    file = tmp_path / "report.json"
+    options = Namespace(full=False, output=str(file), resume=False, simulate=False)
+    for only in ("casual", "taking"):
+        options.only = only
+        assert validate.run(options) == 2
+        assert capsys.readouterr().err.startswith(f"error: --only: got {only!r}; allowed: a part")
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', "\xff"])
 def test_what_is_no_report_is_not_gone_on_with(text: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(text, encoding="latin-1")

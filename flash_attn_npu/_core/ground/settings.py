@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from threading import local
 from typing import Literal
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, renamed
 from .absent import WORD, Absent, absent, default
 from .memory import forget_all
 from .variables import warn_of_unread
@@ -43,8 +43,11 @@ VERIFICATIONS = ("compose", "refuse", "warn", "always", "off")
 
 def _from_environment(variable: str, allowed: tuple[str, ...]) -> str:
     value = os.environ.get(variable, allowed[0])
-    if WORD in allowed and absent(value):
-        return value
+    try:
+        if WORD in allowed and absent(value):
+            return value
+    except ArgumentError as error:
+        raise renamed(error, {"policy": variable}) from None
     if value not in allowed:
         raise ArgumentError(
             variable, repr(value), ", ".join(allowed), f"unset it or set {variable}={allowed[0]}"
