@@ -42,7 +42,11 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure, about")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.output and not options.output.parent.is_dir():
+        # known before minutes of measuring rather than after
+        parser.error(f"-o {options.output}: {options.output.parent} is no folder; make it first")
+    return options
 
 
 def machine(threads: int) -> Held:

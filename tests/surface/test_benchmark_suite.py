@@ -49,6 +49,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return told
 
 
+def test_a_folder_that_is_not_there_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        suite.options_of(["-o", "no/such/figures.json"])
+    assert leaving.value.code == 2
+    assert "no/such is no folder; make it first" in capsys.readouterr().err
+
+
 def test_every_bound_is_measured_and_check_follows_the_ratios(
     pretend: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
