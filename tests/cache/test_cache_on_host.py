@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flash_attn_npu._core.kernels.host import attention, decoding
 from flash_attn_npu._core.kernels.host.decoding import one_query
 from tests.helpers import reference
 from tests.helpers.crossings import Crossings
+from tests.helpers.frames import frames
 from tests.helpers.peak_bytes import PeakBytes
 
 NAN, INF = float("nan"), float("inf")
@@ -97,20 +99,54 @@ def test_a_sequence_more_is_two_products_and_one_softmax():
 
 def test_a_decode_step_is_looked_through_for_nothing(monkeypatch):
     """No bias, no copy: neither is NaN looked for, nor what the biased launches need made."""
-    original, counts = attention._by_groups, []
-
-    def counted(*args):
-        with Crossings() as seen:
-            original(*args)
-        counts.append(seen.counts)
-
-    monkeypatch.setattr(attention, "_by_groups", counted)
+    counts = crossings_of("_at_once", monkeypatch)
     q, k = torch.randn(1, 1, 8, HEADDIM), torch.randn(1, 2 * CAPACITY, 2, HEADDIM)
     flash_attn_with_kvcache(q, k, k, cache_seqlens=2 * CAPACITY, causal=True)
     (seen,) = counts
     assert seen["aten::bmm.out"] == 2
     assert not seen["aten::isnan"]
-    assert sum(seen.values()) <= 50, seen
+    assert not seen["aten::copy_"]
+    assert sum(seen.values()) <= 41, seen
+
+
+def crossings_of(name: str, monkeypatch) -> list[Counter[str]]:
+    """What each call of a function of the host's attention crosses the dispatcher for."""
+    original, counts = getattr(attention, name), []
+
+    def counted(*args):
+        with Crossings() as seen:
+            answer = original(*args)
+        counts.append(seen.counts)
+        return answer
+
+    monkeypatch.setattr(attention, name, counted)
+    return counts
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_side_by_side_are_one_launch_whose_answer_is_not_copied(rows, monkeypatch):
+    counts = crossings_of("_at_once", monkeypatch)
+    q, k = torch.randn(rows, 1, 8, HEADDIM), torch.randn(rows, 64, 2, HEADDIM)
+    flash_attn_with_kvcache(q, k, k, cache_seqlens=40, causal=True)
+    (seen,) = counts
+    assert seen["aten::_scaled_dot_product_flash_attention_for_cpu"] == 1
+    # that of the answer, whose heads lie apart
+    assert (seen["aten::copy_"], seen["aten::clone"]) == (0, 1)
+    assert sum(seen.values()) <= 15, seen
+
+
+@pytest.mark.parametrize(("appends", "most"), [(False, 90), (True, 148)])
+def test_little_stands_around_the_launches_of_a_decode_step(appends, most):
+    q, cache = torch.randn(1, 1, 8, HEADDIM), torch.randn(2, 1, 64, 2, HEADDIM).unbind()
+    new = torch.randn(2, 1, 1, 2, HEADDIM).unbind() if appends else ()
+    lengths = torch.tensor([40], dtype=torch.int32)
+
+    def step() -> Tensor:
+        return flash_attn_with_kvcache(q, *cache, *new, cache_seqlens=lengths, causal=True)
+
+    step()
+    seen = frames(step)
+    assert len(seen) <= most, Counter(seen)
 
 
 def test_numbers_that_are_none_in_one_query():

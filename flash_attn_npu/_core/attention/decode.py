@@ -18,7 +18,7 @@ from ..ground.functions import EAGER, FORWARD, refuse_tangents
 from ..ground.lengths import interned
 from ..ground.records import named
 from ..problems.ask import Ask, Facts, Options, Packed
-from ..problems.buffers import share
+from ..problems.buffers import sharing
 from ..problems.cache import Cache, Span, cache_lengths
 from ..problems.rowwise import Turn
 from ..rowwise.rotation import rotate, rotate_alike
@@ -72,6 +72,7 @@ class _Step(NamedTuple):
     """A call whose arguments were checked against each other.
 
     new: keys and values to append. lengths: before them. spans: what each sequence then sees.
+    written: where the new keys go; those before the left padding belong to nobody.
     """
 
     call: CacheCall
@@ -79,17 +80,12 @@ class _Step(NamedTuple):
     new: tuple[Tensor, Tensor] | None
     lengths: tuple[int, ...]
     spans: list[Span]
+    written: list[Span]
     rotary: _Rotary | None
 
     @property
     def added(self) -> int:
         return 0 if self.new is None else self.new[0].shape[1]
-
-    @property
-    def written(self) -> list[Span]:
-        """Where the new keys go; those before the left padding belong to nobody."""
-        both = zip(self.lengths, self.spans, strict=True)
-        return [Span(max(length, span.start), span.end) for length, span in both]
 
 
 def with_kvcache(call: CacheCall) -> tuple[Tensor, Tensor | None]:
@@ -114,8 +110,7 @@ def with_kvcache(call: CacheCall) -> tuple[Tensor, Tensor | None]:
             q, k = _rotate(found, step, step.rotary, new[0])
             new = (k, new[1])
         if new is not None:
-            q = q.clone() if share(q, step.cache.k) or share(q, step.cache.v) else q
-            _append(step, new)
+            q = _append(step, q, new)
         packed = q.reshape(batch * seqlen_q, nheads, headdim)
         answer = run_over(found, packed, keys, call.alibi_slopes, call.sink)
     lse = None
@@ -127,7 +122,8 @@ def with_kvcache(call: CacheCall) -> tuple[Tensor, Tensor | None]:
 def _checked(call: CacheCall) -> _Step:
     q = call.q
     arguments.require_plain(q=q, k_cache=call.k_cache, v_cache=call.v_cache)
-    arguments.require_plain_or_none(alibi_slopes=call.alibi_slopes, sink=call.sink)
+    if call.alibi_slopes is not None or call.sink is not None:
+        arguments.require_plain_or_none(alibi_slopes=call.alibi_slopes, sink=call.sink)
     arguments.flag("return_softmax_lse", call.return_softmax_lse)
     if q.dim() != 4:
         raise ArgumentError(
@@ -140,7 +136,9 @@ def _checked(call: CacheCall) -> _Step:
     cache = Cache(call.k_cache, call.v_cache, batch, call.block_table, call.cache_batch_idx)
     arguments.same("k_cache", "dtype", cache.k.dtype, q.dtype)
     arguments.same("k_cache", "device", cache.k.device, q.device)
-    new = _new_keys(q, cache, call.k, call.v)
+    new = None
+    if call.k is not None or call.v is not None:
+        new = _new_keys(q, cache, call.k, call.v)
     if new is not None and call.cache_seqlens is None:
         raise _missing("cache_seqlens", "k and v", "the lengths before the new keys")
     lengths = cache_lengths("cache_seqlens", call.cache_seqlens, batch, cache.capacity)
@@ -152,11 +150,15 @@ def _checked(call: CacheCall) -> _Step:
         for length, pad in zip(lengths, leftpad, strict=True)
     ]
     cache.check(spans)
-    return _Step(call, cache, new, lengths, spans, rotary)
+    written = []
+    if new is not None:
+        both = zip(lengths, spans, strict=True)
+        written = [Span(max(length, start), end) for length, (start, end) in both]
+    return _Step(call, cache, new, lengths, spans, written, rotary)
 
 
 def _keys(step: _Step) -> Keys:
-    ends = accumulate(span.end - span.start for span in step.spans)
+    ends = accumulate([end - start for start, end in step.spans])
     lengths = interned((0, *ends), "cache_seqlens")
     return Keys(step.cache.k, step.cache.v, step.cache, step.spans, lengths)
 
@@ -164,11 +166,13 @@ def _keys(step: _Step) -> Keys:
 def _ask(call: CacheCall, keys: Keys) -> Ask:
     batch, seqlen_q, nheads, headdim = call.q.shape
     assert keys.cache is not None
-    lengths_q = interned((0, *accumulate([seqlen_q] * batch)), "q")
+    total_q = batch * seqlen_q
+    ends = range(0, total_q + 1, seqlen_q) if seqlen_q else (0,) * (batch + 1)
+    lengths_q = interned(tuple(ends), "q")
     slopes = call.alibi_slopes
     return Ask(
         call.function,
-        Facts((batch * seqlen_q, nheads, headdim), call.q.dtype, call.q.device),
+        Facts((total_q, nheads, headdim), call.q.dtype, call.q.device),
         *keys.facts,
         Packed(lengths_q, keys.lengths, seqlen_q, keys.cache.capacity),
         Options(0.0, call.softmax_scale, call.causal, call.window_size, call.softcap),
@@ -180,15 +184,20 @@ def _ask(call: CacheCall, keys: Keys) -> Ask:
     )
 
 
-def _append(step: _Step, new: tuple[Tensor, Tensor]) -> None:
-    """Write the new keys behind the old ones."""
-    (k, v), added = new, step.added
-    kept = [span.end - span.start for span in step.written]
+def _append(step: _Step, q: Tensor, new: tuple[Tensor, Tensor]) -> Tensor:
+    """Write the new keys behind the old ones; returns q, apart from them."""
+    cache, added = step.cache, step.added
+    (k, v), shared = new, sharing((q, *new), (cache.k, cache.v))
+    if any(shared):
+        # one of them may be a view of the caches
+        q, k, v = (x.clone() if too else x for x, too in zip((q, k, v), shared, strict=True))
     packed = (k.flatten(0, 1), v.flatten(0, 1))
-    if any(count != added for count in kept):
+    kept = [end - start for start, end in step.written]
+    if kept != [added] * len(kept):
         parts = [(k[i, added - count :], v[i, added - count :]) for i, count in enumerate(kept)]
         packed = (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
-    append(step.call.function, step.cache, step.written, packed)
+    append(step.call.function, cache, step.written, packed)
+    return q
 
 
 def _turns(found: Plan) -> bool:
@@ -226,11 +235,7 @@ def _rotate(found: Plan, step: _Step, rotary: _Rotary, k: Tensor) -> tuple[Tenso
     return turned.view(q.shape), k
 
 
-def _new_keys(
-    q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    if k is None and v is None:
-        return None
+def _new_keys(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
     if k is None or v is None:
         given, absent = ("v", "k") if k is None else ("k", "v")
         raise _missing(absent, given, "the other half of the new keys and values")

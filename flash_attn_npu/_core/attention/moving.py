@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..problems.buffers import share
 from ..problems.cache import Cache, Span
 from ..problems.transfer import MANY_TOKENS, Append, Gather
 from ..table.choice import plan
@@ -21,9 +20,11 @@ _INT32 = 1 << 31
 
 
 def append(function: str, cache: Cache, spans: Sequence[Span], new: tuple[Tensor, Tensor]) -> None:
-    """Write packed keys and values where the spans lie; no gradient is kept of it."""
-    # one of them may be a view of the caches
-    k, v = (x.clone() if share(x, cache.k) or share(x, cache.v) else x for x in new)
+    """Write packed keys and values, apart from the caches, where the spans lie.
+
+    Called without gradients.
+    """
+    k, v = new
     problem = Append(
         function,
         cache.k.device,
@@ -37,8 +38,10 @@ def append(function: str, cache: Cache, spans: Sequence[Span], new: tuple[Tensor
     )
     # what was made in inference mode can be written there alone
     made_there = cache.k.is_inference() or cache.v.is_inference()
-    inference = made_there or torch.is_inference_mode_enabled()
-    with torch.inference_mode(inference), torch.no_grad():
+    if made_there and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():
+            plan(problem).kernel.forward(problem, cache, spans, k, v)
+    else:
         plan(problem).kernel.forward(problem, cache, spans, k, v)
 
 

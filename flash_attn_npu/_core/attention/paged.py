@@ -52,8 +52,12 @@ class Keys(NamedTuple):
     def facts(self) -> tuple[Facts, Facts]:
         """Of the packed keys and values that these stand for."""
         total = self.lengths.total
-        k, v = (Facts((total, *x.shape[-2:]), x.dtype, x.device) for x in (self.k, self.v))
-        return k, v
+        k, v = self.k, self.v
+        facts = Facts((total, *k.shape[-2:]), k.dtype, k.device)
+        if self.cache is not None:
+            # its halves are alike
+            return facts, facts
+        return facts, Facts((total, *v.shape[-2:]), v.dtype, v.device)
 
     @property
     def pages(self) -> Pages:

@@ -114,7 +114,7 @@ def remember_lengths(cu_seqlens: torch.Tensor, values: tuple[int, ...]) -> None:
 
 def interned(values: tuple[int, ...], argument: str) -> Lengths:
     """The `Lengths` of host values, the same object for the same values."""
-    return _lengths(values, argument)
+    return _interned.recall(values) or _lengths(values, argument)
 
 
 def _ends(tensor: torch.Tensor) -> list[int]:

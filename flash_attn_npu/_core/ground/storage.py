@@ -46,6 +46,8 @@ def require_writable(**tensors: Tensor) -> None:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements share memory, as in an expanded tensor."""
+    if tensor.is_contiguous():
+        return False
     sides = sorted(
         (stride, size)
         for stride, size in zip(tensor.stride(), tensor.shape, strict=True)

@@ -148,6 +148,8 @@ class Ask(NamedTuple):
 
         A number given as a tensor may change under the same key, and an array is none.
         """
-        options = self.options
-        parts = [x for part in options for x in (part if isinstance(part, tuple) else (part,))]
-        return all(part is None or type(part) in (bool, int, float) for part in parts)
+        for part in self.options:
+            for x in part if isinstance(part, tuple) else (part,):
+                if x is not None and type(x) not in (bool, int, float):
+                    return False
+        return True

@@ -16,7 +16,7 @@ from ...errors import ArgumentError
 from ..ground.memory import Memo
 from .places import Layout, Span
 
-__all__ = ["require_apart", "rows_share", "share", "written_twice"]
+__all__ = ["require_apart", "rows_share", "share", "sharing", "written_twice"]
 
 Sides = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Bytes of an element, strides, shape."""
@@ -73,6 +73,22 @@ def share(one: Tensor, other: Tensor) -> bool:
     return first.first < second.end and second.first < first.end and _meet(first, second)
 
 
+def sharing(tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> list[bool]:
+    """Of each of `tensors` whether it shares with any of `memory`; each is looked at once."""
+    memoryless = True in [x.is_meta for x in (*tensors, *memory)]
+    if memoryless or torch.compiler.is_compiling() or _dispatch_modes():
+        return [any(share(x, other) for other in memory) for x in tensors]
+    seconds = [_extent(other) for other in memory]
+    found = []
+    for x in tensors:
+        first, answer = _extent(x), False
+        for second in seconds:
+            if first.first < second.end and second.first < first.end:
+                answer = answer or _meet(first, second)
+        found.append(answer)
+    return found
+
+
 def rows_share(caches: tuple[Tensor, Tensor], where: tuple[Tensor, Tensor]) -> bool:
     """Whether the (page, offset) of two caches, on the host, lie over each other.
 
@@ -92,9 +108,11 @@ def rows_share(caches: tuple[Tensor, Tensor], where: tuple[Tensor, Tensor]) -> b
 def _extent(tensor: Tensor) -> _Extent:
     if not tensor.numel():
         return _Extent(tensor, 0, 0)
+    first = _address(tensor)
+    if tensor.is_contiguous():
+        return _Extent(tensor, first, first + tensor.nbytes)
     sides = zip(tensor.stride(), tensor.shape, strict=True)
     last = sum(stride * (size - 1) for stride, size in sides)
-    first = _address(tensor)
     return _Extent(tensor, first, first + (last + 1) * tensor.element_size())
 
 
@@ -158,6 +176,8 @@ def _reaches(terms: Sequence[tuple[int, int, int]], distance: int) -> bool:
 
 def written_twice(layout: Layout, spans: Sequence[Span]) -> tuple[int, int] | None:
     """The first two sequences whose spans write the same position of a page or row."""
+    if len(set(layout.ids)) == len(layout.ids):
+        return None
     taken: dict[int, list[tuple[int, int, int]]] = {}
     for sequence, (start, end) in enumerate(spans):
         pages = range(start // layout.page, -(-end // layout.page)) if start < end else ()

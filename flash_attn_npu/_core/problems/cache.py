@@ -60,9 +60,10 @@ class Cache:
         batch_idx: Tensor | None,
         names: tuple[str, str, str] = ("k_cache", "v_cache", "cache_seqlens"),
     ) -> None:
-        for argument, tensor in (("block_table", block_table), ("cache_batch_idx", batch_idx)):
-            if tensor is not None:
-                require_plain(**{argument: tensor})
+        if block_table is not None:
+            require_plain(block_table=block_table)
+        if batch_idx is not None:
+            require_plain(cache_batch_idx=batch_idx)
         check_layout(k, v, batch, block_table, names[:2])
         self.k, self.v = k, v
         self._names, self._lengths = names[:2], names[2]
@@ -156,23 +157,35 @@ def pages_of(cache: Cache, spans: Sequence[Span]) -> Pages:
 
     A row of an unpaged cache counts as the largest pages that fill it.
     """
-    whole = cache.page
-    legal = range(MAX_PAGE, 0, -PAGE_UNIT)
-    candidates = legal if cache.rows is not None else (whole,)
-    size = next((c for c in candidates if c in legal and whole and whole % c == 0), None)
-    room = cache.k.shape[0] * whole // size if size else 0
-    used = sum(-(-span.end // size) for span in spans) if size else 0
+    rows, whole = cache.rows, cache.page
+    size = _legal_page(whole, cut=rows is not None)
+    padded, used = False, 0
+    for start, end in spans:
+        padded = padded or start > 0
+        used += -(-end // size) if size else 0
     return Pages(
         size,
-        contiguous=cache.k.is_contiguous() and cache.v.is_contiguous(),
-        padded=any(span.start for span in spans),
-        shared=used > room,
-        in_order=cache.rows is not None and cache.rows == tuple(range(len(spans))),
+        cache.k.is_contiguous() and cache.v.is_contiguous(),
+        padded,
+        size is not None and used > cache.k.shape[0] * whole // size,
+        rows is not None and rows == tuple(range(len(spans))),
     )
+
+
+def _legal_page(whole: int, *, cut: bool) -> int | None:
+    """The largest page that a kernel can read: a page as it is, or what a row can be cut into."""
+    if not whole or whole % PAGE_UNIT:
+        return None
+    if whole <= MAX_PAGE:
+        return whole
+    legal = range(MAX_PAGE, 0, -PAGE_UNIT)
+    return next(size for size in legal if whole % size == 0) if cut else None
 
 
 def host_values(argument: str, tensor: Tensor) -> tuple[int, ...]:
     """The entries of an int32 tensor, flattened; one copy for each tensor and version."""
+    if _readable(tensor):
+        return _memo.get(tensor, _values)
     require_values(**{argument: tensor})
     if tensor.dtype != torch.int32:
         raise ArgumentError(
@@ -184,13 +197,24 @@ def host_values(argument: str, tensor: Tensor) -> tuple[int, ...]:
     return _memo.get(tensor, _values)
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether a look tells that there is nothing to refuse."""
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype is torch.int32
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_nested)
+    )
+
+
 def _values(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(listed(tensor.flatten()))
+    return tuple(listed(tensor if tensor.dim() == 1 else tensor.flatten()))
 
 
 def _rows(batch: int, batch_cache: int, batch_idx: Tensor | None) -> tuple[int, ...]:
     rows = tuple(range(batch)) if batch_idx is None else host_values("cache_batch_idx", batch_idx)
-    if len(rows) != batch or any(not 0 <= row < batch_cache for row in rows):
+    outside = rows and not 0 <= min(rows) <= max(rows) < batch_cache
+    if len(rows) != batch or outside:
         raise ArgumentError(
             "k_cache" if batch_idx is None else "cache_batch_idx",
             f"{batch_cache} rows" if batch_idx is None else str(rows),
@@ -266,7 +290,7 @@ def cache_lengths(
             "an int, a list of ints, or an int32 tensor of shape (batch,)",
             f"pass {argument} as one of them",
         )
-    if len(lengths) != batch or any(length < 0 for length in lengths):
+    if len(lengths) != batch or min(lengths, default=0) < 0:
         raise ArgumentError(
             argument,
             str(lengths),

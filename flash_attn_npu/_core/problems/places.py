@@ -72,7 +72,7 @@ def positions(layout: Layout, spans: Sequence[Span], device: torch.device) -> tu
         with torch.inference_mode(False):
             position, page = _walk(layout, key[1])
             known = page.to(device), (position % max(layout.page, 1)).to(device)
-        _where.put(key, known)
+            _where.put(key, known)
     return known
 
 
@@ -86,7 +86,7 @@ def slots(layout: Layout, spans: Sequence[Span], device: torch.device) -> Tensor
             position, page = _walk(layout, key[1])
             flat = page * layout.page + position % max(layout.page, 1)
             known = flat.to(torch.int32).to(device)
-        _slots.put(key, known)
+            _slots.put(key, known)
     return known
 
 

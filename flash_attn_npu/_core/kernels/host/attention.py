@@ -22,6 +22,8 @@ from .chunks import attend_chunks, chunks, copied_together
 from .flash import (
     attend,
     attend_backward,
+    attend_whole,
+    forward_dtype,
     launch,
     shares_heads,
     split_scale,
@@ -93,6 +95,9 @@ def _launched(problem: Problem) -> Step | None:
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """Attention without autograd; rows of no sequence give 0 and +inf."""
+    at_once = _at_once(problem, inputs)
+    if at_once is not None:
+        return at_once
     q, k, v, slopes, sink = inputs[:5]
     if inputs.cache is not None and inputs.cache.rows is None:
         k, v = inputs.cache.gather(inputs.spans)
@@ -118,6 +123,30 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         take_share(out, lse, sink)
         out, lse = out.to(q.dtype), counting(lse, sink)
     return Forward(out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device="cpu"))
+
+
+def _at_once(problem: Problem, inputs: Inputs) -> Forward | None:
+    """The answer of one launch over rows of a cache side by side; None if it takes more."""
+    cache, spans = inputs.cache, inputs.spans
+    if cache is None or cache.rows is None or len(problem.sequences) != 1 or not problem.nheads:
+        return None
+    rows, span = cache.rows, spans[0]
+    last = rows[0] + len(rows)
+    alike = spans.count(span) == len(spans) and rows == tuple(range(rows[0], last))
+    if not alike or problem.alibi or problem.sink or problem.tail_q:
+        return None
+    ((seqlen_q, seqlen_k),) = problem.sequences
+    band = Band(seqlen_q, seqlen_k, problem.left, problem.right)
+    rule = Rule(band, problem.softmax_scale, told=problem.uses_lse)
+    q, at = inputs.q, (slice(rows[0], last), slice(*span))
+    laid = q.view(len(rows), seqlen_q, *q.shape[1:])
+    three = _heads(laid), _heads(inputs.k[at]), _heads(inputs.v[at])
+    answer = attend_whole(three, forward_dtype(three, q.dtype, rule), rule)
+    if answer is None:
+        return None
+    out, empty = _heads(answer[0]).reshape(q.shape).contiguous(), q.new_empty(0)
+    lse = answer[1].transpose(0, 1).flatten(1, 2) if problem.uses_lse else empty
+    return Forward(out, lse, empty, torch.zeros(2, dtype=torch.int64, device="cpu"))
 
 
 def _by_groups(

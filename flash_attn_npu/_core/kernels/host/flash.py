@@ -29,6 +29,8 @@ __all__ = [
     "attend",
     "attend_backward",
     "attend_step",
+    "attend_whole",
+    "forward_dtype",
     "launch",
     "shares_heads",
     "split_scale",
@@ -57,9 +59,10 @@ def launch(
         q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
     if q.shape[2] == 1 and q.shape[1] != k.shape[1] and bias is None:
         # of one query the heads that share keys are the rows of one product
-        rows = q.squeeze(2).unflatten(1, (k.shape[1], -1))
+        batch, heads, _, headdim = q.shape
+        rows = q.view(batch, k.shape[1], heads // k.shape[1], headdim)
         out, lse = _forward(rows, k, v, 0.0, False, scale=scale)
-        out, lse = out.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
+        out, lse = out.reshape(q.shape), lse.reshape(batch, heads, 1)
     else:
         out, lse = _forward(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
     if k.shape[2] < FEWEST_KEYS and (lse == 0).any():
@@ -125,10 +128,11 @@ def with_silence(
 def attend(inputs: Triple, out: Tensor, lse: Tensor, rule: Rule) -> None:
     """Fill out and softmax_lse (batch, nheads, seqlen_q): zeros and +inf where no key is seen."""
     band, blind = rule.band, rule.band.blind
-    dtype = _forward_dtype(inputs, out, rule)
-    whole = None if rule.slopes is not None else whole_step(band)
-    if whole is not None and whole.rows[1] and inputs[0].dtype == dtype:
-        _attend_whole(inputs, (out, lse), whole, rule)
+    dtype = forward_dtype(inputs, out.dtype, rule)
+    whole = attend_whole(inputs, dtype, rule)
+    if whole is not None:
+        out.copy_(whole[0])
+        lse.copy_(whole[1])
         return
     if blind:
         out[:, :, :blind] = 0
@@ -151,14 +155,21 @@ def attend(inputs: Triple, out: Tensor, lse: Tensor, rule: Rule) -> None:
             part.q(lse)[:, :, rows].copy_(total)
 
 
-def _attend_whole(inputs: Triple, answer: tuple[Tensor, Tensor], step: Step, rule: Rule) -> None:
-    """`attend` by one launch over tensors as they are."""
-    (out, lse), (factor, scale) = answer, split_scale(rule.scale, inputs[0].dtype)
+def attend_whole(inputs: Triple, dtype: torch.dtype, rule: Rule) -> tuple[Tensor, Tensor] | None:
+    """(out, softmax_lse) by one launch over tensors as they are; None if it takes more than one.
+
+    Args:
+        dtype: of what is computed, by `forward_dtype`.
+    """
+    same = rule.slopes is None and inputs[0].dtype == dtype
+    step = whole_step(rule.band) if same else None
+    if step is None or not step.rows[1]:
+        return None
+    factor, scale = split_scale(rule.scale, dtype)
     q, k, v = dense(inputs[0]), dense(inputs[1]), dense(inputs[2])
     q = q * factor if factor != 1 else q
     found, total = attend_step((q, k), v, scale, step, None)
-    out.copy_(found)
-    lse.copy_(with_silence(total, (q, k), step, scale) if rule.told else total)
+    return found, with_silence(total, (q, k), step, scale) if rule.told else total
 
 
 def attend_step(
@@ -207,7 +218,7 @@ def _merge(held: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> None:
     torch.logaddexp(lse, total, out=lse)
 
 
-def _forward_dtype(inputs: Triple, out: Tensor, rule: Rule) -> torch.dtype:
+def forward_dtype(inputs: Triple, out: torch.dtype, rule: Rule) -> torch.dtype:
     """What a forward is computed in: bfloat16 as it is, where copies would cost much.
 
     Not if a sink is to come: it rescales the output, which is rounded once. Nor if softmax_lse is
@@ -217,7 +228,7 @@ def _forward_dtype(inputs: Triple, out: Tensor, rule: Rule) -> torch.dtype:
     wide, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
     numbers = max(group * q.shape[2], k.shape[2]) * q.shape[3]
     costs = q.shape[2] == 1 or numbers * wide.itemsize > COPIED_BYTES
-    taken = q.dtype == torch.bfloat16 and out.dtype == q.dtype and multiplies_bf16()
+    taken = q.dtype == torch.bfloat16 and out == q.dtype and multiplies_bf16()
     plain = rule.slopes is None and not rule.told
     return q.dtype if taken and costs and plain else wide
 

@@ -61,13 +61,11 @@ class Rule(NamedTuple):
 def dense(x: Tensor) -> Tensor:
     """The kernel reads whole rows: it assumes that the last dimension lies together, and that rows
     and heads, which may be rows to it, do not reach into each other."""
-    width = x.shape[-1]
-    together = x.stride(-1) == 1 or width == 1
-    apart = all(
-        stride == 0 or stride >= width or size == 1
-        for stride, size in zip(x.stride()[1:3], x.shape[1:3], strict=True)
-    )
-    return x if together and apart else x.contiguous()
+    (_, rows, heads, width), (_, row, head, step) = x.shape, x.stride()
+    together = step == 1 or width == 1
+    apart_rows = row == 0 or row >= width or rows == 1
+    apart_heads = head == 0 or head >= width or heads == 1
+    return x if together and apart_rows and apart_heads else x.contiguous()
 
 
 class Part(NamedTuple):

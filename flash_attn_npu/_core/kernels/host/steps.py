@@ -41,7 +41,7 @@ def forward_steps(band: Band, streams: int) -> list[Step]:
     """
     if band.blind == band.seqlen_q:
         return []
-    whole = None if streams else _whole(band)
+    whole = None if streams else _whole(band, band.blind)
     return _blocks(band, streams) if whole is None else whole
 
 
@@ -49,7 +49,7 @@ def whole_step(band: Band) -> Step | None:
     """The one step in which all queries see a key, without a bias; None if there is none such."""
     if not band.seqlen_q:
         return Step((0, 0), (0, band.seqlen_k))
-    whole = None if band.blind else _whole(band)
+    whole = None if band.blind else _whole(band, 0)
     return whole[0] if whole and whole[0].keys == (0, band.seqlen_k) else None
 
 
@@ -87,9 +87,9 @@ def _ahead(band: Band) -> int:
     return band.blind + band.offset + band.right
 
 
-def _whole(band: Band) -> list[Step] | None:
+def _whole(band: Band, blind: int) -> list[Step] | None:
     """The band without any bias, None if it needs one."""
-    rows, keys = (band.blind, band.seqlen_q), band.keys(band.blind, band.seqlen_q)
+    rows, keys = (blind, band.seqlen_q), band.keys(blind, band.seqlen_q)
     if not any(band.hides(rows, keys)):
         return [Step(rows, keys)]
     causal = left_of(band) is None and _ahead(band) == 0
