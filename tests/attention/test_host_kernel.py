@@ -355,6 +355,21 @@ def test_strips_lie_in_one_piece(causal):
 
 
 @NEEDS_BF16
+@pytest.mark.parametrize("shape", [(1, 600, 8), (1, 1200, 4), (8, 600, 1), (3, 520, 3)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_streams_that_strips_do_not_share_evenly(causal, shape):
+    q, k, v, dout = (torch.randn(*shape, 16).to(BF16).requires_grad_() for _ in range(4))
+    with one_thread():
+        found = torch.autograd.grad(flash_attn_func(q, k, v, causal=causal), (q, k, v), dout)
+        alone = [
+            torch.autograd.grad(flash_attn_func(*one[:3], causal=causal), one[:3], one[3])
+            for one in zip(*(x.unflatten(0, (-1, 1)) for x in (q, k, v, dout)), strict=True)
+        ]
+    for got, parts_of_it in zip(found, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.cat(parts_of_it), rtol=0.02, atol=0.02)
+
+
+@NEEDS_BF16
 @pytest.mark.parametrize("rows", [1 << 12, 1 << 13], ids=["kept", "added"])
 def test_strips_are_as_large_as_said(rows):
     heads, keys, headdim = 4, 1 << 10, 16

@@ -90,7 +90,8 @@ class Spaces:
 
     def __init__(self, largest: Given, kept: bool) -> None:
         (count, rows, width), keys = largest.q.shape, largest.block
-        tile = count * min(largest.positions * largest.group, rows) * keys
+        # of fewer streams a tile has more rows, and may have a few numbers more
+        tile = min(count * rows * keys, max(TILE_ELEMENTS, count * largest.group * keys))
         wide = {
             "scaled": count * rows * (width + 1),
             "sums": count * rows * width,
