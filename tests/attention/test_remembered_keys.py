@@ -181,6 +181,9 @@ STATE = {
     # read from files of the package, which do not change
     "_core.ground.absent.absent",
     "_core.ground.absent.arguments",
+    "_core.ground.absent.default",
+    "_core.ground.absent.schemas",
+    "_core.ground.absent.versions",
     "_core.ground.confirmed.refuted",
     "_core.ground.confirmed.reports",
     "_core.ground.processor.multiplies_bf16",
