@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from .._core.ground.dense_arguments import truth
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError, renamed
 from ..ops.triton.cross_entropy import cross_entropy_loss
 
@@ -57,7 +58,7 @@ class CrossEntropyLoss(nn.Module):
         self.lse_square_scale = lse_square_scale
         self.inplace_backward = inplace_backward
         self.process_group = process_group
-        self.return_z_loss = return_z_loss
+        self.return_z_loss = truth("return_z_loss", return_z_loss)
 
     def forward(
         self, input: Tensor, target: Tensor, precomputed_lse: Tensor | None = None

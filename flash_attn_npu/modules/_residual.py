@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._core.ground.arguments import named as came
 from ..errors import ArgumentError, ArgumentTypeError
 
 __all__ = ["StochasticDepth", "as_weight", "check_fusible", "mark_norms", "refuse"]
@@ -41,10 +42,10 @@ class StochasticDepth(nn.Module):
         return f"p={self.p}"
 
 
-def refuse(wrong: bool, argument: str, allowed: str, remedy: str) -> None:
+def refuse(wrong: bool, argument: str, value: object, allowed: str, remedy: str) -> None:
     """Raise ArgumentError if wrong."""
     if wrong:
-        raise ArgumentError(argument, "a value", allowed, remedy)
+        raise ArgumentError(argument, came(value), allowed, remedy)
 
 
 def as_weight(x: Tensor, norm: Any) -> Tensor:

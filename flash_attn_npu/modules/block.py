@@ -77,6 +77,7 @@ class Block(nn.Module):
         refuse(
             residual_in_fp32 and not prenorm,
             "residual_in_fp32",
+            residual_in_fp32,
             "False without prenorm",
             "pass prenorm=True",
         )
@@ -121,7 +122,11 @@ class Block(nn.Module):
         if not self.prenorm:
             for argument, value in (("residual", residual), ("mixer_subset", mixer_subset)):
                 refuse(
-                    value is not None, argument, "None with prenorm=False", f"leave {argument} out"
+                    value is not None,
+                    argument,
+                    value,
+                    "None with prenorm=False",
+                    f"leave {argument} out",
                 )
             return self._postnorm(hidden_states, options)
         if mixer_subset is not None:

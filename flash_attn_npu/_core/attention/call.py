@@ -100,6 +100,7 @@ def attend(
         # sizes are tensors in a trace, and so no plan was found for them
         if _tracing():
             return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
+        arguments.require_plain(q=q, k=k, v=v)
         found = new_plan(Ask.at_door(key), key)
     direct = found.direct
     if direct is None:
@@ -113,7 +114,10 @@ def attend(
     except Exception:
         # what no kernel takes looks to a remembered plan like any tensor of its shape
         arguments.require_plain(q=q, k=k, v=v)
-        raise
+        if _functorch() is None:
+            raise
+    # torch_npu's operators have no rule for vmap: torch calls ours once for each element
+    return operators.attend(function, inputs, lengths, options, alibi_slopes, sink)
 
 
 def _read(lengths: Raw) -> Raw:

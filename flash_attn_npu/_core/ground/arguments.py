@@ -138,11 +138,25 @@ def at_least(least: int, **sizes: Any) -> None:
 def same(argument: str, what: str, came: object, expected: object) -> None:
     """Raise ArgumentError unless the dtype, device or headdim of the argument is that of q."""
     if came != expected:
-        remedy = f"{argument} = {argument}.to(q.{what})" if what != "headdim" else "pad the shorter"
+        remedy = f"{argument} = {argument}.to(q.{what})"
+        if what == "headdim":
+            remedy = _headdim(argument, came, expected)
         if what == "dtype" and getattr(came, "itemsize", 4) < getattr(expected, "itemsize", 0):
             # the other way round the whole call would be computed in the wider dtype
             remedy = f"q = q.to({argument}.dtype), the narrower one"
         raise ArgumentError(argument, f"{what} {came}", f"the {what} of q, {expected}", remedy)
+
+
+def _headdim(argument: str, came: Any, expected: Any) -> str:
+    if argument != "v":
+        return f"pass q and {argument} of one headdim: their products are the scores"
+    if came < expected:
+        missing = expected - came
+        return f"pass torch.nn.functional.pad(v, (0, {missing})), and cut out to out[..., :{came}]"
+    return (
+        f"pad q and k with {came - expected} zeros as well, and pass "
+        f"softmax_scale={expected} ** -0.5 if it is None"
+    )
 
 
 def window(argument: str, value: Any) -> tuple[int, int]:

@@ -7,23 +7,26 @@ rest would be guards on values.
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from .arguments import named, real, require_tensors
+from .arguments import flag, named, real, require_tensors
 
 __all__ = [
     "LARGEST",
     "number",
     "refuse_transforms",
+    "require_alike",
     "require_dense",
     "require_group",
+    "require_local",
     "require_truth",
     "require_values",
+    "truth",
     "whole",
 ]
 
@@ -81,18 +84,44 @@ def number(name: str, value: Any) -> float:
     return real(name, value)
 
 
+def truth(name: str, value: Any) -> bool:
+    """`value` as a bool, as attention's flags are taken; None is False."""
+    if value is True or value is False or value is None:
+        return bool(value)
+    return flag(name, value)
+
+
 def require_truth(**flags: Any) -> None:
-    """Raise for the first that is neither true nor false, as a tensor of several elements is."""
+    """Raise for the first that is neither true nor false."""
     for name, value in flags.items():
-        if value is True or value is False or value is None:
-            continue
-        try:
-            bool(value)
-        except Exception:
-            came = named(value)
-            raise ArgumentTypeError(
-                name, came, "True or False", f"pass {name}=True or False"
-            ) from None
+        truth(name, value)
+
+
+def require_alike(**tensors: Any) -> None:
+    """Raise for the first DTensor if others are plain tensors; all may be DTensors, or none."""
+    if torch.compiler.is_compiling():
+        return
+    given = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
+    distributed = [name for name, x in given.items() if type(x).__name__ == "DTensor"]
+    if distributed and len(distributed) < len(given):
+        _refuse_distributed(distributed[0], "a DTensor beside plain tensors", "one kind of tensor")
+
+
+def require_local(**tensors: Any) -> None:
+    """Raise for the first DTensor."""
+    for name, tensor in tensors.items():
+        if type(tensor).__name__ == "DTensor" and not torch.compiler.is_compiling():
+            _refuse_distributed(name, "a DTensor", "a plain tensor")
+
+
+def _refuse_distributed(name: str, came: str, allowed: str) -> NoReturn:
+    raise ArgumentTypeError(
+        name,
+        came,
+        f"{allowed}: rows of other ranks are not seen here",
+        f"pass {name}.to_local(), or wrap the call in "
+        "torch.distributed.tensor.experimental.local_map",
+    )
 
 
 def require_group(process_group: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
-from ..ground.dense_arguments import number, refuse_transforms, require_dense, whole
+from ..ground.dense_arguments import number, refuse_transforms, require_dense, truth, whole
 from ..ground.records import replaced
 from ..ground.second_derivatives import first_order
 from ..kernels.composed import norm_blocks, norm_checks, norms
@@ -56,7 +56,7 @@ def dropout_add(function: str, fields: tuple[Any, ...], return_dropout_mask: boo
     Args:
         fields: those of NormCall, in their order.
     """
-    if not return_dropout_mask:
+    if not truth("return_dropout_mask", return_dropout_mask):
         return normed(function, fields, False)
     call = NormCall(*fields)
     return _arranged(call, normalize(function, call, True), True)
@@ -66,6 +66,7 @@ def dropout_add_parallel_residual(
     function: str, fields: tuple[Any, ...], return_dropout_mask: bool
 ) -> Any:
     """z0 and z1, followed by the sum if prenorm, and by two masks; fields as in `dropout_add`."""
+    return_dropout_mask = truth("return_dropout_mask", return_dropout_mask)
     call = NormCall(*fields)
     if call.weight1 is not None and not return_dropout_mask:
         return normed(function, fields, False)
@@ -76,6 +77,7 @@ def dropout_add_parallel_residual(
 def dropout_add_subset(call: NormCall, subsets: Subsets, return_dropout_mask: bool) -> Any:
     """As `dropout_add`, of some rows."""
     _check_subset_call(call, subsets, X0)
+    return_dropout_mask = truth("return_dropout_mask", return_dropout_mask)
     refuse_transforms("x0")
     # fmt: off
     return DropoutAddLayerNormSubsetFn.apply(  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ground.dense_arguments import refuse_transforms
+from ..ground.dense_arguments import refuse_transforms, require_local, require_truth
 from ..ground.functions import FORWARD, PLAIN, refuse_tangents
 from ..kernels.composed import cross_entropy as kernel
 from ..problems.rowwise import Loss
@@ -146,6 +146,8 @@ def _few(
 
 
 def _checked(call: LossCall) -> kernel.Options:
+    require_truth(inplace_backward=call.inplace_backward)
+    require_local(logits=call.logits, labels=call.labels)
     # one by one: torch 2.6 and 2.8 cannot trace a slice of a NamedTuple
     return kernel.check(
         call.logits,

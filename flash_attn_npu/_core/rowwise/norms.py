@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ground.dense_arguments import refuse_transforms
+from ..ground.dense_arguments import refuse_transforms, truth
 from ..ground.functions import FORWARD, PLAIN, refuse_tangents
 from ..ground.records import replaced
 from ..ground.second_derivatives import first_order
@@ -64,8 +64,14 @@ def normed(function: str, fields: tuple[Any, ...], masked: bool) -> Any:
     Args:
         fields: those of NormCall, in their order; to make one of them takes longer than to read it.
     """
+    if masked is not False:
+        masked = truth("return_dropout_mask", masked)
     key = _key(function, fields)
-    found = None if key is None else recall(key)
+    try:
+        found = None if key is None else recall(key)
+    except TypeError:
+        # an option that cannot be a key: the checks name it
+        key = found = None
     if found is not None and not masked:
         if found.direct is not None:
             # nobody was passed over, so there is no policy to ask
@@ -95,7 +101,11 @@ def normalize(function: str, call: NormCall, masked: bool = False) -> Answer:
             it; nothing was written.
     """
     key = _key(function, call)
-    return _normalized(function, call, masked, key, None if key is None else recall(key))
+    try:
+        found = None if key is None else recall(key)
+    except TypeError:
+        key = found = None
+    return _normalized(function, call, masked, key, found)
 
 
 def _normalized(
@@ -103,6 +113,9 @@ def _normalized(
 ) -> Answer:
     if found is None:
         norm_checks.check(call, RENAMED.get(function, {}))
+        if any(isinstance(getattr(call, name), Tensor) for name in norm_checks.FLAGS):
+            # it may change under the same key
+            key = None
         found = choose(norms.problem_of(function, call), key)
         if key is not None and found.direct is None and is_few(call.x):
             steps = few_norms.steps_of(call, found.problem.needs_grad)

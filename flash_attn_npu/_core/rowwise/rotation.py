@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ground.chip import compiles_just_in_time, remembers_compiling
-from ..ground.dense_arguments import require_truth
+from ..ground.dense_arguments import require_local, require_truth
 from ..ground.functions import FORWARD, PLAIN, refuse_tangents
 from ..ground.storage import blocks, require_writable
 from ..kernels.composed.rotation import few, few_of
@@ -70,6 +70,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, fields: tuple[Any, ...]) -> Tens
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn, key: Hashable) -> Tensor:
     """`rotate` of what no plan is known for, or is wrong in its positions."""
     require_truth(interleaved=turn.interleaved, inplace=turn.inplace, conjugate=turn.conjugate)
+    require_local(x=x, cos=cos, sin=sin)
     positions = positions_of(x, cos, sin, turn)
     if turn.inplace:
         require_writable(x=x)

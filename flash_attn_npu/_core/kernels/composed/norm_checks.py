@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from ....errors import ArgumentError
-from ...ground.dense_arguments import number, require_dense, require_truth
+from ...ground.dense_arguments import number, require_alike, require_dense, require_truth
 from ...ground.storage import require_writable
 from ...problems.buffers import share
 from ...problems.norms import NormCall
 from .norms import LIKE_WEIGHT, tensors_of, total_dtype
 
-__all__ = ["check", "check_tensor"]
+__all__ = ["FLAGS", "check", "check_tensor"]
+
+FLAGS = ("prenorm", "residual_in_fp32", "zero_centered_weight", "is_rms_norm")
 
 
 def check(call: NormCall, renamed: Mapping[str, str]) -> None:
@@ -30,8 +32,9 @@ def check(call: NormCall, renamed: Mapping[str, str]) -> None:
     """
     x, of_x = call.x, renamed.get("x", "x")
     require_dense(**{of_x: x, renamed.get("weight", "weight"): call.weight})
-    flags = ("prenorm", "residual_in_fp32", "zero_centered_weight", "is_rms_norm")
-    require_truth(**{name: getattr(call, name) for name in flags})
+    require_truth(**{name: getattr(call, name) for name in FLAGS})
+    given = {field: getattr(call, field) for field in tensors_of(call)}
+    require_alike(**{of_x: x, **{renamed.get(field, field): t for field, t in given.items()}})
     if x.dim() == 0:
         _refuse(of_x, "a tensor without dimensions", "(..., hidden)", f"reshape {of_x}")
     whole, hidden = x.shape, x.shape[-1:]
