@@ -64,9 +64,8 @@ def finished(problem: Problem, out: Tensor, lse: Tensor) -> Forward:
     if problem.tail_q:
         out = pad(out, (0, 0, 0, 0, 0, problem.tail_q))
         lse = pad(lse, (0, problem.tail_q), value=math.inf) if problem.uses_lse else lse
-    rng_state = torch.zeros(2, dtype=torch.int64, device="cpu")
-    lse = lse if problem.uses_lse else lse.new_empty(0)
-    return Forward(out, lse, out.new_empty(0), rng_state)
+    rng_state, empty = torch.zeros(2, dtype=torch.int64, device="cpu"), out.new_empty(0)
+    return Forward(out, lse if problem.uses_lse else empty, empty, rng_state)
 
 
 def _packed(problem: Problem, inputs: Inputs, q: Tensor) -> tuple[Tensor, Tensor]:

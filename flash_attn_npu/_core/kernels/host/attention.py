@@ -144,8 +144,9 @@ def _at_once(problem: Problem, inputs: Inputs) -> Forward | None:
     answer = attend_whole(three, forward_dtype(three, q.dtype, rule), rule)
     if answer is None:
         return None
-    out, empty = _heads(answer[0]).reshape(q.shape).contiguous(), q.new_empty(0)
-    lse = answer[1].transpose(0, 1).flatten(1, 2) if problem.uses_lse else empty
+    # a view made without gradients may not be written where there are some: it is not to be one
+    out, empty = _heads(answer[0]).reshape(q.shape).contiguous().detach(), q.new_empty(0)
+    lse = answer[1].transpose(0, 1).flatten(1, 2).detach() if problem.uses_lse else empty
     return Forward(out, lse, empty, torch.zeros(2, dtype=torch.int64, device="cpu"))
 
 
