@@ -13,6 +13,7 @@ from flash_attn_npu import flash_attn_func, flash_attn_varlen_func, flash_attn_w
 from flash_attn_npu._core.ground.memory import forget_all
 from flash_attn_npu._core.kernels.host import flash
 from flash_attn_npu.errors import ArgumentError
+from flash_attn_npu.layers.rotary import apply_rotary_emb
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -30,6 +31,14 @@ def packed(x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
     return (flash_attn_varlen_func(x, x, x, lengths, lengths, 6, 6, causal=True),)
 
 
+def rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    new, lengths = torch.full_like(q, 3.0), q.new_tensor([2, 5], dtype=torch.int32)
+    tables = TABLE[:9, :4].to(q), TABLE[:9, :4].to(q)
+    out: Tensor = flash_attn_with_kvcache(q, k, v, new, new * 2, *tables, cache_seqlens=lengths)
+    return out
+
+
+TABLE = torch.rand(12, 8)
 Q, CACHE, BOTH = (2, 1, 4, 16), (2, 9, 4, 16), (2, 2, 9, 4, 16)
 CALLS: dict[str, tuple[Call, tuple[Any, ...]]] = {
     "fewer heads of k": (lambda q, k: (flash_attn_func(q, k[:, :, :2], k[:, :, :2]),), (Q, CACHE)),
@@ -37,6 +46,14 @@ CALLS: dict[str, tuple[Call, tuple[Any, ...]]] = {
     "append to one buffer": (lambda q, kv: append(q, kv[0], kv[1]), (Q, BOTH)),
     "append, q in the cache": (lambda k, v: append(k[:, 5:6], k, v), (CACHE, CACHE)),
     "append to pages": (append, (Q, (4, 16, 4, 16), (4, 16, 4, 16), [[0, 3], [2, 1]])),
+    "rotated at positions": (
+        lambda x, starts: (apply_rotary_emb(x, TABLE.to(x), TABLE.to(x), seqlen_offsets=starts),),
+        (CACHE, [3, 0]),
+    ),
+    "append, rotated": (
+        lambda q, k, v: (rotated(q, k, v), k + 0),
+        (Q, CACHE, CACHE),
+    ),
     "packed": (packed, ((9, 4, 16), [0, 3, 9])),
 }
 

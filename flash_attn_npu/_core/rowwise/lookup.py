@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ground.functions import FORWARD
+from ..ground.functions import FORWARD, listed
 from ..ground.memory import Memo
 from ..kernels.ascend.lookup import keep, kept, side_by_side
 from ..problems.rowwise import MROPE, Lookup, Tables, Turn
@@ -126,7 +126,7 @@ def _on(rows: Tensor, device: torch.device) -> Tensor:
     rows = rows.flatten()
     if rows.device.type != "cpu" or rows.numel() > MOST_ROWS:
         return rows.to(device, torch.int64)
-    key = (tuple(rows.tolist()), device)
+    key = (tuple(listed(rows)), device)
     there = _rows.recall(key)
     if there is None:
         # it outlives this call

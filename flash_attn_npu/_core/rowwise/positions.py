@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import ArgumentError, ArgumentTypeError
 from ..ground import arguments as checks
 from ..ground.dense_arguments import require_dense, require_values
+from ..ground.functions import listed
 from ..ground.lengths import Lengths, host_lengths
 from ..problems.rowwise import Turn
 
@@ -71,7 +72,7 @@ def check_dense(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tenso
     _check_offsets(seqlen_offsets, batch, x)
     _check_reach("cos", 0, seqlen, seqlen_ro)
     if _readable(seqlen_offsets):
-        for start in seqlen_offsets.tolist():
+        for start in listed(seqlen_offsets):
             _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
 
 
@@ -103,7 +104,7 @@ def _packed_positions(
         _check_packed(x, lengths, max_seqlen)
         starts = [0 if isinstance(offsets, Tensor) else offsets] * len(lengths.seqlens)
         if isinstance(seqlen_offsets, Tensor) and _readable(seqlen_offsets):
-            starts = seqlen_offsets.tolist()
+            starts = listed(seqlen_offsets)
         for start, seqlen in zip(starts, lengths.seqlens, strict=True):
             _check_reach("seqlen_offsets", start, start + seqlen, seqlen_ro)
     cumulative = cu_seqlens.to(x.device, torch.int64)
