@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from flash_attn_npu import flash_attn_with_kvcache
 from flash_attn_npu._core.kernels.host import attention, decoding
 from flash_attn_npu._core.kernels.host.decoding import one_query
+from flash_attn_npu._core.problems.cache import Cache
 from tests.helpers import reference
 from tests.helpers.crossings import Crossings
 from tests.helpers.frames import frames
@@ -109,9 +111,9 @@ def test_a_decode_step_is_looked_through_for_nothing(monkeypatch):
     assert sum(seen.values()) <= 42, seen
 
 
-def crossings_of(name: str, monkeypatch) -> list[Counter[str]]:
+def crossings_of(name: str, monkeypatch, owner: Any = attention) -> list[Counter[str]]:
     """What each call of a function of the host's attention crosses the dispatcher for."""
-    original, counts = getattr(attention, name), []
+    original, counts = getattr(owner, name), []
 
     def counted(*args):
         with Crossings() as seen:
@@ -119,7 +121,7 @@ def crossings_of(name: str, monkeypatch) -> list[Counter[str]]:
         counts.append(seen.counts)
         return answer
 
-    monkeypatch.setattr(attention, name, counted)
+    monkeypatch.setattr(owner, name, counted)
     return counts
 
 
@@ -144,7 +146,23 @@ def test_the_answer_may_be_written_where_gradients_are_kept(rows, seqlen_q):
         assert answer.mul_(weight).requires_grad
 
 
-@pytest.mark.parametrize(("appends", "most"), [(False, 90), (True, 148)])
+@pytest.mark.parametrize(("rows", "block"), [([1, 2], True), ([2, 1], False)])
+def test_new_keys_of_rows_side_by_side_are_copied_as_a_block(rows, block, monkeypatch):
+    counts = crossings_of("write", monkeypatch, Cache)
+    k, v = torch.zeros(2, 4, 64, 2, HEADDIM)
+    q, *new = torch.randn(3, 2, 3, 2, HEADDIM)
+    index = torch.tensor(rows, dtype=torch.int32)
+    flash_attn_with_kvcache(q, k, v, *new, cache_seqlens=5, cache_batch_idx=index)
+    for cache, values in zip((k, v), new, strict=True):
+        expected = torch.zeros_like(cache)
+        for row, value in zip(rows, values, strict=True):
+            expected[row, 5:8] = value
+        assert torch.equal(cache, expected)
+    (seen,) = counts
+    assert (seen["aten::copy_"], seen["aten::index_put_"]) == ((2, 0) if block else (0, 2))
+
+
+@pytest.mark.parametrize(("appends", "most"), [(False, 90), (True, 146)])
 def test_little_stands_around_the_launches_of_a_decode_step(appends, most):
     q, cache = torch.randn(1, 1, 8, HEADDIM), torch.randn(2, 1, 64, 2, HEADDIM).unbind()
     new = torch.randn(2, 1, 1, 2, HEADDIM).unbind() if appends else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from flash_attn_npu._core.table import installed as shared_rows
 from flash_attn_npu._core.table.choice import refusals
 from flash_attn_npu._core.table.rule import Rule
 from tests.helpers.cache_calls import CacheProblem, check, place
+from tests.helpers.frames import frames
 from tests.helpers.old_torch import needs
 from tests.helpers.wheel import pretend_row, pretended
 
@@ -225,3 +227,18 @@ def test_a_graph_sees_that_the_caches_changed(npu: torch.device) -> None:
         placed[name]._version > old
         for name, old in zip(("k_cache", "v_cache"), before, strict=True)
     )
+
+
+@pytest.mark.parametrize(("appends", "most"), [(False, 85), (True, 144)])
+def test_little_stands_around_the_launches_on_a_card(npu, appends, most):
+    half = {"device": npu, "dtype": torch.bfloat16}
+    q, cache = torch.randn(2, 1, 8, 64, **half), torch.randn(2, 2, 128, 2, 64, **half).unbind()
+    new = torch.randn(2, 2, 1, 2, 64, **half).unbind() if appends else ()
+    lengths = torch.full((2,), 40, dtype=torch.int32, device=npu)
+
+    def step() -> Tensor:
+        return flash_attn_with_kvcache(q, *cache, *new, cache_seqlens=lengths, causal=True)
+
+    step()
+    seen = frames(step)
+    assert len(seen) <= most, Counter(seen)

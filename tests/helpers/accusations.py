@@ -101,6 +101,7 @@ COUNTING: dict[str, tuple[str, ...]] = {
     ),
     DECISIONS: (
         "test_launches::test_little_stands_before_the_kernel",
+        "test_moving::test_little_stands_around_the_launches_on_a_card",
         "test_little_before_rows::test_a_rotation_is_looked_up_and_launched",
         "test_little_before_rows::test_a_norm_is_looked_up_and_launched",
         "test_little_before_rows::test_a_gate_without_gradient_has_no_autograd_function",

@@ -96,6 +96,16 @@ class Cache:
         ids, width = (self.ids, self.width) if self.rows is None else (self.rows, 1)
         return Layout(self.page, self.k.shape[0], ids, width)
 
+    def block(self, spans: Sequence[Span]) -> tuple[slice, slice] | None:
+        """Rows and positions where the spans are a block of an unpaged cache; None if not."""
+        rows = self.rows
+        if not rows:
+            return None
+        first, last = rows[0], rows[0] + len(rows)
+        if rows != tuple(range(first, last)) or spans.count(spans[0]) != len(spans):
+            return None
+        return slice(first, last), slice(*spans[0])
+
     def check(self, spans: Sequence[Span]) -> None:
         """Refuse spans that leave the cache, and the block ids that they would use."""
         for index, span in enumerate(spans):
@@ -147,6 +157,12 @@ class Cache:
 
     def write(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> None:
         """Write packed keys and values where the spans lie, and nowhere else."""
+        block = self.block(spans)
+        if block is not None:
+            sides = tuple(side.stop - side.start for side in block)
+            for cache, values in ((self.k, k), (self.v, v)):
+                cache[block].copy_(values.view(*sides, *values.shape[1:]))
+            return
         where = positions(self.layout, spans, self.k.device)
         for cache, values in ((self.k, k), (self.v, v)):
             cache.index_put_(where, values)

@@ -128,18 +128,16 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
 def _at_once(problem: Problem, inputs: Inputs) -> Forward | None:
     """The answer of one launch over rows of a cache side by side; None if it takes more."""
     cache, spans = inputs.cache, inputs.spans
-    if cache is None or cache.rows is None or len(problem.sequences) != 1 or not problem.nheads:
+    if cache is None or len(problem.sequences) != 1 or not problem.nheads:
         return None
-    rows, span = cache.rows, spans[0]
-    last = rows[0] + len(rows)
-    alike = spans.count(span) == len(spans) and rows == tuple(range(rows[0], last))
-    if not alike or problem.alibi or problem.sink or problem.tail_q:
+    at = cache.block(spans)
+    if at is None or problem.alibi or problem.sink or problem.tail_q:
         return None
     ((seqlen_q, seqlen_k),) = problem.sequences
     band = Band(seqlen_q, seqlen_k, problem.left, problem.right)
     rule = Rule(band, problem.softmax_scale, told=problem.uses_lse)
-    q, at = inputs.q, (slice(rows[0], last), slice(*span))
-    laid = q.view(len(rows), seqlen_q, *q.shape[1:])
+    q = inputs.q
+    laid = q.view(len(spans), seqlen_q, *q.shape[1:])
     three = _heads(laid), _heads(inputs.k[at]), _heads(inputs.v[at])
     answer = attend_whole(three, forward_dtype(three, q.dtype, rule), rule)
     if answer is None:
