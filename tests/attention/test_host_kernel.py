@@ -398,3 +398,28 @@ def reporting_of_one_call() -> list[str]:
         q, k, v = (x.detach() for x in leaves(1, 4, 2, 8))
         flash_attn_func(q, k, v)
     return [entry.kernel for entry in report.tallies]
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_copies_of_one_launch_lie_in_one_block(dtype):
+    """Of several the C library gives some back to the system after every call."""
+    heads, seqlen = 4, 520
+    q, k, v = (torch.randn(1, heads, seqlen, 64).to(dtype).transpose(1, 2) for _ in range(3))
+    made = []
+
+    def counted(*size: object, empty=torch.empty, **options: object) -> torch.Tensor:
+        made.append(empty(*size, **options))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(torch, "empty", counted)
+        out = flash_attn_func(q, k, v)
+    assert [x.numel() for x in made if x.dtype == FP32] == [3 * q.numel()]
+    # the same as of contiguous tensors, one by one, and inside of vmap
+    few = flash_attn_func(*(x.contiguous() for x in (q, k, v)))
+    assert torch.equal(out, few)
+    both = torch.vmap(lambda q, k: flash_attn_func(q, k, v))(
+        torch.stack([q, q]), torch.stack([k, k])
+    )
+    assert torch.equal(both[0], out)
+    assert torch.equal(both[1], out)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ground.functions import is_undisturbed
 from ...ground.second_derivatives import once, watch
 from ...problems.attention import Problem
 from ...problems.results import Forward, Inputs, Saved, accumulator
@@ -19,6 +20,7 @@ from ..groups import Group, groups, groups_in_place
 from ..kernel import Kernel
 from ..sinks import counting, take_share
 from .chunks import attend_chunks, chunks, copied_together
+from .copies import Copies
 from .flash import (
     attend,
     attend_backward,
@@ -33,6 +35,9 @@ from .parts import COPIED_BYTES, TOGETHER_BYTES, Rule, dense
 from .steps import Step, whole_step
 
 __all__ = ["KERNEL", "shares_heads"]
+
+MANY_NUMBERS = 1 << 17
+"""Of a tensor whose copy is worth a block for all three: see `Copies`."""
 
 
 def direct(problem: Problem) -> Any:
@@ -49,6 +54,7 @@ def direct(problem: Problem) -> Any:
     causal = launched.causal
     split = (problem.batch, -1) if problem.varlen else None
     copies = problem.dtype != wide
+    many = copies and _numbers(problem) >= MANY_NUMBERS
 
     def laid(x: Tensor) -> Tensor:
         # rows of a contiguous tensor need not be looked at
@@ -59,9 +65,12 @@ def direct(problem: Problem) -> Any:
     def run(q: Tensor, k: Tensor, v: Tensor, *_: None) -> Any:
         if split is not None:
             q, k, v = q.unflatten(0, split), k.unflatten(0, split), v.unflatten(0, split)
-        queries, keys = laid(q), laid(k)
+        if many and is_undisturbed():
+            queries, keys, values = Copies(wide).of([x.transpose(1, 2) for x in (q, k, v)])
+        else:
+            queries, keys, values = laid(q), laid(k), laid(v)
         queries = queries * factor if factor != 1 else queries
-        out, lse = launch(queries, keys, laid(v), scale, causal)
+        out, lse = launch(queries, keys, values, scale, causal)
         if mark is not None:
             watch(out, mark)
         out = out.transpose(1, 2)
@@ -86,11 +95,16 @@ def _launched(problem: Problem) -> Step | None:
     step = whole_step(Band(seqlen_q, seqlen_k, problem.left, problem.right))
     wide = accumulator(problem.dtype)
     copied = problem.dtype != wide
-    rows = max(problem.rows_q * problem.nheads, problem.rows_k * problem.nheads_k)
     # several sequences are better copied few after few, and for one query none may be
     most = COPIED_BYTES if problem.batch == 1 and seqlen_q > 1 else TOGETHER_BYTES
-    large = copied and problem.headdim * rows >= most // wide.itemsize
+    large = copied and _numbers(problem) >= most // wide.itemsize
     return None if not seqlen_q or large else step
+
+
+def _numbers(problem: Problem) -> int:
+    """Of the larger one of q and k."""
+    rows = max(problem.rows_q * problem.nheads, problem.rows_k * problem.nheads_k)
+    return problem.headdim * rows
 
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:
