@@ -17,6 +17,7 @@ from flash_attn_npu._core.problems.cache import Cache
 from tests.helpers import reference
 from tests.helpers.crossings import Crossings
 from tests.helpers.frames import frames
+from tests.helpers.old_torch import NEEDS_SHARED_HEADS
 from tests.helpers.peak_bytes import PeakBytes
 
 NAN, INF = float("nan"), float("inf")
@@ -99,6 +100,7 @@ def test_a_sequence_more_is_two_products_and_one_softmax():
     assert sum(more.values()) == 2 * 8, more
 
 
+@NEEDS_SHARED_HEADS
 def test_a_decode_step_is_looked_through_for_nothing(monkeypatch):
     """No bias, no copy: neither is NaN looked for, nor what the biased launches need made."""
     counts = crossings_of("_at_once", monkeypatch)
@@ -125,6 +127,7 @@ def crossings_of(name: str, monkeypatch, owner: Any = attention) -> list[Counter
     return counts
 
 
+@NEEDS_SHARED_HEADS
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_side_by_side_are_one_launch_whose_answer_is_not_copied(rows, monkeypatch):
     counts = crossings_of("_at_once", monkeypatch)
@@ -162,6 +165,7 @@ def test_new_keys_of_rows_side_by_side_are_copied_as_a_block(rows, block, monkey
     assert (seen["aten::copy_"], seen["aten::index_put_"]) == ((2, 0) if block else (0, 2))
 
 
+@NEEDS_SHARED_HEADS
 @pytest.mark.parametrize(("appends", "most"), [(False, 90), (True, 146)])
 def test_little_stands_around_the_launches_of_a_decode_step(appends, most):
     q, cache = torch.randn(1, 1, 8, HEADDIM), torch.randn(2, 1, 64, 2, HEADDIM).unbind()
