@@ -13,7 +13,7 @@ MOST = 8
 CORE = sorted(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "_core").rglob("*.py"))
 CONTRACTS = {
     ("_core/attention/mindie.py", "attention_forward_varlen"): "MindIE-SD 3.1",
-    ("_core/rowwise/norms.py", "LayerNormFn.forward"): "flash-attention 2.8",
+    ("_core/rowwise/layer_norm_function.py", "LayerNormFn.forward"): "flash-attention 2.8",
     ("_core/rowwise/norm_linear.py", "LayerNormLinearFn.forward"): "flash-attention 2.8",
     ("_core/rowwise/losses.py", "CrossEntropyLoss.forward"): "flash-attention 2.8",
     ("_core/rowwise/dropout_norms.py", "DropoutAddLayerNormFn.forward"): "flash-attention 2.8",

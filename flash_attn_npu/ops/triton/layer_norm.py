@@ -15,8 +15,9 @@ from torch.nn.functional import dropout, layer_norm
 from ..._core.ground.dense_arguments import refuse_transforms
 from ..._core.ground.records import named
 from ..._core.problems.norms import NormCall
+from ..._core.rowwise.layer_norm_function import LayerNormFn
 from ..._core.rowwise.norm_linear import LayerNormLinearFn
-from ..._core.rowwise.norms import LayerNormFn, normed
+from ..._core.rowwise.norms import normed
 from ...utils.library import triton_op
 from ...utils.torch import custom_bwd, custom_fwd
 

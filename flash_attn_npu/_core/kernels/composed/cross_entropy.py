@@ -18,6 +18,7 @@ from ....errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ...ground.collectives import gather_rows
 from ...ground.dense_arguments import number, require_dense, require_group
 from ...ground.storage import overlaps_itself
+from .loss_checks import check_floating, check_logits, check_range, check_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,7 +27,6 @@ __all__ = [
     "Options",
     "backward",
     "check",
-    "check_range",
     "forward",
     "ignored",
     "recorded",
@@ -73,14 +73,14 @@ def check(
 ) -> Options:
     """The options as plain numbers, once every argument is found to fit."""
     require_dense(logits=logits, labels=labels)
-    _check_logits(logits)
-    _check_rows("labels", labels, logits)
+    check_logits(logits)
+    check_rows("labels", labels, logits)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ArgumentError("labels", labels.dtype, "an integer dtype", "pass labels.long()")
     if precomputed_lse is not None:
         require_dense(precomputed_lse=precomputed_lse)
-        _check_rows("precomputed_lse", precomputed_lse, logits)
-        _check_floating("precomputed_lse", precomputed_lse)
+        check_rows("precomputed_lse", precomputed_lse, logits)
+        check_floating("precomputed_lse", precomputed_lse)
     if not isinstance(ignore_index, (int, Integral)):
         raise ArgumentTypeError(
             "ignore_index", type(ignore_index).__name__, "an int", "pass a class index"
@@ -93,7 +93,7 @@ def check(
         int(ignore_index),
     )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_range(labels, options, _classes(logits, process_group)[1])
+        check_range(labels, options.ignore_index, _classes(logits, process_group)[1])
     return options
 
 
@@ -356,49 +356,3 @@ def _classes(logits: Tensor, process_group: ProcessGroup | None) -> tuple[int, i
         return 0, columns
     rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
     return rank * columns, ranks * columns
-
-
-def _check_logits(logits: Tensor) -> None:
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ArgumentError(
-            "logits",
-            f"shape {tuple(logits.shape)}",
-            "(batch, vocab), with at least one class",
-            "pass logits.view(-1, vocab), and the labels as labels.view(-1)",
-        )
-    _check_floating("logits", logits)
-
-
-def _check_floating(argument: str, tensor: Tensor) -> None:
-    if not tensor.dtype.is_floating_point:
-        raise ArgumentError(argument, tensor.dtype, "a floating dtype", f"pass {argument}.float()")
-
-
-def _check_rows(argument: str, tensor: Tensor, logits: Tensor) -> None:
-    if tensor.shape != logits.shape[:1]:
-        raise ArgumentError(
-            argument,
-            f"shape {tuple(tensor.shape)}",
-            f"({logits.shape[0]},), one for each row of logits",
-            f"pass {argument}.view(-1), and the logits as (batch, vocab)",
-        )
-    if tensor.device != logits.device:
-        raise ArgumentError(
-            argument,
-            tensor.device,
-            f"{logits.device}, as logits",
-            f"pass {argument}.to(logits.device)",
-        )
-
-
-def check_range(labels: Tensor, options: Options, classes: int) -> None:
-    """Raise ArgumentError for the first label that is neither a class nor ignored."""
-    counted = labels.long()
-    foreign = counted[((counted < 0) | (counted >= classes)) & (counted != options.ignore_index)]
-    if foreign.numel():
-        raise ArgumentError(
-            "labels",
-            f"a label {foreign[0].item()}",
-            f"0 to {classes - 1}, or ignore_index={options.ignore_index}",
-            "pass ignore_index for labels that do not count, and global indices with process_group",
-        )
